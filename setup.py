@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="vispec",
+    version="0.1.0",
+    description="Lossless tree speculative decoding for vision-language models (arXiv 2509.15235)",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["vispec", "vispec.*"]),
+    package_data={"vispec.train": ["*.json"], "vispec.demo": ["weights/**/*", "*.sh"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=4.51.3,<6",
+        "accelerate>=1.0",
+        "safetensors>=0.4.3",
+        "datasets>=3.0",
+        "pillow>=10.0",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "fschat>=0.2.36",
+    ],
+    extras_require={
+        "demo": ["matplotlib>=3.8"],
+        "train": ["tensorboard>=2.16"],
+        "test": ["pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8"],
+    },
+)

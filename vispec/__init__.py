@@ -1,0 +1,12 @@
+"""ViSpec: lossless tree speculative decoding for vision-language models (arXiv 2509.15235)."""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # importing transformers takes seconds, so `import vispec` does not
+    if name == "SpecModel":
+        from vispec.model.spec_model import SpecModel
+
+        return SpecModel
+    raise AttributeError(f"module 'vispec' has no attribute {name!r}")

@@ -1,0 +1,109 @@
+"""What all command lines share: booleans as the README writes them, one-line errors, provenance, whole files."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message is one line that names it."""
+
+
+def parse_bool(text: str) -> bool:
+    """`--flag=True`, `--flag=False`, in any case; also 1/0 and yes/no."""
+    value = text.strip().lower()
+    if value in ("true", "1", "yes"):
+        return True
+    if value in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a command and leave the process: errors of the user become one line on stderr and exit code 1."""
+    try:
+        code = main() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("VISPEC_TRACEBACK"):
+            raise
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted; what was written is whole", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def provenance(args: argparse.Namespace | dict) -> dict:
+    """What made a result: arguments, versions, git revision, machine."""
+    import torch
+
+    arguments = args if isinstance(args, dict) else vars(args)
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "arguments": {k: v for k, v in arguments.items() if isinstance(v, str | int | float | bool | list | None)},
+        "versions": {name: _version(name) for name in ("vispec", "torch", "transformers", "accelerate", "numpy")},
+        "python": platform.python_version(),
+        "git_revision": _git_revision(),
+        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+    }
+
+
+def write_json_atomic(path: str | os.PathLike, value) -> None:
+    """The file appears whole or not at all."""
+    write_atomic(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"))
+
+
+def write_atomic(path: str | os.PathLike, write: Callable) -> None:
+    """Let `write(file)` fill a binary file beside `path`, then put it in place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of this checkout; None when the package is installed without one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,1 @@
+"""What decodes: target, draft heads, trees, acceptance, and `SpecModel` over them."""

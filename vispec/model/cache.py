@@ -1,0 +1,141 @@
+"""Preallocated keys and values for tree decoding.
+
+A round of tree decoding writes N tokens, then keeps a few of them. `TreeCache` makes both cheap: all layers of one
+device share one buffer, tokens are written by slot number, and keeping a path is one gather over that buffer. Rows of a
+batch have lengths of their own, so rows may keep different numbers of tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache
+
+GROWTH = 256
+"""Slots by which a full cache grows at least."""
+
+
+class TreeCache(Cache):
+    """Keys and values of one generation, for a transformers decoder or for a draft head.
+
+    Every row b holds `lengths[b]` committed tokens in the slots 0 … lengths[b]-1. A forward pass over n tokens is
+    announced by `reserve(n)`; its keys land in the slots after the committed ones and stay provisional until
+    `commit` (all of them, in order) or `keep` (a path through them) makes them part of the row.
+
+    Args:
+        layer_devices: the device of each decoder layer, in order.
+        batch_size: number of rows B.
+        capacity: slots to begin with; the cache grows when it is full.
+    """
+
+    def __init__(self, layer_devices: Sequence[torch.device], batch_size: int, capacity: int):
+        super().__init__(layers=[]) if _takes_layers() else super().__init__()
+        self.capacity = capacity
+        self.used = 0
+        """Host-side upper bound of `lengths`: attention looks at the slots below it."""
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=layer_devices[-1])
+        """Committed tokens of each row, (B,), on the device of the last layer."""
+        self._layer_devices = list(layer_devices)
+        self._places = _places_on_device(self._layer_devices)
+        self._buffers: dict[torch.device, torch.Tensor] = {}  # (layers, 2, B, heads, capacity, head_dim)
+        self._slots: dict[torch.device, torch.Tensor] = {}  # (B, n) on every device, where the pass writes
+        self._visible = 0
+
+    def reserve(self, n: int, offset: int = 0) -> None:
+        """Announce a pass over n tokens a row, to be written `offset` slots after the committed ones."""
+        self._visible = self.used + offset + n
+        if self._visible > self.capacity:
+            self._grow(max(self._visible, self.capacity + GROWTH))
+        slots = self.lengths[:, None] + torch.arange(offset, offset + n, device=self.lengths.device)
+        self._slots = {device: slots.to(device) for device in set(self._layer_devices)}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Write the keys and values (B, heads, n, head_dim) of one layer; returns all that are visible to the pass."""
+        device = self._layer_devices[layer_idx]
+        buffer = self._buffers.get(device)
+        if buffer is None:
+            buffer = self._allocate(device, key_states)
+        keys, values = buffer[self._places[layer_idx]]
+        batch, heads, n, head_dim = key_states.shape
+        slots = self._slots[device][:, None, :, None].expand(batch, heads, n, head_dim)
+        keys.scatter_(2, slots, key_states)
+        values.scatter_(2, slots, value_states)
+        return keys[:, :, : self._visible], values[:, :, : self._visible]
+
+    def mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Additive attention mask of the reserved pass.
+
+        Args:
+            ancestors: (B, n, m) bool; which of the m provisional tokens (those before `offset` included) each of the n
+                tokens sees.
+            dtype: of the result.
+
+        Returns:
+            (B, 1, n, visible): 0 where attention is allowed (committed tokens and ancestors), the lowest number
+            of `dtype` elsewhere.
+        """
+        batch, n, m = ancestors.shape
+        device = self.lengths.device
+        committed = torch.arange(self._visible, device=device) < self.lengths[:, None]
+        allowed = committed[:, None, :].repeat(1, n, 1)
+        slots = self.lengths[:, None, None] + torch.arange(m, device=device)
+        allowed.scatter_(2, slots.expand(batch, n, m), ancestors)
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, lowest)[:, None]
+
+    def commit(self, counts: torch.Tensor, used: int) -> None:
+        """Make the first counts[b] provisional tokens of row b committed; `used` bounds the new lengths from above."""
+        self.lengths = self.lengths + counts
+        self.used = used
+
+    def keep(self, path: torch.Tensor) -> None:
+        """Move the provisional tokens of a path to the front of the provisional slots, in every layer.
+
+        Args:
+            path: (B, p) indices of provisional tokens, ascending in every row; surplus columns may repeat any index.
+        """
+        p = path.shape[1]
+        for device, buffer in self._buffers.items():
+            lengths = self.lengths.to(device)[:, None]
+            source = (lengths + path.to(device))[None, None, :, None, :, None]
+            target = (lengths + torch.arange(p, device=device))[None, None, :, None, :, None]
+            shape = (*buffer.shape[:4], p, buffer.shape[5])
+            buffer.scatter_(4, target.expand(shape), buffer.gather(4, source.expand(shape)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.used
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that a pass sees and the offset of the first one (asked by transformers 5 when it builds a mask)."""
+        n = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.used + n, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.used
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.capacity
+
+    def _allocate(self, device: torch.device, keys: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, head_dim = keys.shape
+        layers = self._layer_devices.count(device)
+        shape = (layers, 2, batch, heads, self.capacity, head_dim)
+        # zeros, not empty: slots that no token has written yet are masked, but a NaN there would survive the mask
+        self._buffers[device] = torch.zeros(shape, dtype=keys.dtype, device=device)
+        return self._buffers[device]
+
+    def _grow(self, capacity: int) -> None:
+        for device, old in self._buffers.items():
+            new = old.new_zeros((*old.shape[:4], capacity, old.shape[5]))
+            new[..., : self.capacity, :] = old
+            self._buffers[device] = new
+        self.capacity = capacity
+
+
+def _takes_layers() -> bool:
+    """transformers 5 gives `Cache` a list of layers; 4.51 has no such argument."""
+    return "layers" in Cache.__init__.__code__.co_varnames
+
+
+def _places_on_device(devices: list[torch.device]) -> list[int]:
+    """The index of each layer among the layers of its own device."""
+    return [devices[:i].count(device) for i, device in enumerate(devices)]

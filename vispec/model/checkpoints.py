@@ -1,0 +1,186 @@
+"""Read and write draft heads, strictly: what is missing, surplus or misshapen is an error that names it."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from vispec.cli import write_atomic, write_json_atomic
+from vispec.model.draft import DraftHead, ViSpecHead
+from vispec.model.draft_config import DraftConfig
+
+logger = logging.getLogger("vispec")
+
+CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+EMBEDDING = "embed_tokens.weight"
+
+
+def load_draft(
+    path: str,
+    method: str | None = None,
+    num_q: int | None = None,
+    dtype: torch.dtype | None = None,
+    embedding: torch.Tensor | None = None,
+) -> DraftHead:
+    """Load a draft head from a folder or a hub id.
+
+    Args:
+        path: folder with config.json and model.safetensors or pytorch_model.bin, or the hub id of such a repository.
+        method: "vispec" or "eagle2"; checked against the weights when given.
+        num_q: queries of the vision adaptor; checked against the weights when given.
+        dtype: of the loaded head; that of the file when None.
+        embedding: the target's (V, H) embedding table, used where the file has none.
+
+    Raises:
+        ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
+    """
+    config_file, weights_file = _find_files(path)
+    config = read_config(config_file)
+    weights = _read_weights(weights_file)
+    if EMBEDDING not in weights:
+        if embedding is None:
+            raise ValueError(f"{weights_file}: no {EMBEDDING}, and no target to take it from")
+        weights[EMBEDDING] = embedding
+    head = build_head(config, *_identify(weights, weights_file, method, num_q))
+    if embedding is not None:
+        _compare_embedding(weights[EMBEDDING], embedding, weights_file)
+    _check_tensors(head, weights, weights_file)
+    weights = {name: tensor.to(dtype) if dtype else tensor for name, tensor in weights.items()}
+    if embedding is not None and _same(weights[EMBEDDING], embedding):
+        weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
+    head.load_state_dict(weights, assign=True)
+    head.embed_tokens.weight.requires_grad_(False)
+    return head.eval()
+
+
+def build_head(config: DraftConfig, method: str, num_q: int | None = None) -> DraftHead:
+    """A head without memory for its weights (meta device), to be filled by `load_state_dict(assign=True)`."""
+    with torch.device("meta"):
+        if method == "eagle2":
+            return DraftHead(config)
+        if method == "vispec":
+            return ViSpecHead(config, num_q or 2)
+    raise ValueError(f"method {method!r} is not one of vispec, eagle2")
+
+
+def save_draft(head: DraftHead, folder: str | Path) -> None:
+    """Write config.json and model.safetensors into `folder`; each file appears whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
+    write_json_atomic(Path(folder) / CONFIG, head.config.to_dict())
+
+
+def read_config(path: str | Path) -> DraftConfig:
+    """Read a draft head's config file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file")
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return DraftConfig.from_dict(values, source=str(path))
+
+
+def _find_files(path: str) -> tuple[Path, Path]:
+    """config.json and the weights of a folder or of a hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        config = folder / CONFIG
+        weights = next((folder / name for name in (SAFETENSORS, PICKLED) if (folder / name).is_file()), None)
+        if not config.is_file():
+            raise ValueError(f"{folder}: no {CONFIG} there")
+        if weights is None:
+            raise ValueError(f"{folder}: neither {SAFETENSORS} nor {PICKLED} there")
+        return config, weights
+    config = _from_hub(path, CONFIG)
+    if config is None:
+        raise ValueError(f"{path}: no {CONFIG} in that hub repository")
+    weights = _from_hub(path, SAFETENSORS) or _from_hub(path, PICKLED)
+    if weights is None:
+        raise ValueError(f"{path}: neither {SAFETENSORS} nor {PICKLED} in that hub repository")
+    return config, weights
+
+
+def _from_hub(repo_id: str, filename: str) -> Path | None:
+    """A file of a hub repository, from the local hub cache where it is there; None when the repository lacks it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, filename))
+    except HFValidationError:
+        raise ValueError(f"{repo_id}: neither a folder nor a hub id") from None
+    except LocalEntryNotFoundError:
+        if _repository_is_cached(repo_id):
+            return None
+        raise ValueError(f"{repo_id}: no such folder, and the hub cannot be reached for it") from None
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{repo_id}: neither a folder nor a hub repository ({type(error).__name__})") from None
+
+
+def _repository_is_cached(repo_id: str) -> bool:
+    """Offline, a file that the hub cache lacks counts as missing only if the repository itself is cached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo_id, CONFIG), str)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # the readers raise half a dozen types for a broken file; all mean the same to the user
+        raise ValueError(f"{path}: cannot be read as weights ({error})") from None
+
+
+def _identify(
+    weights: Mapping[str, torch.Tensor], path: Path, method: str | None, num_q: int | None
+) -> tuple[str, int | None]:
+    """Method and num_q as the weights have them, checked against what was asked."""
+    queries = weights.get("imadpt.q")
+    found = "eagle2" if queries is None else "vispec"
+    if method is not None and method != found:
+        raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")
+    if queries is None:
+        return found, None
+    if num_q is not None and num_q != queries.shape[0]:
+        raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
+    return found, queries.shape[0]
+
+
+def _check_tensors(head: DraftHead, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{path}: missing tensor(s) {', '.join(missing)}")
+    if surplus:
+        raise ValueError(f"{path}: unexpected tensor(s) {', '.join(surplus)}")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the config asks for {shape}")
+
+
+def _compare_embedding(ours: torch.Tensor, target: torch.Tensor, path: Path) -> None:
+    """The head must belong to this target: same table shape, and the same numbers up to rounding."""
+    if ours.shape != target.shape:
+        raise ValueError(
+            f"{path}: made for another target: its {EMBEDDING} is {tuple(ours.shape)}, the target's {tuple(target.shape)}"
+        )
+    a, b = ours.to(target.device, torch.float32), target.float()
+    if not torch.allclose(a, b, rtol=2**-7, atol=1e-5):  # one step of bfloat16
+        logger.warning(
+            "%s: the draft head's embeddings are not the target's; it was made for another or a fine-tuned target. "
+            "Outputs stay the target's own, speed may suffer",
+            path,
+        )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to(b.device), b)

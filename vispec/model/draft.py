@@ -1,0 +1,312 @@
+"""The draft heads: EAGLE-2 and ViSpec.
+
+A draft head is one Llama-style decoder layer over pairs. Pair i joins the target's feature of token i with the
+embedding of token i+1; the output at pair i estimates the feature of token i+1, and the target's own output head turns
+it into the logits of token i+2. ViSpec adds two things (paper, section 3): an image is compressed to a few vectors by a
+small attention, the vision adaptor, and one more vector g, the image's global feature, is mixed into every text
+pair that follows the image.
+
+Shapes: B rows, L tokens, H hidden size, R pairs of one pass, k nodes of one tree level.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vispec.model.cache import TreeCache
+from vispec.model.draft_config import DraftConfig
+from vispec.model.pairs import PairLayout, Span, plan_pairs
+
+
+@dataclass
+class DraftState:
+    """What a draft head remembers between the rounds of one generation."""
+
+    cache: TreeCache
+    position: torch.Tensor
+    """(B,) position of the next pair, which is the number of committed tokens without the root."""
+    hidden: torch.Tensor
+    """(B, H) the head's output at the last committed pair: its estimate of the root's feature."""
+    global_feature: torch.Tensor | None = None
+    """(B, H) g of the last image, zeros without an image; None for EAGLE-2."""
+
+
+class DraftHead(nn.Module):
+    """The EAGLE-2 head, and the base of the others. Parameter names are those of the published checkpoints."""
+
+    method = "eagle2"
+    compressed_per_image: int | None = None
+    """Vectors that stand for one image in the draft sequence; None keeps every image row as an ordinary pair."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.embed_tokens.weight.requires_grad_(False)
+        self.fc = nn.Linear(2 * size, size, bias=config.bias)
+        self.layers = nn.ModuleList([DraftLayer(config) for _ in range(config.num_hidden_layers)])
+
+    # --- over whole sequences: training and prefill ---
+
+    def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
+        """Which pairs the head runs on; `images` are the token spans of each row's images."""
+        return plan_pairs(lengths, [[] for _ in lengths], compressed=0)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        embeds: torch.Tensor,
+        next_embeds: torch.Tensor,
+        images: list[list[Span]],
+        lengths: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Outputs for all pairs of a batch of sequences, at their original positions.
+
+        Args:
+            hidden: (B, L, H) features, the target's or the head's own.
+            embeds: (B, L, H) embeddings of tokens 0 … L-1, image rows from the vision tower.
+            next_embeds: (B, L, H) embeddings of tokens 1 … L.
+            images: token spans of the images of each row.
+            lengths: tokens of each right-padded row; all L when None.
+
+        Returns:
+            (B, L, H), zeros at pairs that the head does not run on.
+        """
+        layout = self.plan(lengths or [hidden.shape[1]] * hidden.shape[0], images).to(hidden.device)
+        out, _ = self._run(layout, hidden, embeds, next_embeds, cache=None)
+        index = layout.positions[..., None].expand_as(out)
+        # surplus columns of short rows must not overwrite pair 0: they are sent to a row that is cut off again
+        index = index.masked_fill(~layout.valid[..., None], hidden.shape[1])
+        scattered = out.new_zeros(out.shape[0], hidden.shape[1] + 1, out.shape[2]).scatter(1, index, out)
+        return scattered[:, :-1]
+
+    def begin(
+        self, hidden: torch.Tensor, embeds: torch.Tensor, root: torch.Tensor, images: list[list[Span]]
+    ) -> DraftState:
+        """Read the prompt: `hidden` and `embeds` (B, L, H) from the target's prefill, `root` (B,) the first new token."""
+        batch, length, _ = hidden.shape
+        next_embeds = torch.cat([embeds[:, 1:], self.embed(root)[:, None]], dim=1)
+        layout = self.plan([length] * batch, images).to(hidden.device)
+        kept = layout.positions.shape[1]
+        cache = TreeCache([hidden.device] * len(self.layers), batch, capacity=kept + 256)
+        cache.reserve(kept)
+        out, global_feature = self._run(layout, hidden, embeds, next_embeds, cache)
+        cache.commit(layout.lengths, used=kept)
+        last = out.gather(1, (layout.lengths - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
+        position = torch.full_like(layout.lengths, length)
+        return DraftState(cache, position, last, global_feature)
+
+    def _run(self, layout, hidden, embeds, next_embeds, cache):
+        """The layer over the pairs of `layout`: outputs (B, R, H) and the last global feature (B, H) or None."""
+        index = layout.positions[..., None].expand(-1, -1, hidden.shape[2])
+        x, global_feature = self._inputs(layout, hidden.gather(1, index), embeds, next_embeds.gather(1, index))
+        # with padding on the right, causality alone keeps real pairs from seeing padded ones
+        return self._layers(x, layout.positions, mask=None, cache=cache), global_feature
+
+    def _inputs(self, layout, hidden, embeds, next_embeds):
+        return self.fuse(next_embeds, hidden), None
+
+    # --- inside the decoding loop ---
+
+    def extend(
+        self, state: DraftState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, used: int
+    ) -> None:
+        """Commit the pairs of a verified path, with the target's features.
+
+        Args:
+            state: changed in place; afterwards `state.hidden` is the output at the last committed pair.
+            hidden: (B, R, H) the target's features of the root and the kept nodes; surplus rows are ignored.
+            tokens: (B, R) the token after each of them.
+            counts: (B,) how many of the R pairs are real in each row.
+            used: host-side bound of the draft cache's lengths after this call.
+        """
+        batch, rows = tokens.shape
+        state.cache.reserve(rows)
+        steps = torch.arange(rows, device=tokens.device)
+        mask = state.cache.mask((steps[:, None] >= steps).expand(batch, rows, rows), hidden.dtype)
+        x = self.fuse(self.embed(tokens), hidden, state.global_feature)
+        out = self._layers(x, state.position[:, None] + steps, mask, state.cache)
+        state.hidden = out.gather(1, (counts - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
+        state.cache.commit(counts, used)
+        state.position = state.position + counts
+
+    def expand(
+        self, state: DraftState, level: int, hidden: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the k nodes of one tree level (level 1 is the first); their keys stay provisional.
+
+        Args:
+            hidden: (B, k, H) the head's outputs at the nodes' parents.
+            tokens: (B, k) the nodes' tokens.
+            ancestors: (B, k, level * k) bool, which of the drafted nodes so far each node sees, itself included.
+
+        Returns:
+            (B, k, H) outputs: estimates of the nodes' features.
+        """
+        k = tokens.shape[1]
+        state.cache.reserve(k, offset=(level - 1) * k)
+        mask = state.cache.mask(ancestors, hidden.dtype)
+        positions = (state.position + level - 1)[:, None].expand(-1, k)
+        x = self.fuse(self.embed(tokens), hidden, state.global_feature)
+        return self._layers(x, positions, mask, state.cache)
+
+    def fuse(
+        self, next_embeds: torch.Tensor, hidden: torch.Tensor, global_feature: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Layer input of text pairs, (B, R, H): fc([embedding of token i+1; feature of token i])."""
+        return self.fc(torch.cat([next_embeds, hidden], dim=-1))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(tokens)
+
+    def _layers(self, x, positions, mask, cache):
+        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, mask, cache)
+        return x
+
+
+class ViSpecHead(DraftHead):
+    """The EAGLE-2 head with the vision adaptor and the global image feature (paper, sections 3.2 and 3.3)."""
+
+    method = "vispec"
+
+    def __init__(self, config: DraftConfig, num_q: int = 2):
+        super().__init__(config)
+        self.num_q = num_q
+        self.compressed_per_image = num_q - 1
+        self.imadpt = VisionAdaptor(config, num_q)
+        self.img_fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def reset_image_parameters(self) -> None:
+        """Start values of training: the adaptor's are random, img_fc is [I | 0], so that at first g is ignored."""
+        size = self.config.hidden_size
+        self.imadpt.reset_parameters()
+        with torch.no_grad():
+            self.img_fc.weight.zero_()
+            self.img_fc.weight[:, :size] = torch.eye(size, dtype=self.img_fc.weight.dtype)
+            if self.img_fc.bias is not None:
+                self.img_fc.bias.zero_()
+
+    def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
+        return plan_pairs(lengths, images, compressed=self.compressed_per_image)
+
+    def fuse(self, next_embeds, hidden, global_feature=None):
+        """fc([embedding ; img_fc([feature ; g])]); g is (B, H) for all pairs of a row, or (B, R, H)."""
+        if global_feature.dim() == 2:
+            global_feature = global_feature[:, None].expand_as(hidden)
+        return super().fuse(next_embeds, self.img_fc(torch.cat([hidden, global_feature], dim=-1)))
+
+    def _inputs(self, layout, hidden, embeds, next_embeds):
+        size = hidden.shape[2]
+        none = hidden.new_zeros(1, size)  # row 0 stands for "no image"
+        adapted = [self.imadpt(embeds[row, start:end]) for row, (start, end) in layout.images]
+        if not adapted:
+            return self.fuse(next_embeds, hidden, torch.zeros_like(hidden)), hidden.new_zeros(len(hidden), size)
+        adapted = torch.stack(adapted)
+        compressed = torch.cat([none, adapted[:, :-1].reshape(-1, size)])
+        features = torch.cat([none, adapted[:, -1]])
+        text = self.fuse(next_embeds, hidden, features[layout.image_before + 1])
+        x = torch.where((layout.compressed >= 0)[..., None], compressed[layout.compressed + 1], text)
+        return x, features[layout.last_image + 1]
+
+
+class DraftLayer(nn.Module):
+    """A Llama decoder layer without the input norm."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.self_attn = DraftAttention(config)
+        self.mlp = DraftMLP(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x, rotary, mask, cache):
+        x = x + self.self_attn(x, rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DraftAttention(nn.Module):
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        size, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=False)
+
+    def forward(self, x, rotary, mask, cache):
+        """(B, R, H) -> (B, R, H); causal over the R pairs when there is no mask."""
+        batch, rows, _ = x.shape
+        q = self.q_proj(x).view(batch, rows, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, rows, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, rows, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.update(k, v, 0)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
+
+
+class DraftMLP(nn.Module):
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class VisionAdaptor(nn.Module):
+    """Attention of num_q learned queries over the rows of one image (paper, section 3.2)."""
+
+    def __init__(self, config: DraftConfig, num_q: int):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        size = config.hidden_size
+        self.q = nn.Parameter(torch.empty(num_q, self.heads, self.head_dim))
+        self.k_proj = nn.Linear(size, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=False)
+        nn.init.normal_(self.q, std=self.head_dim**-0.5)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.q, std=self.head_dim**-0.5)
+        for projection in (self.k_proj, self.v_proj, self.o_proj):
+            projection.reset_parameters()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Image rows (n, H) -> (num_q, H): the compressed image, then its global feature in the last row."""
+        k = self.k_proj(image).view(-1, self.heads, self.head_dim).transpose(0, 1)
+        v = self.v_proj(image).view(-1, self.heads, self.head_dim).transpose(0, 1)
+        out = F.scaled_dot_product_attention(self.q.transpose(0, 1)[None], k[None], v[None])[0]
+        return self.o_proj(out.transpose(0, 1).flatten(1))
+
+
+def rotary_angles(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (B, 1, R, head_dim) of the plain 1-D rotary embedding for positions (B, R)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the halves of x (B, heads, R, head_dim)."""
+    cos, sin = rotary
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin

@@ -1,0 +1,122 @@
+"""What differs between VLM families: where an image's tokens are, and how many each image got.
+
+Everything else about a family is left to transformers. A family that is not listed works as long as its images do not
+touch: every stretch of image tokens is then one image.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from vispec.model.pairs import Span
+
+
+def image_token_id(config) -> int | None:
+    """The id that fills the image rows of a prompt; None for a target without images."""
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def image_spans(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[list[Span]]:
+    """The token spans of the images of each row, also of images that touch.
+
+    Args:
+        model: the target; its config says which family it is.
+        input_ids: (B, L) with image tokens already expanded, as the processors do.
+        inputs: what else the processor returned (image sizes, grids).
+
+    Raises:
+        ValueError: the image tokens do not fit the images, or images touch in a family whose image lengths are unknown.
+    """
+    token = image_token_id(model.config)
+    rows = [[] for _ in input_ids] if token is None else [_stretches(row == token) for row in input_ids.cpu()]
+    family = model.config.model_type
+    if family not in IMAGE_LENGTHS:
+        _refuse_touching(family, rows, inputs)
+        return rows
+    if not any(rows):
+        return rows
+    lengths = IMAGE_LENGTHS[family](model.config, inputs)
+    total = sum(end - start for spans in rows for start, end in spans)
+    if total != sum(lengths):
+        raise ValueError(
+            f"the prompt has {total} image tokens, but its {len(lengths)} image(s) have {sum(lengths)}: "
+            "ids and images do not belong together"
+        )
+    queue = iter(lengths)
+    return [[part for span in spans for part in _split(span, queue)] for spans in rows]
+
+
+def _split(span: Span, lengths) -> list[Span]:
+    """Cut one stretch of image tokens into its images."""
+    start, end = span
+    parts = []
+    while start < end:
+        stop = start + next(lengths)
+        if stop > end:
+            raise ValueError(f"an image of {stop - start} tokens does not fit the {end - start} image tokens of its run")
+        parts.append((start, stop))
+        start = stop
+    return parts
+
+
+def _stretches(is_image: torch.Tensor) -> list[Span]:
+    """Maximal stretches of True in (L,)."""
+    edges = torch.diff(is_image.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
+    starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+    return list(zip(starts, ends, strict=True))
+
+
+def _refuse_touching(family: str, rows: list[list[Span]], inputs: Mapping) -> None:
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.dim() != 4:
+        return
+    found = sum(len(spans) for spans in rows)
+    if 0 < found < pixels.shape[0]:
+        raise ValueError(
+            f"{family}: {pixels.shape[0]} images fill {found} stretch(es) of image tokens, so some of them touch; how "
+            "many tokens an image of this family gets is not known here: put text between the images"
+        )
+
+
+def _llava_lengths(config, inputs: Mapping) -> list[int]:
+    """LLaVA-1.5: one grid of patches, the class token too where the config keeps it."""
+    per_side = config.vision_config.image_size // config.vision_config.patch_size
+    extra = 1 if config.vision_feature_select_strategy == "full" else 0
+    return [per_side**2 + extra] * len(inputs["pixel_values"])
+
+
+def _llava_next_lengths(config, inputs: Mapping) -> list[int]:
+    """LLaVA-NeXT: a base grid, then the tiles without their padding, with one newline token a row of patches."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    vision = config.vision_config
+    per_side = vision.image_size // vision.patch_size
+    base = per_side**2 + (1 if config.vision_feature_select_strategy == "full" else 0)
+    lengths = []
+    for size in inputs["image_sizes"]:
+        size = torch.as_tensor(size).tolist()
+        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+        grid = torch.empty(1, rows * per_side, columns * per_side, device="meta")
+        _, height, width = unpad_image(grid, size).shape
+        lengths.append(base + height * (width + 1))
+    return lengths
+
+
+def _qwen_lengths(config, inputs: Mapping) -> list[int]:
+    """Qwen2-VL and Qwen2.5-VL: patches of the grid after merging."""
+    merged = config.vision_config.spatial_merge_size**2
+    return (inputs["image_grid_thw"].prod(dim=1) // merged).tolist()
+
+
+IMAGE_LENGTHS: dict[str, Callable] = {
+    "llava": _llava_lengths,
+    "llava_next": _llava_next_lengths,
+    "qwen2_vl": _qwen_lengths,
+    "qwen2_5_vl": _qwen_lengths,
+}
+"""Tokens of each image, by `model_type`: (config, processor outputs) -> list of ints, in prompt order."""

@@ -1,0 +1,89 @@
+"""Which pairs a draft head runs on, and where images go.
+
+A sequence of L tokens has L pairs; pair i joins the feature of token i with the embedding of token i+1, so an image that
+spans the tokens [start, end) covers the pairs [start-1, end-1). ViSpec replaces each image by `compressed` vectors that
+take the last positions of its run; everything else keeps its own position (paper, section 3.2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+Span = tuple[int, int]
+"""Tokens [start, end) of one image."""
+
+
+@dataclass
+class PairLayout:
+    """The shortened draft sequences of a batch, right-padded to R pairs.
+
+    Attributes:
+        positions: (B, R) original position of each pair; 0 in the padding.
+        valid: (B, R) bool, False in the padding.
+        lengths: (B,) pairs of each row.
+        compressed: (B, R) index of the compressed vector that is the pair's input, counting over all images of the
+            batch; -1 for text pairs.
+        image_before: (B, R) index of the last image that ended before token i+1, counting likewise; -1 for none.
+        last_image: (B,) index of each row's last image; -1 for none.
+        images: (row, span) of all images of the batch, in the order of these indices.
+    """
+
+    positions: torch.Tensor
+    valid: torch.Tensor
+    lengths: torch.Tensor
+    compressed: torch.Tensor
+    image_before: torch.Tensor
+    last_image: torch.Tensor
+    images: list[tuple[int, Span]]
+
+    def to(self, device: torch.device) -> "PairLayout":
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return PairLayout(**tensors, images=self.images)
+
+
+def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int) -> PairLayout:
+    """Lay out the pairs of a batch.
+
+    Args:
+        lengths: tokens of each row.
+        images: token spans of each row's images, ascending and disjoint; spans may touch.
+        compressed: vectors that replace each image. An image shorter than that puts the surplus at its first position.
+    """
+    rows = []
+    all_images: list[tuple[int, Span]] = []
+    for row, (length, spans) in enumerate(zip(lengths, images, strict=True)):
+        pieces = []
+        text_from, before = 0, -1
+        for start, end in spans:
+            index = len(all_images)
+            all_images.append((row, (start, end)))
+            first, stop = max(start - 1, 0), end - 1
+            pieces.append(_text(text_from, first, before))
+            if stop > first:
+                places = torch.arange(stop - compressed, stop).clamp(min=first)
+                vectors = torch.arange(index * compressed, (index + 1) * compressed)
+                pieces.append(torch.stack([places, vectors, torch.full_like(places, before)]))
+            text_from, before = stop, index
+        pieces.append(_text(text_from, length, before))
+        rows.append((torch.cat(pieces, dim=1), before))
+
+    longest = max(piece.shape[1] for piece, _ in rows)
+    table = torch.full((3, len(rows), longest), -1)
+    for row, (piece, _) in enumerate(rows):
+        table[:, row, : piece.shape[1]] = piece
+    kept = torch.tensor([piece.shape[1] for piece, _ in rows])
+    return PairLayout(
+        positions=table[0].clamp(min=0),
+        valid=table[0] >= 0,
+        lengths=kept,
+        compressed=table[1],
+        image_before=table[2],
+        last_image=torch.tensor([before for _, before in rows]),
+        images=all_images,
+    )
+
+
+def _text(start: int, end: int, image_before: int) -> torch.Tensor:
+    """Columns (position, no compressed vector, image) of the text pairs [start, end)."""
+    positions = torch.arange(start, max(start, end))
+    return torch.stack([positions, torch.full_like(positions, -1), torch.full_like(positions, image_before)])

@@ -1,0 +1,276 @@
+"""The frozen VLM: read a prompt, verify a tree.
+
+The prompt goes through the whole model, as users call it. What decoding needs besides the logits (merged embeddings,
+last hidden states) is seen by hooks on the text decoder, so no line here knows how a family turns pixels into rows. After
+the prompt only the text decoder and the output head are called, with our cache, mask and positions.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+from packaging import version
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from vispec.model.cache import TreeCache
+from vispec.model.families import image_spans
+from vispec.model.pairs import Span
+
+logger = logging.getLogger("vispec")
+
+VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+
+@dataclass
+class Prompt:
+    """What the target's pass over a prompt leaves behind. B rows, L tokens, H hidden size, V vocabulary."""
+
+    hidden: torch.Tensor
+    """(B, L, H) features: last hidden states after the final norm."""
+    embeds: torch.Tensor
+    """(B, L, H) merged input embeddings."""
+    logits: torch.Tensor
+    """(B, V) of the last position."""
+    images: list[list[Span]]
+    """Token spans of each row's images."""
+    rope_delta: torch.Tensor | None
+    """(B, 1) what M-RoPE adds to positions after the prompt; None for 1-D rotary families."""
+
+
+class Target:
+    """A loaded VLM of transformers, used as it is.
+
+    Raises:
+        ValueError: the model has a part that tree decoding cannot handle; the message names it.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.eval()
+        self.config = model.config
+        self.decoder = _find_decoder(model)
+        self.lm_head = model.get_output_embeddings()
+        self.embed_tokens = model.get_input_embeddings()
+        text_config = model.config.get_text_config()
+        _refuse_unsupported(model, text_config)
+        self.text_config = text_config
+        self.max_positions: int = text_config.max_position_embeddings
+        self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
+        self.eos_token_ids = _eos_token_ids(model)
+        self._rope_owner = _find_rope_owner(model)
+        # hooks sit on modules that all threads share, so only one prompt is read at a time
+        self._prefill_lock = threading.Lock()
+        _use_maskable_attention(model)
+        _report_ignored_processors(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where features and logits come out, and where the draft head lives."""
+        return self.layer_devices[-1]
+
+    def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
+        return TreeCache(self.layer_devices, batch_size, capacity)
+
+    def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping) -> Prompt:
+        """Run the whole VLM over a prompt; its keys and values are committed to `cache`.
+
+        Args:
+            cache: empty.
+            input_ids: (B, L).
+            inputs: what else the family's processor returned, attention_mask included.
+        """
+        batch, length = input_ids.shape
+        spans = image_spans(self.model, input_ids, inputs)
+        inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
+        if "mm_token_type_ids" in _forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
+            inputs["mm_token_type_ids"] = _image_positions(spans, length).to(self._input_device)
+        cache.reserve(length)
+        with self._prefill_lock:
+            if self._rope_owner is not None:
+                self._rope_owner.rope_deltas = None
+            with self._watch() as seen:
+                logits = self.model(
+                    input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
+                ).logits
+            rope_delta = None
+            if self._rope_owner is not None:
+                rope_delta, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
+        counts = torch.full((batch,), length, device=cache.lengths.device)
+        cache.commit(counts, used=length)
+        if rope_delta is not None:
+            rope_delta = rope_delta.reshape(batch, 1).to(self.device)
+        elif self._rope_owner is not None:
+            rope_delta = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        return Prompt(
+            seen["hidden"].to(self.device),
+            seen["embeds"].to(self.device),
+            logits[:, -1].to(self.device),
+            spans,
+            rope_delta,
+        )
+
+    def forward(
+        self, cache: TreeCache, tokens: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the text decoder over n new tokens a row; their keys stay provisional in `cache`.
+
+        Args:
+            tokens: (B, n).
+            positions: (B, n), rope deltas added.
+            ancestors: (B, n, n) bool, which of the new tokens each of them sees; None for n = 1.
+
+        Returns:
+            (B, n, H) features.
+        """
+        cache.reserve(tokens.shape[1])
+        mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
+        if self._rope_owner is not None:
+            positions = positions[None].expand(3, -1, -1)
+        out = self.decoder(
+            inputs_embeds=self.embed_tokens(self._place(tokens)),
+            attention_mask=self._place(mask),
+            position_ids=self._place(positions),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state.to(self.device)
+
+    @property
+    def _input_device(self) -> torch.device:
+        return _execution_device(self.embed_tokens)
+
+    def _place(self, value):
+        return value.to(self._input_device) if isinstance(value, torch.Tensor) else value
+
+    @contextmanager
+    def _watch(self):
+        """Record the decoder's merged embeddings and features of this thread's pass; only its last row gets logits."""
+        seen: dict[str, torch.Tensor] = {}
+        me = threading.get_ident()
+
+        def decoder_inputs(module, args, kwargs):
+            if threading.get_ident() == me:
+                seen["embeds"] = kwargs["inputs_embeds"]
+
+        def decoder_outputs(module, args, kwargs, output):
+            if threading.get_ident() == me:
+                seen["hidden"] = output[0]
+
+        def head_inputs(module, args):
+            if threading.get_ident() == me:
+                return (args[0][:, -1:], *args[1:])
+
+        handles = [
+            self.decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
+            self.decoder.register_forward_hook(decoder_outputs, with_kwargs=True),
+            self.lm_head.register_forward_pre_hook(head_inputs),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def load_target(
+    path: str, torch_dtype: str | torch.dtype = "auto", device_map: str | dict | None = None, **kwargs
+) -> PreTrainedModel:
+    """Load a VLM by transformers from a folder or a hub id; `kwargs` go to its `from_pretrained`."""
+    attention = kwargs.get("attn_implementation")
+    if attention not in (None, "sdpa", "eager"):
+        logger.warning("attention %r cannot take a tree mask, sdpa is used instead", attention)
+        kwargs["attn_implementation"] = "sdpa"
+    # the argument has a new name since transformers 4.56
+    dtype_name = "dtype" if version.parse(transformers.__version__) >= version.parse("4.56") else "torch_dtype"
+    return AutoModelForImageTextToText.from_pretrained(
+        path, **{dtype_name: torch_dtype}, device_map=device_map, **kwargs
+    )
+
+
+def _find_decoder(model: PreTrainedModel) -> nn.Module:
+    """The module with the decoder layers and the token embedding, wherever the family hangs it."""
+    module = model
+    while not (hasattr(module, "layers") and hasattr(module, "embed_tokens")):
+        inner = next((getattr(module, n) for n in ("language_model", "text_model", "model") if hasattr(module, n)), None)
+        if inner is None:
+            raise ValueError(f"{type(model).__name__}: no text decoder with `layers` and `embed_tokens` was found")
+        module = inner
+    return module
+
+
+def _find_rope_owner(model: PreTrainedModel) -> nn.Module | None:
+    """The module that remembers M-RoPE's offset of the last prompt; it moved between versions of transformers."""
+    return next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
+
+
+def _refuse_unsupported(model: PreTrainedModel, text_config) -> None:
+    name = type(model).__name__
+    if getattr(text_config, "final_logit_softcapping", None) or getattr(text_config, "logit_scale", None):
+        raise ValueError(f"{name} rescales logits after its output head, which tree decoding does not do yet")
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"{name} has {', '.join(sorted(kinds))} layers; tree decoding needs full attention in all layers")
+    window = getattr(text_config, "sliding_window", None)
+    if window and getattr(text_config, "use_sliding_window", True):
+        raise ValueError(f"{name} attends to a sliding window of {window} tokens; tree decoding needs full attention")
+
+
+def _use_maskable_attention(model: PreTrainedModel) -> None:
+    """Trees need a 4-D mask: sdpa and eager attention take one, others do not."""
+    text_config = model.config.get_text_config()
+    chosen = getattr(text_config, "_attn_implementation", "sdpa")
+    if chosen not in ("sdpa", "eager"):
+        logger.warning("attention %r cannot take a tree mask, the text decoder uses sdpa instead", chosen)
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is text_config:
+                config._attn_implementation = "sdpa"
+
+
+def _report_ignored_processors(model: PreTrainedModel) -> None:
+    generation = model.generation_config
+    ignored = [
+        f"{name}={getattr(generation, name)}"
+        for name, off in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0))
+        if getattr(generation, name, None) not in (None, off)
+    ]
+    if ignored:
+        logger.warning("%s of the target's generation config is not applied", ", ".join(ignored))
+
+
+def _eos_token_ids(model: PreTrainedModel) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        return []
+    return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, also when accelerate has placed it."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(module.parameters()).device
+
+
+def _forward_parameters(model: PreTrainedModel) -> tuple[str, ...]:
+    code = type(model).forward
+    while hasattr(code, "__wrapped__"):
+        code = code.__wrapped__
+    return code.__code__.co_varnames[: code.__code__.co_argcount]
+
+
+def _image_positions(spans: list[list[Span]], length: int) -> torch.Tensor:
+    """(B, L) 1 at image tokens: how transformers 5 wants to be told where Qwen's images are."""
+    kinds = torch.zeros(len(spans), length, dtype=torch.long)
+    for row, images in enumerate(spans):
+        for start, end in images:
+            kinds[row, start:end] = 1
+    return kinds

@@ -1,0 +1,155 @@
+"""Grow a draft tree and choose its nodes (EAGLE-2's dynamic tree).
+
+B rows, k = top_k, N = total_token nodes with the root, M = k + depth * k² candidates, D = depth + 1 levels below the
+root. Everything is a tensor of fixed shape, so that a round makes no decision on the host.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vispec.model.draft import DraftHead, DraftState
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How large a tree is: N nodes with the root, `depth` expansions, `top_k` nodes a level."""
+
+    total_token: int = 30
+    depth: int = 3
+    top_k: int = 8
+
+    def __post_init__(self):
+        for name, least in (("total_token", 2), ("depth", 0), ("top_k", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+
+    @property
+    def candidates(self) -> int:
+        return self.top_k + self.depth * self.top_k**2
+
+    @property
+    def levels(self) -> int:
+        """Levels below the root: at most so many draft tokens are accepted in a round."""
+        return self.depth + 1
+
+    def fitted(self, vocabulary: int) -> "TreeShape":
+        """The largest tree not above this one that a vocabulary of that size can fill."""
+        shape = TreeShape(self.total_token, self.depth, min(self.top_k, vocabulary))
+        return TreeShape(min(self.total_token, shape.candidates + 1), shape.depth, shape.top_k)
+
+
+@dataclass
+class Tree:
+    """A drafted tree; node 0 is the root, parents come before their children."""
+
+    tokens: torch.Tensor
+    """(B, N)"""
+    parents: torch.Tensor
+    """(B, N) index of each node's parent; 0 for the root itself."""
+    mask: torch.Tensor
+    """(B, N, N) bool: each node with its ancestors."""
+    paths: torch.Tensor
+    """(B, N, D + 1) for each node the nodes from the root to it, padded with -1."""
+
+    @property
+    def depths(self) -> torch.Tensor:
+        """(B, N) distance from the root."""
+        return self.mask.sum(-1) - 1
+
+    def retrieve_indices(self, row: int = 0) -> torch.Tensor:
+        """(leaves, longest path) root-to-leaf paths of one row, padded with -1, ordered by leaf."""
+        parents = self.parents[row]
+        is_leaf = torch.ones_like(parents, dtype=torch.bool).index_fill_(0, parents, False)
+        paths = self.paths[row][is_leaf]
+        return paths[:, : int((paths >= 0).sum(1).max())]
+
+
+def grow_tree(
+    draft: DraftHead,
+    state: DraftState,
+    root: torch.Tensor,
+    shape: TreeShape,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+) -> Tree:
+    """Draft a tree under the last committed pair.
+
+    Args:
+        draft, state: the head and its memory; `state.hidden` estimates the root's feature.
+        root: (B,) token at the root.
+        shape: must be `fitted` to the vocabulary.
+        lm_head: (…, H) -> (…, V), the target's output head.
+
+    A node's score is the sum of the log-probabilities on its path. Each level expands its k best nodes; of all M
+    candidates ever scored, the N - 1 best become the tree.
+    """
+    k = shape.top_k
+    batch, device = root.shape[0], root.device
+    log_probs, tokens = _top_k(lm_head(state.hidden), k)
+    all_scores, all_tokens = [log_probs], [tokens]
+    all_parents = [torch.full_like(tokens, -1)]
+
+    scores, frontier = log_probs, torch.arange(k, device=device).expand(batch, k)
+    hidden = state.hidden[:, None].expand(-1, k, -1)
+    seen = torch.zeros(batch, k, 0, dtype=torch.bool, device=device)
+    itself = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
+    for level in range(1, shape.depth + 1):
+        seen = torch.cat([seen, itself], dim=2)
+        out = draft.expand(state, level, hidden, tokens, seen)
+        log_probs, children = _top_k(lm_head(out), k)
+        child_scores = (scores[:, :, None] + log_probs).flatten(1)
+        all_scores.append(child_scores)
+        all_tokens.append(children.flatten(1))
+        all_parents.append(frontier.repeat_interleave(k, dim=1))
+        if level == shape.depth:
+            break
+        scores, best = child_scores.topk(k, dim=1)
+        parent = best // k
+        frontier = k + (level - 1) * k * k + best
+        tokens = all_tokens[-1].gather(1, best)
+        hidden = out.gather(1, parent[..., None].expand(-1, -1, out.shape[2]))
+        seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
+    return choose_nodes(root, torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), shape)
+
+
+def choose_nodes(
+    root: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, shape: TreeShape
+) -> Tree:
+    """Take the N - 1 best candidates, in the order of their creation.
+
+    Args:
+        root: (B,) token of node 0.
+        scores, tokens: (B, M) of the candidates.
+        parents: (B, M) candidate index of each one's parent, -1 for the root.
+    """
+    batch, candidates = scores.shape
+    # a stable sort, since a child that ties with its parent must not be chosen before it
+    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.total_token - 1].sort(dim=1).values
+    nodes = torch.arange(1, chosen.shape[1] + 1, device=root.device).expand_as(chosen)
+    node_of = torch.zeros(batch, candidates + 1, dtype=torch.long, device=root.device)  # column 0: the root's "-1"
+    node_of.scatter_(1, chosen + 1, nodes)
+    node_parents = node_of.gather(1, parents.gather(1, chosen) + 1)
+    tokens = torch.cat([root[:, None], tokens.gather(1, chosen)], dim=1)
+    parents = torch.cat([torch.zeros_like(root)[:, None], node_parents], dim=1)
+    return Tree(tokens, parents, *_lineage(parents, shape.levels))
+
+
+def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ancestor mask (B, N, N) and paths from the root (B, N, levels + 1) of a table of parents."""
+    batch, n = parents.shape
+    itself = torch.arange(n, device=parents.device).expand(batch, n)
+    upwards = [itself]  # after j steps up; the root's parent is the root
+    for _ in range(levels):
+        upwards.append(parents.gather(1, upwards[-1]))
+    upwards = torch.stack(upwards, dim=2)
+    mask = torch.zeros(batch, n, n, dtype=torch.bool, device=parents.device).scatter_(2, upwards, True)
+    depth = mask.sum(2, keepdim=True) - 1
+    step = torch.arange(levels + 1, device=parents.device)
+    paths = upwards.gather(2, (depth - step).clamp(min=0))
+    return mask, paths.masked_fill(step > depth, -1)
+
+
+def _top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best log-probabilities and their tokens, in float32: in half precision too many of them tie."""
+    return logits.float().log_softmax(-1).topk(k, dim=-1)
