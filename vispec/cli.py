@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import vispec
+
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message is one line that names it."""
@@ -50,7 +52,10 @@ def provenance(args: argparse.Namespace | dict) -> dict:
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": {k: v for k, v in arguments.items() if isinstance(v, str | int | float | bool | list | None)},
-        "versions": {name: _version(name) for name in ("vispec", "torch", "transformers", "accelerate", "numpy")},
+        "versions": {
+            "vispec": vispec.__version__,
+            **{name: _version(name) for name in ("torch", "transformers", "accelerate", "numpy")},
+        },
         "python": platform.python_version(),
         "git_revision": _git_revision(),
         "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",

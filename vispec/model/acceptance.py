@@ -55,7 +55,8 @@ class Sampling:
         if self.greedy:
             return logits.argmax(-1)
         probabilities = self.probabilities(logits)
-        return torch.multinomial(probabilities.view(-1, logits.shape[-1]), 1).view(logits.shape[:-1])
+        # what torch.multinomial does, without its checks, which wait for the device
+        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
 @dataclass

@@ -93,6 +93,7 @@ class TreeCache(Cache):
         Args:
             path: (B, p) indices of provisional tokens, ascending in every row; surplus columns may repeat any index.
         """
+        path = path[:, : self._visible - self.used]  # surplus columns may be more than the pass has slots
         p = path.shape[1]
         for device, buffer in self._buffers.items():
             lengths = self.lengths.to(device)[:, None]

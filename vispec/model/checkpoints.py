@@ -126,18 +126,24 @@ def _from_hub(repo_id: str, filename: str) -> Path | None:
 
 def _repository_is_cached(repo_id: str) -> bool:
     """Offline, a file that the hub cache lacks counts as missing only if the repository itself is cached."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    return isinstance(try_to_load_from_cache(repo_id, CONFIG), str)
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots").is_dir()
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the readers raise half a dozen types for a broken file; all mean the same to the user
-        raise ValueError(f"{path}: cannot be read as weights ({error})") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be read as weights ({reason})") from None
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: {name} is no tensor but a {type(value).__name__}")
+    return weights
 
 
 def _identify(
@@ -171,7 +177,8 @@ def _compare_embedding(ours: torch.Tensor, target: torch.Tensor, path: Path) -> 
     """The head must belong to this target: same table shape, and the same numbers up to rounding."""
     if ours.shape != target.shape:
         raise ValueError(
-            f"{path}: made for another target: its {EMBEDDING} is {tuple(ours.shape)}, the target's {tuple(target.shape)}"
+            f"{path}: made for another target: its {EMBEDDING} is {tuple(ours.shape)}, "
+            f"the target's {tuple(target.shape)}"
         )
     a, b = ours.to(target.device, torch.float32), target.float()
     if not torch.allclose(a, b, rtol=2**-7, atol=1e-5):  # one step of bfloat16

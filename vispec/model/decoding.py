@@ -1,8 +1,8 @@
 """The decoding loops: tree speculative decoding, and the plain baseline over the same machinery.
 
 Both are iterators over rounds. The first item is the token that the prompt's own pass gives; each further item is one
-round: the tokens it added and how many of them had been drafted. All that a generation remembers lives in the iterator, so
-closing it leaves nothing behind, and any number of generations can run side by side on one model.
+round: the tokens it added and how many of them had been drafted. All that a generation remembers lives in the iterator,
+so closing it leaves nothing behind, and any number of generations can run side by side on one model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -99,7 +99,7 @@ class SpeculativeDecoder:
         """The target's pass over the tree: features (B, N, H) of its nodes, and what is kept of it."""
         tree = generation.tree
         hidden = self.target.forward(generation.cache, tree.tokens, generation.positions(tree.depths), tree.mask)
-        accepted = accept(tree, self.sampling.choose(self.target.lm_head(hidden)))
+        accepted = accept(tree, self.sampling.choose(self.target.logits(hidden)))
         return hidden, accepted
 
     @torch.inference_mode()
@@ -115,7 +115,7 @@ class SpeculativeDecoder:
         self._grow(generation)
 
     def _grow(self, generation: _Generation) -> None:
-        generation.tree = grow_tree(self.draft, generation.draft, generation.root, self.shape, self.target.lm_head)
+        generation.tree = grow_tree(self.draft, generation.draft, generation.root, self.shape, self.target.logits)
 
 
 class BaselineDecoder:
@@ -141,7 +141,7 @@ class BaselineDecoder:
         cache, root = generation.cache, generation.root
         hidden = self.target.forward(cache, root[:, None], generation.positions(torch.zeros_like(root)[:, None]))
         cache.commit(torch.ones_like(root), used=cache.used + 1)
-        generation.root = self.sampling.choose(self.target.lm_head(hidden[:, 0]))
+        generation.root = self.sampling.choose(self.target.logits(hidden[:, 0]))
 
 
 @torch.inference_mode()

@@ -86,7 +86,7 @@ class DraftHead(nn.Module):
     def begin(
         self, hidden: torch.Tensor, embeds: torch.Tensor, root: torch.Tensor, images: list[list[Span]]
     ) -> DraftState:
-        """Read the prompt: `hidden` and `embeds` (B, L, H) from the target's prefill, `root` (B,) the first new token."""
+        """Read the prompt: `hidden`, `embeds` (B, L, H) of the target's pass over it, `root` (B,) the first new one."""
         batch, length, _ = hidden.shape
         next_embeds = torch.cat([embeds[:, 1:], self.embed(root)[:, None]], dim=1)
         layout = self.plan([length] * batch, images).to(hidden.device)

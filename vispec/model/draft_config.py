@@ -36,6 +36,8 @@ class DraftConfig:
         config = cls(**ours, extra={k: v for k, v in values.items() if k not in names})
         if config.rope_scaling is not None:
             raise ValueError(f"{source}: rope_scaling {config.rope_scaling} is not supported, a draft head wants null")
+        if config.num_hidden_layers != 1:
+            raise ValueError(f"{source}: num_hidden_layers {config.num_hidden_layers}, but a draft head has one layer")
         if config.hidden_act != "silu":
             raise ValueError(f"{source}: hidden_act {config.hidden_act!r} is not supported, a draft head wants 'silu'")
         if config.hidden_size % config.num_attention_heads:

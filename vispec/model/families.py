@@ -58,7 +58,7 @@ def _split(span: Span, lengths) -> list[Span]:
     while start < end:
         stop = start + next(lengths)
         if stop > end:
-            raise ValueError(f"an image of {stop - start} tokens does not fit the {end - start} image tokens of its run")
+            raise ValueError(f"an image of {stop - start} tokens does not fit its run, {end - start} tokens long")
         parts.append((start, stop))
         start = stop
     return parts
@@ -85,9 +85,7 @@ def _refuse_touching(family: str, rows: list[list[Span]], inputs: Mapping) -> No
 
 def _llava_lengths(config, inputs: Mapping) -> list[int]:
     """LLaVA-1.5: one grid of patches, the class token too where the config keeps it."""
-    per_side = config.vision_config.image_size // config.vision_config.patch_size
-    extra = 1 if config.vision_feature_select_strategy == "full" else 0
-    return [per_side**2 + extra] * len(inputs["pixel_values"])
+    return [_tile_tokens(config)] * len(inputs["pixel_values"])
 
 
 def _llava_next_lengths(config, inputs: Mapping) -> list[int]:
@@ -96,15 +94,22 @@ def _llava_next_lengths(config, inputs: Mapping) -> list[int]:
 
     vision = config.vision_config
     per_side = vision.image_size // vision.patch_size
-    base = per_side**2 + (1 if config.vision_feature_select_strategy == "full" else 0)
     lengths = []
     for size in inputs["image_sizes"]:
         size = torch.as_tensor(size).tolist()
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
         grid = torch.empty(1, rows * per_side, columns * per_side, device="meta")
         _, height, width = unpad_image(grid, size).shape
-        lengths.append(base + height * (width + 1))
+        lengths.append(_tile_tokens(config) + height * (width + 1))
     return lengths
+
+
+def _tile_tokens(config) -> int:
+    """Tokens of one square tile: its patches, and CLIP's class token unless the config drops the first one."""
+    vision = config.vision_config
+    class_token = 0 if vision.model_type.startswith("siglip") else 1
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
 
 
 def _qwen_lengths(config, inputs: Mapping) -> list[int]:

@@ -1,8 +1,8 @@
 """Which pairs a draft head runs on, and where images go.
 
-A sequence of L tokens has L pairs; pair i joins the feature of token i with the embedding of token i+1, so an image that
-spans the tokens [start, end) covers the pairs [start-1, end-1). ViSpec replaces each image by `compressed` vectors that
-take the last positions of its run; everything else keeps its own position (paper, section 3.2).
+A sequence of L tokens has L pairs; pair i joins the feature of token i with the embedding of token i+1, so an image
+that spans the tokens [start, end) covers the pairs [start-1, end-1). ViSpec replaces each image by `compressed` vectors
+that take the last positions of its run; everything else keeps its own position (paper, section 3.2).
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """`SpecModel`: a VLM with a draft head, as users call it."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from vispec.model.draft import DraftHead
 from vispec.model.target import VIDEO_INPUTS, Target, load_target
 from vispec.model.tree import TreeShape
 
+logger = logging.getLogger("vispec")
+
 
 @dataclass
 class StreamedTokens:
@@ -22,6 +25,8 @@ class StreamedTokens:
     token_ids: list[int]
     drafted: list[bool]
     """Which of them the draft head had right; the others are the target's own."""
+    accepted: int
+    """Draft tokens that verification accepted, before the answer's end cut any of them off."""
 
 
 class SpecModel:
@@ -45,7 +50,7 @@ class SpecModel:
     ):
         self.target = Target(target)
         self.draft = draft
-        self.shape = TreeShape(total_token, depth, top_k)
+        self.shape = _fitted(TreeShape(total_token, depth, top_k), self.target.embed_tokens.weight.shape[0])
         if draft is not None:
             _check_pair(self.target, draft)
 
@@ -76,6 +81,7 @@ class SpecModel:
         Raises:
             ValueError, OSError: something is missing or does not fit; the message names it.
         """
+        TreeShape(total_token, depth, top_k)  # what is wrong with it is said before minutes of loading
         target = load_target(base_model_path, torch_dtype, device_map, **kwargs)
         model = cls(target, None, total_token, depth, top_k)
         if spec_model_path is not None:
@@ -106,7 +112,7 @@ class SpecModel:
             temperature: 0 is greedy.
             top_p, top_k: warpers when sampling; 0 is off.
             max_new_tokens: most tokens to add.
-            max_length: most tokens of prompt and answer together.
+            max_length: most tokens of prompt and answer together, padding included.
             log, return_acceptance_len, return_decode_time: what to return besides the ids.
             inputs: whatever else the processor returned (attention_mask, pixel_values, image sizes, grids, …).
 
@@ -161,14 +167,16 @@ class SpecModel:
         rounds = self._rounds(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
-        return (StreamedTokens(r.tokens, [i < r.accepted for i in range(len(r.tokens))]) for r in rounds)
+        return (StreamedTokens(r.tokens, [i < r.accepted for i in range(len(r.tokens))], r.accepted) for r in rounds)
 
     def _rounds(
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
     ) -> Iterator[Round]:
         sampling = Sampling(temperature, top_p, int(top_k))
+        padded = input_ids.shape[-1]
         input_ids, inputs = _without_padding(input_ids, inputs)
-        limit = self._new_token_limit(input_ids.shape[1], max_new_tokens, max_length)
+        padding = padded - input_ids.shape[1]
+        limit = self._new_token_limit(input_ids.shape[1], padding, max_new_tokens, max_length)
         stop = Stop(limit, frozenset(self.target.eos_token_ids))
         if not speculate:
             return BaselineDecoder(self.target, sampling).rounds(input_ids, inputs, stop)
@@ -176,7 +184,7 @@ class SpecModel:
             raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
         return SpeculativeDecoder(self.target, self.draft, self.shape, sampling).rounds(input_ids, inputs, stop)
 
-    def _new_token_limit(self, length: int, max_new_tokens: int, max_length: int | None) -> int:
+    def _new_token_limit(self, length: int, padding: int, max_new_tokens: int, max_length: int | None) -> int:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         if length > self.target.max_positions:
@@ -186,9 +194,12 @@ class SpecModel:
         # the last new token is never fed back, so it needs no position
         limit = min(max_new_tokens, self.target.max_positions - length + 1)
         if max_length is not None:
-            if max_length <= length:
-                raise ValueError(f"the prompt has {length} tokens, max_length {max_length} leaves no room for an answer")
-            limit = min(limit, max_length - length)
+            room = max_length - length - padding
+            if room < 1:
+                raise ValueError(
+                    f"the prompt has {length + padding} tokens, max_length {max_length} leaves no room for more"
+                )
+            limit = min(limit, room)
         return limit
 
     def _collect(self, rounds: Iterator[Round], input_ids, log, return_acceptance_len, return_decode_time):
@@ -225,17 +236,33 @@ def _without_padding(input_ids: torch.Tensor, inputs: Mapping) -> tuple[torch.Te
     if input_ids.shape[0] != 1:
         raise ValueError(f"batches are not supported yet: one prompt at a time, found {input_ids.shape[0]}")
     attention = inputs.get("attention_mask")
-    if attention is None or bool(attention.all()):
+    if attention is None:
         return input_ids, dict(inputs)
-    length = input_ids.shape[1]
-    padding = length - int(attention.sum())
-    if attention.shape != input_ids.shape or bool(attention[0, :padding].any()):
+    if attention.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, found {tuple(attention.shape)}"
+        )
+    padding = int((attention == 0).sum())
+    if padding == 0:
+        return input_ids, dict(inputs)
+    if padding == input_ids.shape[1] or bool(attention[0, :padding].any()):
         raise ValueError("attention_mask may only hide padding on the left of the prompt")
     trimmed = {
         name: value[:, padding:] if name in ("attention_mask", "mm_token_type_ids", "token_type_ids") else value
         for name, value in inputs.items()
     }
     return input_ids[:, padding:], trimmed
+
+
+def _fitted(shape: TreeShape, vocabulary: int) -> TreeShape:
+    """The tree that a vocabulary of that size can fill; says so where it is smaller than what was asked for."""
+    fitted = shape.fitted(vocabulary)
+    if fitted != shape:
+        logger.warning(
+            "a tree with total_token %d, depth %d and top_k %d cannot be filled, it is cut to total_token %d, top_k %d",
+            *(shape.total_token, shape.depth, shape.top_k, fitted.total_token, fitted.top_k),
+        )
+    return fitted
 
 
 def _check_pair(target: Target, draft: DraftHead) -> None:

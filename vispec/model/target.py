@@ -1,11 +1,12 @@
 """The frozen VLM: read a prompt, verify a tree.
 
 The prompt goes through the whole model, as users call it. What decoding needs besides the logits (merged embeddings,
-last hidden states) is seen by hooks on the text decoder, so no line here knows how a family turns pixels into rows. After
-the prompt only the text decoder and the output head are called, with our cache, mask and positions.
+last hidden states) is seen by hooks on the text decoder, so no line here knows how a family turns pixels into rows.
+After the prompt only the text decoder and the output head are called, with our cache, mask and positions.
 """
 
 import logging
+import textwrap
 import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -143,6 +144,10 @@ class Target:
         )
         return out.last_hidden_state.to(self.device)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
+        return self.lm_head(hidden).to(self.device)
+
     @property
     def _input_device(self) -> torch.device:
         return _execution_device(self.embed_tokens)
@@ -156,11 +161,12 @@ class Target:
         seen: dict[str, torch.Tensor] = {}
         me = threading.get_ident()
 
-        def decoder_inputs(module, args, kwargs):
+        # a pass of another thread may meet a hook that is half added or half removed, and then gives it no kwargs
+        def decoder_inputs(module, args, kwargs=None):
             if threading.get_ident() == me:
                 seen["embeds"] = kwargs["inputs_embeds"]
 
-        def decoder_outputs(module, args, kwargs, output):
+        def decoder_outputs(module, args, output):
             if threading.get_ident() == me:
                 seen["hidden"] = output[0]
 
@@ -170,7 +176,7 @@ class Target:
 
         handles = [
             self.decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
-            self.decoder.register_forward_hook(decoder_outputs, with_kwargs=True),
+            self.decoder.register_forward_hook(decoder_outputs),
             self.lm_head.register_forward_pre_hook(head_inputs),
         ]
         try:
@@ -190,19 +196,24 @@ def load_target(
         kwargs["attn_implementation"] = "sdpa"
     # the argument has a new name since transformers 4.56
     dtype_name = "dtype" if version.parse(transformers.__version__) >= version.parse("4.56") else "torch_dtype"
-    return AutoModelForImageTextToText.from_pretrained(
-        path, **{dtype_name: torch_dtype}, device_map=device_map, **kwargs
-    )
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            path, **{dtype_name: torch_dtype}, device_map=device_map, **kwargs
+        )
+    except (ValueError, OSError) as error:
+        # transformers explains over several lines and lists every model it knows; the beginning says what is wrong
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise ValueError(f"{path}: transformers cannot load it as a target ({reason})") from error
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module with the decoder layers and the token embedding, wherever the family hangs it."""
     module = model
     while not (hasattr(module, "layers") and hasattr(module, "embed_tokens")):
-        inner = next((getattr(module, n) for n in ("language_model", "text_model", "model") if hasattr(module, n)), None)
-        if inner is None:
+        name = next((n for n in ("language_model", "text_model", "model") if hasattr(module, n)), None)
+        if name is None:
             raise ValueError(f"{type(model).__name__}: no text decoder with `layers` and `embed_tokens` was found")
-        module = inner
+        module = getattr(module, name)
     return module
 
 
@@ -213,11 +224,12 @@ def _find_rope_owner(model: PreTrainedModel) -> nn.Module | None:
 
 def _refuse_unsupported(model: PreTrainedModel, text_config) -> None:
     name = type(model).__name__
-    if getattr(text_config, "final_logit_softcapping", None) or getattr(text_config, "logit_scale", None):
+    scaled = getattr(text_config, "logits_scaling", 1.0) != 1.0
+    if scaled or getattr(text_config, "final_logit_softcapping", None) or getattr(text_config, "logit_scale", None):
         raise ValueError(f"{name} rescales logits after its output head, which tree decoding does not do yet")
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds:
-        raise ValueError(f"{name} has {', '.join(sorted(kinds))} layers; tree decoding needs full attention in all layers")
+        raise ValueError(f"{name} has {', '.join(sorted(kinds))} layers; tree decoding needs full attention in all")
     window = getattr(text_config, "sliding_window", None)
     if window and getattr(text_config, "use_sliding_window", True):
         raise ValueError(f"{name} attends to a sliding window of {window} tokens; tree decoding needs full attention")
@@ -225,6 +237,9 @@ def _refuse_unsupported(model: PreTrainedModel, text_config) -> None:
 
 def _use_maskable_attention(model: PreTrainedModel) -> None:
     """Trees need a 4-D mask: sdpa and eager attention take one, others do not."""
+    attention = type(getattr(_find_decoder(model).layers[0], "self_attn", None)).__name__
+    if "Flash" in attention:  # older transformers choose the class of a layer when the model is built
+        raise ValueError(f"{attention} cannot take a tree mask: load the target with attn_implementation='sdpa'")
     text_config = model.config.get_text_config()
     chosen = getattr(text_config, "_attn_implementation", "sdpa")
     if chosen not in ("sdpa", "eager"):

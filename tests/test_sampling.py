@@ -1,0 +1,267 @@
+"""Sampled decoding follows the target's own distribution, measured by chi-square with fixed seeds.
+
+The joint distribution of the first three tokens is enumerated exactly and compared with many runs. Acceptance is
+measured at the level of tensors over tens of thousands of rows, the whole machine end to end over fewer. Wrong rules of
+acceptance that look plausible are measured too: a test that could not reject them would prove nothing.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy.stats import chi2
+from tiny_models import random_head, random_target, text_prompt
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from vispec import SpecModel
+from vispec.model.acceptance import Accepted, Sampling, accept
+from vispec.model.tree import Tree, TreeShape, choose_nodes
+
+V = 6
+"""Tokens of the vocabulary."""
+ROOT = 2
+"""The token before the three that are measured."""
+REJECT_BELOW = 1e-3
+
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1.7},
+    {"temperature": 1.0, "top_p": 0.7},
+    {"temperature": 1.0, "top_k": 3},
+    {"temperature": 0.8, "top_p": 0.8, "top_k": 4},
+    {"temperature": 1.3, "top_p": 0.75, "top_k": 5},
+]
+
+
+def warped(logits: torch.Tensor, temperature: float, top_p: float = 0.0, top_k: int = 0) -> torch.Tensor:
+    """(…, V) probabilities by transformers' warpers, written out in the order of its generate()."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers(None, logits.reshape(-1, V)).softmax(-1).view(logits.shape)
+
+
+def p_value(samples: torch.Tensor, exact: torch.Tensor) -> float:
+    """Chi-square of samples (B, 3) against exact probabilities (V, V, V); rare outcomes are pooled."""
+    cells = (samples[:, 0] * V + samples[:, 1]) * V + samples[:, 2]
+    counts = torch.bincount(cells, minlength=V**3).double()
+    expected = exact.double().flatten() * len(samples)
+    if counts[expected == 0].any():
+        return 0.0
+    common = expected >= 5
+    observed, expected = (
+        torch.cat([x[common], x[~common].sum()[None]]) if x[~common].sum() > 0 else x[common]
+        for x in (counts, expected)
+    )
+    return float(chi2.sf(float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1))
+
+
+# --- acceptance over many rows, with a target that is a table ---
+
+LOGITS = torch.randn(V, V, V, generator=torch.Generator().manual_seed(0)) * 1.5
+"""Logits of the next token given the two before it."""
+
+
+def exact_distribution(**settings) -> torch.Tensor:
+    """(V, V, V) of the three tokens after [0, ROOT]."""
+    p = warped(LOGITS, **settings)
+    return p[0, ROOT][:, None, None] * p[ROOT][:, :, None] * p
+
+
+def drafted_tree(root: torch.Tensor, shape: TreeShape) -> Tree:
+    """A tree that a draft head could have grown: it depends on the root alone."""
+    table = torch.randn(V, shape.candidates, generator=torch.Generator().manual_seed(1))
+    k = shape.top_k
+    parents = torch.full((shape.candidates,), -1)
+    scores, tokens = table.clone(), torch.zeros(V, shape.candidates, dtype=torch.long)
+    for first in range(0, shape.candidates, k):  # k children of one parent, all different
+        tokens[:, first : first + k] = table[:, first : first + k].softmax(-1).argsort(-1)
+        if first:
+            parents[first : first + k] = (first - k) // k
+            scores[:, first : first + k] = scores[:, parents[first : first + k]] - table[:, first : first + k].abs()
+    return choose_nodes(root, scores[root], tokens[root], parents.expand(len(root), -1), shape)
+
+
+Rule = Callable[[Sampling, Tree, torch.Tensor], Accepted]
+"""From the target's logits (B, N, V) at the nodes of a tree to what is kept of it."""
+
+
+def our_rule(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
+    return accept(tree, sampling.choose(logits))
+
+
+def decode(rule: Rule, sampling: Sampling, batch: int, shape: TreeShape) -> torch.Tensor:
+    """(batch, 3): rounds of speculative decoding over the table, until every row has three tokens."""
+    torch.manual_seed(1234)
+    before, root = torch.zeros(batch, dtype=torch.long), torch.full((batch,), ROOT)
+    # rows write behind their last token; what goes beyond three is dropped
+    answer = torch.full((batch, 3 + shape.levels + 1), -1)
+    lengths = torch.zeros(batch, dtype=torch.long)
+    while int(lengths.min()) < 3:
+        tree = drafted_tree(root, shape)
+        parent_tokens = tree.tokens.gather(1, tree.parents)
+        parent_tokens[:, 0] = before
+        accepted = rule(sampling, tree, LOGITS[parent_tokens, tree.tokens])
+        steps = torch.arange(shape.levels + 1)
+        fresh = steps <= accepted.count[:, None]
+        places = (lengths[:, None] + steps).clamp(max=answer.shape[1] - 1)
+        keep = fresh & (lengths < 3)[:, None]
+        answer.scatter_(1, places, torch.where(keep, accepted.tokens, answer.gather(1, places)))
+        path_tokens = torch.cat([root[:, None], accepted.tokens], dim=1)
+        before = path_tokens.gather(1, accepted.count[:, None])[:, 0]
+        root = accepted.root
+        lengths += accepted.count + 1
+    return answer[:, :3]
+
+
+SHAPES = [TreeShape(2, 0, 1), TreeShape(9, 1, 4), TreeShape(25, 2, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_acceptance_is_target_sampling(settings, shape):
+    samples = decode(our_rule, Sampling(**settings), 12_000, shape)
+    assert p_value(samples, exact_distribution(**settings)) > REJECT_BELOW
+
+
+def always_take_the_favourite(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
+    """Wrong: a drafted token is accepted whenever it is the target's most likely one."""
+    chosen, best = sampling.choose(logits), logits.argmax(-1)
+    is_child = tree.parents[:, :, None] == torch.arange(tree.tokens.shape[1])
+    is_child[:, 0] = False
+    drafted = (is_child & (tree.tokens[:, :, None] == best[:, None, :])).any(1)
+    return accept(tree, torch.where(drafted, best, chosen))
+
+
+def draw_the_root_again(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
+    """Wrong: when no child is accepted the next root is drawn from all of p, as if none had been rejected."""
+    accepted = accept(tree, sampling.choose(logits))
+    last = accepted.path.gather(1, accepted.count[:, None])
+    again = sampling.choose(logits).gather(1, last)
+    accepted.tokens.scatter_(1, accepted.count[:, None], again)
+    accepted.root = again[:, 0]
+    return accepted
+
+
+def top_p_before_top_k(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
+    """Wrong order of the warpers, as the reference has it."""
+    flat = TemperatureLogitsWarper(sampling.temperature)(None, logits.reshape(-1, V))
+    flat = TopKLogitsWarper(sampling.top_k)(None, TopPLogitsWarper(sampling.top_p)(None, flat))
+    return accept(tree, torch.multinomial(flat.softmax(-1), 1).view(logits.shape[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        (always_take_the_favourite, {"temperature": 1.0}),
+        (draw_the_root_again, {"temperature": 1.0}),
+        (top_p_before_top_k, {"temperature": 1.3, "top_p": 0.75, "top_k": 5}),
+    ],
+)
+def test_chi_square_rejects_wrong_rules(rule, settings):
+    samples = decode(rule, Sampling(**settings), 12_000, TreeShape(9, 1, 4))
+    assert p_value(samples, exact_distribution(**settings)) < 1e-9
+
+
+# --- warping ---
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_warping_is_what_generate_does(settings):
+    """Against the raw and the processed scores that generate() itself hands out."""
+    target = random_target("llava_1.5", seed=0)
+    out = target.generate(
+        **text_prompt(target, 4, seed=0),
+        do_sample=True,
+        max_new_tokens=8,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings},
+    )
+    logits, expected = torch.stack(out.logits), torch.stack(out.scores).softmax(-1)
+    torch.testing.assert_close(Sampling(**settings).probabilities(logits), expected)
+
+
+def test_what_is_off_does_nothing():
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(3))
+    plain = Sampling(temperature=1.0).probabilities(logits)
+    torch.testing.assert_close(plain, logits.softmax(-1))
+    for settings in ({"top_p": 1.0}, {"top_k": 30}, {"top_k": 500}, {"top_p": 0.0, "top_k": 0}):
+        torch.testing.assert_close(Sampling(temperature=1.0, **settings).probabilities(logits), plain)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-5])
+def test_cold_is_greedy(temperature):
+    logits = torch.randn(3, 7, 30, generator=torch.Generator().manual_seed(4))
+    sampling = Sampling(temperature=temperature, top_p=0.9, top_k=5)
+    assert sampling.greedy
+    assert torch.equal(sampling.choose(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must not be negative, found -0.1"),
+        ({"top_p": 1.5}, "top_p must be between 0 and 1, found 1.5"),
+        ({"top_k": -1}, "top_k must not be negative, found -1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
+
+
+# --- end to end ---
+
+
+@pytest.fixture(scope="module")
+def small_pair() -> SpecModel:
+    target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
+    return SpecModel(target, random_head(target, "eagle2", seed=12), total_token=9, depth=1, top_k=4)
+
+
+@torch.inference_mode()
+def enumerate_target(model: SpecModel, prompt: torch.Tensor, settings: dict) -> torch.Tensor:
+    """(V, V, V) of the first three new tokens, by the target's plain passes over all prefixes."""
+    target = model.target.model
+    every = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    sequences = torch.cat([prompt.expand(len(every), -1), every], dim=1)
+    p = warped(target(input_ids=sequences).logits[:, -3:], **settings).view(V, V, 3, V)
+    return p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 1.2, "top_p": 0.85, "top_k": 4}])
+def test_whole_answers_follow_the_target(small_pair, settings):
+    inputs = text_prompt(small_pair.target.model, 3, seed=1)
+    exact = enumerate_target(small_pair, inputs["input_ids"], settings)
+    torch.manual_seed(5)
+    answers, lengths = [], []
+    for _ in range(800):
+        answer, accepted = small_pair.specgenerate(
+            **inputs, **settings, max_new_tokens=3, return_acceptance_len=True
+        )
+        answers.append(answer[0, -3:])
+        lengths += accepted
+    assert sum(lengths) > 200, "drafts were accepted"
+    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+
+
+def test_baseline_follows_the_target(small_pair):
+    inputs, settings = text_prompt(small_pair.target.model, 3, seed=1), {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
+    exact = enumerate_target(small_pair, inputs["input_ids"], settings)
+    torch.manual_seed(6)
+    answers = [small_pair.baseline_generate(**inputs, **settings, max_new_tokens=3)[0, -3:] for _ in range(600)]
+    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+
+
+def test_a_seed_repeats_an_answer(small_pair):
+    inputs = text_prompt(small_pair.target.model, 3, seed=1)
+    answers = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        answers.append(small_pair.specgenerate(**inputs, temperature=1.0, max_new_tokens=30))
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
