@@ -1,0 +1,239 @@
+"""The answer files of both arms, over a tiny local COCO and the recorded tiny models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
+from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
+from vispec.evaluation import runner
+from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
+
+FAMILY = Path(__file__).parent / "golden" / "llava_next"
+TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
+IDS = [70, 10, 50, 20, 40]
+
+
+@pytest.fixture(autouse=True)
+def _one_warm_up(monkeypatch):
+    monkeypatch.setattr(runner, "WARM_UPS", 1)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    """Five test images, one of them named twice, and one of the training split; written by hand from the layout."""
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "val2014").mkdir()
+    rows = []
+    for number, image_id in enumerate([*IDS, 99, 10]):
+        name = f"COCO_val2014_{image_id:012d}.jpg"
+        Image.new("RGB", (40 + 4 * number, 48), (40 * number, 90, 160)).save(folder / "val2014" / name)
+        split = "train" if image_id == 99 else "test"
+        rows.append({"filepath": "val2014", "filename": name, "imgid": image_id, "split": split, "sentences": []})
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": rows, "dataset": "coco"}))
+    return folder
+
+
+def run_baseline(coco: Path, out: Path, *more: str) -> Path:
+    flags = [
+        "--base-model-path",
+        TARGET,
+        "--data-folder",
+        str(coco),
+        "--answer-dir",
+        str(out),
+        "--model-id",
+        "tiny-plain",
+    ]
+    baseline_command.main([*flags, "--temperature", "0", "--max-new-token", "12", *more])
+    return out / "coco_caption" / "tiny-plain-temperature-0.0.jsonl"
+
+
+def run_spec(coco: Path, out: Path, *more: str) -> Path:
+    flags = ["--base-model-path", TARGET, "--spec-model-path", VISPEC, "--use-ours=True", "--data-folder", str(coco)]
+    flags += ["--answer-dir", str(out), "--model-id", "tiny-ours", "--temperature", "0", "--max-new-token", "12"]
+    spec_command.main([*flags, *more])
+    return out / "coco_caption" / "tiny-ours-temperature-0.0.jsonl"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(coco, tmp_path_factory) -> tuple[Path, Path]:
+    """Answer files of both arms; tests copy them before they change anything."""
+    out = tmp_path_factory.mktemp("answers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "WARM_UPS", 1)
+        return run_baseline(coco, out), run_spec(coco, out)
+
+
+def copy_of(path: Path, folder: Path) -> Path:
+    """The answer file with its settings, laid out under another --answer-dir."""
+    target = folder / "coco_caption" / path.name
+    shutil.copytree(path.parent, target.parent)
+    return target
+
+
+def test_both_arms_write_the_same_answers(finished):
+    baseline, spec = map(read, finished)
+    assert [line["question_id"] for line in baseline] == sorted(IDS) == [line["question_id"] for line in spec]
+    for plain, ours in zip(baseline, spec, strict=True):
+        assert plain["choices"][0]["output_ids"] == ours["choices"][0]["output_ids"]
+        assert plain["choices"][0]["turns"] == ours["choices"][0]["turns"]
+
+
+def test_line_format(finished):
+    plain, ours = read(finished[0])[0], read(finished[1])[0]
+    fields = {"question_id", "answer_id", "model_id", "tstamp", "method", "choices"}
+    assert plain.keys() == ours.keys() == fields
+    assert (plain["method"], ours["method"]) == ("baseline", "vispec")
+    (choice,) = ours["choices"]
+    assert choice.keys() - plain["choices"][0].keys() == {"acceptance_length"}
+    assert choice["index"] == 0
+    (ids,) = choice["output_ids"]
+    assert choice["new_tokens"] == [len(ids)] and 1 <= len(ids) <= 12
+    assert choice["idxs"] == [len(choice["acceptance_length"]) - 1]
+    assert plain["choices"][0]["idxs"] == [len(ids) - 2]
+    assert 0 < choice["decode_time"][0] < choice["wall_time"][0]
+
+
+def test_meta_has_settings_and_provenance(finished, coco):
+    meta = json.loads(finished[1].with_name(finished[1].name + ".meta.json").read_text())
+    settings = meta["settings"]
+    assert settings["max_new_tokens"] == 12 and settings["dtype"] == "float32" and settings["tree"] == [30, 3, 8]
+    assert settings["data"] == str(coco.resolve())
+    assert meta["provenance"]["versions"]["torch"] and meta["left_out"] == []
+
+
+def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatch):
+    path = copy_of(finished[1], tmp_path)
+    before = read(path)
+    lines = path.read_text().splitlines(keepends=True)
+    # three whole lines in another order, one of them twice, and the beginning of a fourth
+    path.write_text("".join([lines[2], lines[0], lines[2], lines[1], lines[3][:40]]))
+    answered = []
+    measure = runner.answer_question
+    monkeypatch.setattr(runner, "answer_question", lambda *args: answered.append(args) or measure(*args))
+    run_spec(coco, tmp_path)
+    assert len(answered) == 1 + 2
+    after = read(path)
+    assert [line["question_id"] for line in after] == sorted(IDS)
+    assert [line["answer_id"] for line in after[:3]] == [line["answer_id"] for line in before[:3]]
+    assert len(json.loads(path.with_name(path.name + ".meta.json").read_text())["resumed"]) == 1
+
+
+def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch):
+    path = copy_of(finished[0], tmp_path)
+    monkeypatch.setattr(runner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    before = path.read_text()
+    run_baseline(coco, tmp_path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--max-new-token", "13"], "max_new_tokens"),
+        (["--dtype", "bfloat16"], "dtype"),
+        (["--total-token", "20"], "tree"),
+        (["--num-choices", "2"], "num_choices"),
+        (["--use-ours=False", "--spec-model-path", EAGLE2], "method"),
+    ],
+)
+def test_other_settings_are_refused(finished, coco, tmp_path, flags, name):
+    path = copy_of(finished[1], tmp_path)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match=f"made with {name} .* found "):
+        run_spec(coco, tmp_path, *flags)
+
+
+def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(coco, data)
+    (data / "val2014" / "COCO_val2014_000000000010.jpg").write_bytes(b"no picture")
+    (data / "val2014" / "COCO_val2014_000000000040.jpg").unlink()
+    path = run_baseline(data, tmp_path)
+    assert [line["question_id"] for line in read(path)] == [20, 50, 70]
+    printed = capsys.readouterr()
+    assert "3 of 5 questions answered" in printed.out and "left out" in printed.err
+    left_out = json.loads(path.with_name(path.name + ".meta.json").read_text())["left_out"]
+    assert {row["question_id"] for row in left_out} == {10, 40}
+
+
+def test_choices_differ_by_seed_when_sampling(coco, tmp_path):
+    flags = ["--num-choices", "2", "--temperature", "1.0", "--question-begin", "1", "--question-end", "3"]
+    run_baseline(coco, tmp_path, *flags)
+    lines = read(tmp_path / "coco_caption" / "tiny-plain-temperature-1.0.jsonl")
+    assert len(lines) == 2 and [choice["index"] for choice in lines[0]["choices"]] == [0, 1]
+    assert lines[0]["choices"][0]["output_ids"] != lines[0]["choices"][1]["output_ids"]
+
+
+def test_neither_flag_means_eagle2(coco, tmp_path):
+    run_spec(coco, tmp_path, "--use-ours=False", "--spec-model-path", EAGLE2, "--question-end", "1")
+    assert read(tmp_path / "coco_caption" / "tiny-ours-temperature-0.0.jsonl")[0]["method"] == "eagle2"
+
+
+def test_medusa_is_refused_and_unused_flags_are_noticed(coco, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--use-medusa=True"):
+        run_spec(coco, tmp_path, "--use-medusa=True", "--image-fc", "--tree-choices", "mc_sim")
+    with pytest.raises(ValueError, match="dataset_coco.json is missing"):
+        run_spec(tmp_path, tmp_path, "--image-fc", "--tree-choices", "mc_sim", "--load-in-8bit")
+    assert "without effect here: --image-fc, --load-in-8bit, --tree-choices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--max-new-token", "0"], ["--no-such"], ["--use-ours=maybe"], ["--temp", "1"]])
+def test_wrong_flags_get_one_line(coco, tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_spec(coco, tmp_path, *flags)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_data_says_which_where_and_whence(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset_coco\.json is missing, looked for in .*; get it from https://"):
+        BENCHMARKS["coco_caption"].questions(str(tmp_path))
+
+
+def test_wrong_data_file(tmp_path):
+    (tmp_path / "dataset_coco.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
+    with pytest.raises(ValueError, match="is not Karpathy's file"):
+        BENCHMARKS["coco_caption"].questions(str(tmp_path))
+    (tmp_path / "dataset_coco.json").write_text("{")
+    with pytest.raises(ValueError, match="is no valid JSON"):
+        BENCHMARKS["coco_caption"].questions(str(tmp_path))
+
+
+def test_hub_data_set_that_datasets_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(name, split):
+        raise RuntimeError("Dataset scripts are no longer supported, but found COCO.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="does not load HuggingFaceM4/COCO .*--data-folder"):
+        BENCHMARKS["coco_caption"].questions(None)
+
+
+def test_hub_rows_are_one_an_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    features = datasets.Features({"imgid": datasets.Value("int64"), "image": datasets.Image()})
+    rows = {"imgid": [7, 7, 8, 9, 9], "image": [Image.new("L", (8, 8))] * 5}
+    hub = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
+    questions, source = BENCHMARKS["coco_caption"].questions(None)
+    assert sorted(question.question_id for question in questions) == [7, 8, 9]
+    assert source == "hub:HuggingFaceM4/COCO"
+    text, image = questions[0].turns[0].items
+    assert text == "Please provide a detailed description of the given image." and image().mode == "RGB"
+
+
+@pytest.mark.parametrize("length", [3, 100, 257])
+def test_order_is_that_of_datasets(length):
+    rows = datasets.Dataset.from_list([{"id": i} for i in range(length)])
+    assert first_shuffled(range(length), 100) == rows.shuffle(seed=42)["id"][:100]

@@ -1,0 +1,141 @@
+"""Prompts pinned for the published chat templates, and text from token ids."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vispec.evaluation import text
+from vispec.evaluation.prompts import Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
+
+GOLDEN = Path(__file__).parent / "golden"
+TEMPLATES = json.loads((GOLDEN / "published_chat_templates.json").read_text())
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions."
+)
+PICTURE = Image.new("RGB", (60, 40), "red")
+QUESTION = user_turn("What is it?", "Explain.", PICTURE)
+LLAVA = f"{SYSTEM} USER: <image>\nWhat is it? Explain. ASSISTANT:"
+QWEN = (
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is it?Explain."
+    "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+)
+EXPECTED = {name: QWEN if name.startswith("Qwen") else LLAVA for name in TEMPLATES}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_of_the_published_targets(name):
+    processor = load_processor(str(GOLDEN / "llava_next" / "target"))
+    processor.chat_template = TEMPLATES[name]
+    found = processor.apply_chat_template(chat_messages([QUESTION]), add_generation_prompt=True, tokenize=False)
+    assert found == EXPECTED[name]
+
+
+def test_turns_of_several_images_and_shots():
+    shot = Turn("assistant", ("The answer is A.",))
+    roles = [(m["role"], [c["type"] for c in m["content"]]) for m in chat_messages([QUESTION, shot, QUESTION])]
+    question = ("user", ["text", "text", "image"])
+    assert roles == [("system", ["text"]), question, ("assistant", ["text"]), question]
+
+
+needs_torchvision = pytest.mark.skipif(
+    transformers.__version__ >= "5" and importlib.util.find_spec("torchvision") is None,
+    reason="Qwen's processor wants torchvision under transformers 5",
+)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_1.5", pytest.param("qwen2_5_vl", marks=needs_torchvision)])
+def test_inputs_hold_all_images(family):
+    processor = load_processor(str(GOLDEN / family / "target"))
+    one, two = (build_inputs(processor, [user_turn("what?", *[PICTURE] * n)])["input_ids"].shape[1] for n in (1, 2))
+    none = build_inputs(processor, [user_turn("what?")])
+    assert two - one > 10 and "pixel_values" not in none
+
+
+@needs_torchvision
+def test_pixel_limits_are_qwens_alone():
+    for family, grows in (("qwen2_5_vl", True), ("llava_next", False)):
+        lengths = [
+            build_inputs(load_processor(str(GOLDEN / family / "target"), limits), [QUESTION])["input_ids"].shape[1]
+            for limits in (False, True)
+        ]
+        assert (lengths[1] > lengths[0]) == grows
+
+
+def test_no_chat_template():
+    processor = load_processor(str(GOLDEN / "llava_next" / "target"))
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        build_inputs(processor, [QUESTION])
+
+
+def test_images_are_opened_upright_and_in_colour(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("L", (30, 10)).save(tmp_path / "turned.jpg", exif=exif)
+    picture = image_file(tmp_path / "turned.jpg")()
+    assert picture.size == (10, 30) and picture.mode == "RGB"
+    later = image_file(tmp_path / "missing.jpg")
+    with pytest.raises(FileNotFoundError):
+        later()
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that characters are spread over tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
+
+
+def test_stream_gives_out_whole_characters(byte_tokenizer):
+    written = " Größe: 猫 🎈, fin"
+    ids = byte_tokenizer.encode(written) + [0]
+    stream = text.TextStream(byte_tokenizer)
+    seen = [stream.push([token], [False]) for token in ids]
+    pieces = [piece for pieces in seen for piece, _ in pieces]
+    assert "".join(pieces) == written.lstrip() and stream.finish() == []
+    assert "🎈" in pieces and all(len(piece) == 1 for piece in pieces)
+
+
+def test_stream_ends_inside_a_character(byte_tokenizer):
+    ids = byte_tokenizer.encode("a猫")[:-1]
+    stream = text.TextStream(byte_tokenizer)
+    assert stream.push(ids, [True] * len(ids)) == [("a", True)]
+    assert stream.finish() == [("\ufffd", False)]
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream(byte_tokenizer):
+    ids = byte_tokenizer.encode("a猫")[:-1] + byte_tokenizer.encode("b猫c")
+    stream = text.TextStream(byte_tokenizer)
+    shown = "".join(piece for piece, _ in stream.push(ids, [True] * len(ids)) + stream.finish())
+    assert shown == byte_tokenizer.decode(ids) and shown.endswith("b猫c")
+
+
+def test_finished_answers(byte_tokenizer):
+    ids = byte_tokenizer.encode("  Assistant: Two cats.\n") + [0]
+    assert text.answer_text(byte_tokenizer, ids) == "Two cats."
+    assert text.answer_text(byte_tokenizer, byte_tokenizer.encode("An Assistant: no")) == "An Assistant: no"
+
+
+def test_colours(monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert text.wants_colour(Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not text.wants_colour(Terminal())
+    pieces = [("a ", False), ("cat", True)]
+    assert text.coloured(pieces, False) == "a cat"
+    assert text.coloured(pieces, True) == "a \x1b[32mcat\x1b[0m"

@@ -1,0 +1,120 @@
+"""Speedup and tau against hand computation from the lines of answer files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vispec.evaluation import speed
+from vispec.evaluation.measure import Answer, drafted_flags
+
+SETTINGS = {"benchmark": "coco_caption", "temperature": 0.0, "max_new_tokens": 9, "dtype": "float32", "num_choices": 1}
+
+
+def choice(ids, wall, decode, accepted=None) -> dict:
+    fields = {"index": 0, "turns": ["x"], "output_ids": [ids], "idxs": [0], "new_tokens": [len(ids)]}
+    fields |= {"wall_time": [wall], "decode_time": [decode]}
+    return fields if accepted is None else fields | {"acceptance_length": accepted}
+
+
+def write(path: Path, answers: dict, **settings) -> Path:
+    lines = [{"question_id": name, "choices": choices} for name, choices in answers.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.with_name(path.name + ".meta.json").write_text(json.dumps({"settings": SETTINGS | settings}))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    baseline = {
+        1: [choice([5, 6, 7, 8], wall=2.0, decode=1.5)],
+        2: [choice([5, 6], wall=0.5, decode=0.4)],
+        3: [choice([5], wall=9.0, decode=0.0)],
+    }
+    spec = {
+        2: [choice([5, 6], wall=0.4, decode=0.1, accepted=[0])],
+        1: [choice([5, 6, 7, 9], wall=0.8, decode=0.5, accepted=[2, 3])],
+        4: [choice([5], wall=1.0, decode=0.0, accepted=[])],
+    }
+    return (
+        write(tmp_path / "b.jsonl", baseline, method="baseline"),
+        write(tmp_path / "s.jsonl", spec, method="vispec"),
+    )
+
+
+def report(files, capsys) -> dict:
+    assert speed.main(["--baseline", str(files[0]), "--spec", str(files[1]), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_measures(files, capsys):
+    found = report(files, capsys)
+    # only questions 1 and 2 are shared: speeds 4/2 and 2/0.5 against 4/0.8 and 2/0.4
+    assert found["questions"] == 2 and found["questions_of_one_arm_only"] == 2
+    assert found["baseline"]["tokens_per_second"] == pytest.approx(3.0)
+    assert found["spec"]["tokens_per_second"] == pytest.approx(5.0)
+    assert found["spec"]["ms_per_token"] == pytest.approx(200.0)
+    assert found["speedup"] == pytest.approx(5 / 3)
+    # without the first token and the prefill: 3/1.5 and 1/0.4 against 3/0.5 and 1/0.1
+    assert found["decode_speedup"] == pytest.approx((6 + 10) / (2 + 2.5))
+    assert found["tau"] == pytest.approx(5 / 3) and found["rounds"] == 3
+    assert found["identical_questions"] == 1 and found["identical_share"] == 0.5
+    assert "not counted" in found["tau_convention"] and found["provenance"]["versions"]
+
+
+def test_printed_report(files, capsys):
+    speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+    printed = capsys.readouterr()
+    assert "speedup              1.67x over 2 questions" in printed.out
+    assert "1 of 2 questions" in printed.out
+    assert "2 question(s) that only one arm has answered" in printed.err
+
+
+def test_several_choices_count_as_one_question(tmp_path, capsys):
+    baseline = write(tmp_path / "b.jsonl", {1: [choice([1, 2], 1.0, 0.9), choice([1, 2, 3, 4], 1.0, 0.9)]})
+    spec = write(tmp_path / "s.jsonl", {1: [choice([1, 2], 0.5, 0.4, [0]), choice([1, 2, 3, 4], 0.5, 0.4, [3])]})
+    found = report((baseline, spec), capsys)
+    assert found["baseline"]["tokens_per_second"] == pytest.approx(3.0)
+    assert found["speedup"] == pytest.approx(2.0) and found["tau"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "dtype", "temperature", "base_model"])
+def test_arms_with_other_settings_are_refused(files, name):
+    meta = files[1].with_name("s.jsonl.meta.json")
+    meta.write_text(json.dumps({"settings": SETTINGS | {name: "other"}}))
+    with pytest.raises(ValueError, match=f"cannot be compared: {name} is"):
+        speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+
+
+def test_missing_and_misplaced_files(files):
+    with pytest.raises(ValueError, match="there is no answer file"):
+        speed.main(["--baseline", str(files[0]), "--spec", str(files[1]) + "x"])
+    with pytest.raises(ValueError, match="answers of a speculative method"):
+        speed.main(["--baseline", str(files[1]), "--spec", str(files[1])])
+
+
+def test_lines_that_are_no_answers(files):
+    files[1].write_text('{"question_id": 1, "choices": [{"index": 0}]}\n')
+    with pytest.raises(ValueError, match="question 1: no choice as expected"):
+        speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+    files[1].write_text("[]\n")
+    with pytest.raises(ValueError, match="line 1: no JSON object with a question_id"):
+        speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+
+
+def test_no_common_question(files, tmp_path):
+    other = write(tmp_path / "o.jsonl", {7: [choice([1], 1.0, 0.0, [])]})
+    with pytest.raises(ValueError, match="no question in common"):
+        speed.main(["--baseline", str(files[0]), "--spec", str(other)])
+
+
+def test_without_settings_there_is_a_notice(files, capsys):
+    files[0].with_name("b.jsonl.meta.json").unlink()
+    report(files, capsys)
+    speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+    assert "is not checked" in capsys.readouterr().err
+
+
+def test_drafted_flags():
+    answer = Answer([1, 2, 3, 4, 5, 6], last_round=1, wall_time=1, decode_time=1, acceptance_lengths=[2, 0, 4])
+    assert drafted_flags(answer) == [False, True, True, False, False, True]

@@ -1,0 +1,88 @@
+"""Questions about one's own picture."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vispec import generate
+from vispec.demo import embedded
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def pair(family: str, method: str) -> list[str]:
+    folder = GOLDEN / family
+    return ["--base-model-path", str(folder / "target"), "--spec-model-path", str(folder / f"draft_{method}")]
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    path = tmp_path / "x.png"
+    Image.new("RGB", (50, 40), "green").save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("family", "method"), [("llava_next", "vispec"), ("llava_next", "eagle2")])
+def test_answer_and_comparison(family, method, picture, capsys):
+    flags = ["--image", picture, "--image", picture, "--max-new-tokens", "20", "--compare", "--method", method]
+    assert generate.main([*pair(family, method), *flags, "What is this?"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{method} " in printed and "tokens/s" in printed and "τ " in printed
+    assert "baseline " in printed and "outputs identical: yes" in printed
+    assert "\x1b[" not in printed
+
+
+def test_embedded_default(picture, capsys, monkeypatch):
+    monkeypatch.setattr(embedded, "TARGET", GOLDEN / "llava_next" / "target")
+    monkeypatch.setattr(embedded, "DRAFT", GOLDEN / "llava_next" / "draft_vispec")
+    seen = {}
+    load = generate.load_model
+    monkeypatch.setattr(generate, "load_model", lambda *a, **k: seen.update(k) or load(*a, **k))
+    assert generate.main(["--image", picture, "What is this?", "--max-new-tokens", "3", "--depth", "2"]) == 0
+    assert seen["dtype"] == "float32" and seen["depth"] == 2 and seen["total_token"] == embedded.TREE["total_token"]
+    assert "3 tokens in" in capsys.readouterr().out
+
+
+def test_terminal_gets_colours(picture, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "wants_colour", lambda stream: True)
+    generate.main([*pair("llava_next", "vispec"), "--image", picture, "--max-new-tokens", "40", "what is this?"])
+    assert "\x1b[32m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image", "missing.png", "what?"], "--image: FileNotFoundError"),
+        (["--image", __file__, "what?"], "--image: UnidentifiedImageError"),
+        (["--temperature", "-1", "what?"], "temperature must not be negative"),
+        (["--spec-model-path", "nowhere/at/all", "what?"], "nowhere/at/all"),
+        (["--method", "eagle2", "what?"], "eagle2"),
+    ],
+)
+def test_user_errors(flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        generate.main([*pair("llava_next", "vispec"), *flags])
+
+
+def test_half_a_pair_and_missing_weights(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="belong together"):
+        generate.main(["--base-model-path", "x", "what?"])
+    monkeypatch.setattr(embedded, "TARGET", tmp_path / "weights" / "target")
+    with pytest.raises(ValueError, match=r"vispec/demo/rebuild\.sh"):
+        generate.main(["what?"])
+
+
+def test_as_a_command(picture):
+    command = [sys.executable, "-m", "vispec.generate", *pair("llava_next", "vispec"), "--max-new-tokens", "5"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--image", picture, "what?"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "vispec " in done.stdout, done.stderr
+    wrong = subprocess.run([*command, "--image", "no.png", "what?"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: --image: FileNotFoundError")
+    assert "Traceback" not in wrong.stderr

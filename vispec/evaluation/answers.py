@@ -1,0 +1,166 @@
+"""Answer files: one JSON line a question, appended as they come, with the settings that made them beside.
+
+A line has question_id, answer_id, model_id, tstamp (Unix seconds), method and choices, one for each time the question
+was answered. A choice has index (also its seed), acceptance_length (accepted draft tokens of each round, speculative
+methods only), and with one entry for each of the question's turns: turns (text), output_ids, idxs (0-based index of the
+last round), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds, without prefill and first
+tree).
+"""
+
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from vispec.cli import UserError, write_atomic, write_json_atomic
+from vispec.evaluation.measure import Answer
+
+
+class AnswerFile:
+    """An answer file that is being filled: resumable, whole after a kill, sorted and free of duplicates at the end."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.meta_path = meta_path(path)
+        self.lines: dict[int | str, dict] = {}
+        if path.exists():
+            self.lines, torn = read_lines(path)
+            if torn:
+                print(f"{path}: the last line was cut off by a kill, its question is answered again", flush=True)
+                self._rewrite()
+
+    def check(self, settings: dict, unknown: tuple[str, ...] = ()) -> None:
+        """Refuse settings that differ from those of the answers in the file; `unknown` names are not compared yet."""
+        if not self.lines:
+            return
+        meta = read_meta(self.path)
+        if meta is None:
+            raise UserError(
+                f"{self.path} has answers but no {self.meta_path.name}, so they cannot be continued; move the file "
+                "away or give another --answer-file"
+            )
+        known = meta["settings"]
+        for name in sorted((known.keys() | settings.keys()) - set(unknown)):
+            if known.get(name) != settings.get(name):
+                raise UserError(
+                    f"{self.path} was made with {name} {known.get(name)!r}, found {settings.get(name)!r}; move the "
+                    "file away or give another --answer-file"
+                )
+
+    def begin(self, settings: dict, provenance: dict) -> None:
+        """Write the settings beside the file, or note that another run goes on with it."""
+        self.check(settings)
+        meta = read_meta(self.path) if self.lines else None
+        if meta is None:
+            meta = {"settings": settings, "provenance": provenance}
+        else:
+            meta.setdefault("resumed", []).append(provenance)
+        write_json_atomic(self.meta_path, meta)
+
+    def append(self, line: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+        self.lines.setdefault(line["question_id"], line)
+
+    def finish(self, left_out: dict[int | str, str]) -> None:
+        """Sort the file by question, and note which questions could not be asked, and why."""
+        self._rewrite()
+        meta = read_meta(self.path)
+        if meta is not None:
+            meta["left_out"] = [{"question_id": name, "reason": reason} for name, reason in left_out.items()]
+            write_json_atomic(self.meta_path, meta)
+
+    def _rewrite(self) -> None:
+        lines = [self.lines[name] for name in sorted(self.lines, key=_question_order)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(self.path, lambda file: file.write(text.encode()))
+
+
+def meta_path(path: Path) -> Path:
+    """Where the settings of an answer file are."""
+    return path.with_name(path.name + ".meta.json")
+
+
+def read_meta(path: Path) -> dict | None:
+    """Settings and provenance of an answer file; None if there are none."""
+    meta = meta_path(path)
+    try:
+        value = json.loads(meta.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{meta}: no valid JSON ({error})") from None
+    if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
+        raise UserError(f"{meta}: expected an object with `settings`")
+    return value
+
+
+def read_lines(path: Path) -> tuple[dict[int | str, dict], bool]:
+    """Lines of an answer file by question_id, the first one of each, and whether a kill has cut off the last line."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no answer file {path}") from None
+    *whole, tail = raw.split(b"\n")
+    lines: dict[int | str, dict] = {}
+    for number, text in enumerate(whole, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            lines.setdefault(line["question_id"], line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}, line {number}: no JSON object with a question_id ({error!r})") from None
+    # a line is written with its end, so one without it is not whole
+    return lines, bool(tail)
+
+
+def answer_line(question_id: int | str, model_id: str, method: str, answers: list[tuple[Answer, str]]) -> dict:
+    """The file's line for a question: (answer, its text) of every choice, in order."""
+    return {
+        "question_id": question_id,
+        "answer_id": uuid.uuid4().hex,
+        "model_id": model_id,
+        "tstamp": time.time(),
+        "method": method,
+        "choices": [_choice(index, answer, text, method) for index, (answer, text) in enumerate(answers)],
+    }
+
+
+def answers_of(line: dict, path: Path) -> list[Answer]:
+    """The answers of a line of `path`, one for each choice and turn."""
+    try:
+        return [answer for choice in line["choices"] for answer in _answers_of_choice(choice)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}, question {line['question_id']}: no choice as expected ({error!r})") from None
+
+
+def _choice(index: int, answer: Answer, text: str, method: str) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "turns": [text],
+        "output_ids": [answer.output_ids],
+        "idxs": [answer.last_round],
+        "new_tokens": [len(answer.output_ids)],
+        "wall_time": [answer.wall_time],
+        "decode_time": [answer.decode_time],
+    }
+    if method != "baseline":
+        choice["acceptance_length"] = answer.acceptance_lengths
+    return choice
+
+
+def _answers_of_choice(choice: dict) -> list[Answer]:
+    columns = [choice[name] for name in ("output_ids", "idxs", "wall_time", "decode_time")]
+    lengths = choice.get("acceptance_length", [])
+    answers = []
+    for turn, (ids, last_round, wall, decode) in enumerate(zip(*columns, strict=True)):
+        # the acceptance lengths of all turns are one list; they are kept with the first
+        answers.append(Answer(ids, last_round, wall, decode, lengths if turn == 0 else []))
+    return answers
+
+
+def _question_order(question_id: int | str) -> tuple[bool, int | str]:
+    return isinstance(question_id, str), question_id
