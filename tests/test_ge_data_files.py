@@ -1,0 +1,133 @@
+"""Sample files: what they hold is what training reads, and no more."""
+
+import pytest
+import torch
+
+from vispec.ge_data.sample_file import (
+    Sample,
+    make_sample,
+    needed_positions,
+    read_length,
+    read_note,
+    read_sample,
+    write_sample,
+)
+from vispec.ge_data.workers import gpu_groups
+from vispec.model.draft import ViSpecHead
+from vispec.model.draft_config import DraftConfig
+from vispec.train.chain import draft_chain
+
+SIZE = 16
+IMAGES = {"none": [], "one": [(4, 12)], "first": [(0, 5)], "touching": [(3, 8), (8, 12), (15, 18)], "short": [(6, 7)]}
+
+
+def full_sample(images, length=30, seed=0):
+    """ids, mask with two answers, embeddings and features of a random sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[19:22] = mask[25:28] = True
+    embeds, hidden = torch.randn(2, length, SIZE, generator=generator)
+    return torch.randint(0, 40, (length,), generator=generator), mask, images, embeds, hidden
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+def test_nothing_that_training_reads_is_left_out(images):
+    ids, mask, images, embeds, hidden = full_sample(images)
+    positions = needed_positions(mask, images)
+    head = ViSpecHead(DraftConfig(SIZE, 24, 2, 2, 40, 1e-5), num_q=3)
+    torch.nn.init.normal_(head.img_fc.weight, std=0.3)
+    spoiled = torch.full_like(hidden, 7.0)
+    spoiled[positions] = hidden[positions]
+    sample = make_sample(ids, mask, images, embeds, hidden)
+    scored = sample.scored().nonzero()[:, 0]
+    assert scored.tolist() == [17, 18, 19, 23, 24, 25]
+    assert set((scored + 1).tolist()) <= set(positions.tolist())
+    for expected, found in zip(
+        draft_chain(head, hidden[None], embeds[None], [images], [30], 1),
+        draft_chain(head, spoiled[None], embeds[None], [images], [30], 1),
+        strict=True,
+    ):
+        torch.testing.assert_close(found[0, scored], expected[0, scored])
+    # and each of the stored features matters, as input or as target
+    for place in set(positions.tolist()) - set((scored + 1).tolist()):
+        changed = hidden.clone()
+        changed[place] += 1.0
+        out = draft_chain(head, changed[None], embeds[None], [images], [30], 0)[0]
+        assert not torch.allclose(out[0, scored], expected_first(head, hidden, embeds, images)[0, scored])
+
+
+def expected_first(head, hidden, embeds, images):
+    return draft_chain(head, hidden[None], embeds[None], [images], [30], 0)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path, dtype):
+    ids, mask, images, embeds, hidden = full_sample(IMAGES["touching"])
+    sample = make_sample(ids, mask, images, embeds.to(dtype), hidden.to(dtype))
+    path = tmp_path / "00000003.safetensors"
+    size = write_sample(path, sample, {"index": 3})
+    assert path.stat().st_size == size
+    first = path.read_bytes()
+    write_sample(path, sample, {"index": 3})
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    found = read_sample(path)
+    for name in ("input_ids", "loss_mask", "image_embeds", "hidden_positions", "hidden"):
+        assert torch.equal(getattr(found, name), getattr(sample, name)), name
+    assert found.images == images
+    assert found.hidden.dtype == dtype
+    assert read_length(path) == 30
+    assert read_note(path)["index"] == 3
+    full = found.full_hidden()
+    kept = needed_positions(mask, images)
+    assert torch.equal(full[kept], hidden.to(dtype)[kept])
+    assert full.count_nonzero() == len(kept) * SIZE
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "00000001.safetensors"
+    path.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="00000001"):
+        read_sample(path)
+    with pytest.raises(ValueError, match="00000001"):
+        read_length(path)
+
+
+def test_cut_never_splits_an_image():
+    ids, mask, images, embeds, hidden = full_sample(IMAGES["touching"])
+    sample = make_sample(ids, mask, images, embeds, hidden)
+    assert len(sample.cut(99)) == 30
+    for max_len, length, spans in ((20, 20, 3), (16, 15, 2), (10, 8, 1), (5, 3, 0)):
+        cut = sample.cut(max_len)
+        assert (len(cut), len(cut.images)) == (length, spans)
+        assert cut.image_embeds.shape[0] == sum(end - start for start, end in cut.images)
+        assert (cut.hidden_positions < length).all()
+        assert len(cut.hidden) == len(cut.hidden_positions)
+
+
+def test_bytes_at_published_size():
+    """LLaVA-1.6 7B, 2,900 image and 600 text tokens: at most 0.51 of two full matrices in half precision."""
+    length, image, width = 3500, (40, 2940), 4096
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[3000:] = True
+    stored = len(needed_positions(mask, [image])) + image[1] - image[0]
+    ours = stored * width * 2 + length * 5 + stored * 4
+    assert ours <= 0.51 * (2 * length * width * 2)
+
+
+def test_all_features_on_demand():
+    ids, mask, images, embeds, hidden = full_sample(IMAGES["one"])
+    assert not make_sample(ids, mask, images, embeds, hidden).has_all_features()
+    sample = make_sample(ids, mask, images, embeds, hidden, store="all")
+    assert sample.has_all_features()
+    assert torch.equal(sample.full_hidden(), hidden)
+    assert isinstance(sample, Sample)
+
+
+def test_gpu_groups():
+    assert gpu_groups([], 1) == []
+    assert gpu_groups(list("0123"), 2) == ["0,1", "2,3"]
+    assert gpu_groups(list("01"), 0.5) == ["0", "0", "1", "1"]
+    for gpus, size in ((list("0"), 2), (list("01"), 1.5), (list("01"), 0)):
+        with pytest.raises(ValueError, match="gpus_per_model"):
+            gpu_groups(gpus, size)

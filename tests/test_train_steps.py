@@ -1,0 +1,180 @@
+"""One optimizer step: the same gradients however its samples are divided; noise and order depend on nothing else."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vispec.ge_data.sample_file import make_sample, write_sample
+from vispec.model.draft import DraftHead, ViSpecHead
+from vispec.model.draft_config import DraftConfig
+from vispec.train.losses import Objective
+from vispec.train.samples import (
+    SampleFolder,
+    collate,
+    epoch_groups,
+    find_samples,
+    hold_out,
+    micro_batches,
+    read_lengths,
+)
+from vispec.train.trainer import RESUME_FILE, Processes, Recipe, Trainer, schedule
+
+SIZE, VOCABULARY = 16, 40
+CONFIG = DraftConfig(SIZE, 24, 2, 2, VOCABULARY, 1e-5)
+SHAPES = [(9, []), (40, [(3, 20)]), (23, [(1, 5), (5, 9)]), (30, []), (12, [(2, 6)]), (17, [(0, 4), (6, 9)])]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+def write_data(folder):
+    """A folder of samples of very different lengths, with several images, one and none."""
+    generator = torch.Generator().manual_seed(0)
+    for i, (length, images) in enumerate(SHAPES):
+        mask = torch.zeros(length, dtype=torch.bool)
+        mask[-6 - i : -1] = True
+        if images:
+            mask[: images[-1][1] + 1] = False
+        embeds, hidden = torch.randn(2, length, SIZE, generator=generator)
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        write_sample(folder / f"{i:08d}.safetensors", make_sample(ids, mask, images, embeds, hidden, store="all"))
+    return folder
+
+
+def make_trainer(folder, cpdir, method="vispec", noise=0.2, seed=1, processes=None, **settings):
+    torch.manual_seed(seed)
+    if method == "vispec":
+        head = ViSpecHead(CONFIG, 3)
+        head.reset_image_parameters()
+        objective, steps = Objective.stage2(), 1
+    else:
+        head, objective, steps = DraftHead(CONFIG), Objective.stage1(), 0
+    lm_head = torch.randn(VOCABULARY, SIZE)
+    paths = find_samples([folder])
+    cpdir.mkdir(exist_ok=True)
+    processes = processes or Processes(torch.device("cpu"))
+    recipe = Recipe(objective, lr=1e-2, mtp_steps=steps, **settings)
+    train, held = SampleFolder(paths, 64, noise), SampleFolder(paths[:2], 64)
+    lengths = (read_lengths(paths, 64), read_lengths(paths[:2], 64))
+    return Trainer(head, lm_head, train, held, lengths, recipe, cpdir, processes, {"settings": 1})
+
+
+@pytest.mark.parametrize("method", ["eagle2", "vispec"])
+def test_gradients_do_not_depend_on_the_division(data, tmp_path, method):
+    trainer = make_trainer(data, tmp_path / "cp", method)
+    gradients, losses = [], []
+    for batch_size in (6, 1, 4):
+        batches = micro_batches(range(6), batch_size, 0, 1)
+        loaded = [collate([trainer.train_set[(i, 0)] for i in batch]) for batch in batches]
+        losses.append(trainer.accumulate(loaded).loss)
+        gradients.append([p.grad.clone() for p in trainer.parameters])
+        trainer.optimizer.zero_grad()
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_processes_share_a_step():
+    group = list(range(7))
+    shares = [micro_batches(group, 2, process, 3) for process in range(3)]
+    assert sorted(i for share in shares for batch in share for i in batch) == group
+
+
+def test_an_epoch_s_order_depends_on_seed_epoch_and_step_size_alone():
+    lengths = [10 + 7 * i % 31 for i in range(53)]
+    groups = epoch_groups(lengths, 4, seed=0, epoch=2)
+    assert sorted(i for group in groups for i in group) == list(range(53))
+    assert groups == epoch_groups(lengths, 4, seed=0, epoch=2)
+    assert groups != epoch_groups(lengths, 4, seed=0, epoch=3)
+    spread = sum(max(lengths[i] for i in g) - min(lengths[i] for i in g) for g in groups) / len(groups)
+    assert spread < 8
+
+
+def test_noise(data):
+    paths = find_samples([data])
+    noisy = SampleFolder(paths, 64, noise=0.2, seed=5)
+    sample, features = noisy[(3, 1)]
+    difference = (features - sample.hidden).abs()
+    assert 0.9 < difference.max() / (0.5 * 0.2 * 512 / 30) <= 1.0
+    assert torch.equal(noisy[(3, 1)][1], features)
+    assert not torch.equal(noisy[(3, 2)][1], features)
+    assert torch.equal(noisy[(3, None)][1], sample.hidden)
+    # targets stay clean
+    assert torch.equal(collate([noisy[(3, 1)]]).targets, collate([noisy[(3, None)]]).targets)
+
+
+def test_schedule():
+    factors = [schedule(step, 10, 20) for step in range(200)]
+    assert factors[0] == 0.1
+    assert factors[9] == factors[10] == 1.0
+    assert factors[105] == 0.5
+    assert 0 < factors[-1] < 0.01
+
+
+def test_hold_out_is_a_fixed_twentieth():
+    paths = list(range(100))
+    train, held = hold_out(paths)
+    assert len(held) == 5 and sorted(train + held) == paths
+    assert hold_out([1]) == ([1], [])
+    assert len(hold_out([1, 2])[1]) == 1
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(data, tmp_path):
+    settings = {"epochs": 3, "batch_size": 2, "save_steps": 1}
+    unbroken = make_trainer(data, tmp_path / "a", **settings)
+    unbroken.run()
+    broken = make_trainer(data, tmp_path / "b", **settings)
+    calls = []
+
+    def update(step):
+        if step == 4:
+            raise KeyboardInterrupt
+        calls.append(step)
+        Trainer.update(broken, step)
+
+    broken.update = update
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    again = make_trainer(data, tmp_path / "b", seed=9, **settings)
+    again.lm_head = unbroken.lm_head
+    assert again.resume()
+    assert (again.epoch, again.step_in_epoch) == (1, 1)
+    again.run()
+    for name, value in unbroken.head.state_dict().items():
+        if name != "embed_tokens.weight":
+            assert torch.equal(again.head.state_dict()[name], value), name
+    lines = [[json.loads(x) for x in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in "ab"]
+    assert [x["train"] for x in lines[0]] == [x["train"] for x in lines[1]]
+    assert lines[0][-1]["held_out"]["first1"] == lines[0][-1]["held_out"]["top1"]
+    assert (tmp_path / "a" / "state_3" / "model.safetensors").is_file()
+
+
+def test_a_run_of_other_arguments_is_refused(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "cp")
+    trainer.save()
+    trainer.identity = {"settings": 2}
+    with pytest.raises(ValueError, match="settings 1 there, 2 now"):
+        trainer.resume()
+
+
+def test_a_loss_that_is_not_finite_names_the_file(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "cp", noise=0.0)
+    items = [trainer.train_set[(i, 0)] for i in range(3)]
+    items[1][0].hidden[-3] = torch.nan
+    with pytest.raises(ValueError, match="00000001"):
+        trainer.accumulate([collate(items)])
+    assert (tmp_path / "cp" / RESUME_FILE).is_file()
+
+
+def test_eagle2_refuses_images_without_features(data):
+    sample = SampleFolder(find_samples([data]), 64)[(1, None)][0]
+    reduced = make_sample(sample.input_ids, sample.loss_mask, sample.images, sample.full_hidden(), sample.full_hidden())
+    write_sample(data / "00000001.safetensors", reduced)
+    with pytest.raises(ValueError, match="00000001.*--store all"):
+        SampleFolder(find_samples([data]), 64, all_features=True)[(1, None)]
+    assert SimpleNamespace(**vars(reduced)).images == [(3, 20)]

@@ -1,0 +1,94 @@
+"""The target's own answers, in batches: left padding and transformers' generate."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+from vispec.model.target import Target
+
+Inputs = Mapping[str, torch.Tensor]
+"""What a processor returned for one prompt; input_ids is (1, L)."""
+
+
+def collate_prompts(prompts: Sequence[Inputs], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Processor outputs of single prompts as one batch: tokens padded on the left, tiles of images with empty ones."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {}
+    for name in prompts[0]:
+        values = [prompt[name] for prompt in prompts]
+        if all(v.shape == p["input_ids"].shape for v, p in zip(values, prompts, strict=True)):
+            fill = pad_token_id if name == "input_ids" else 0
+            values = [torch.nn.functional.pad(v, (longest - v.shape[1], 0), value=fill) for v in values]
+        elif name == "pixel_values" and values[0].dim() == 5:  # (1, tiles, channels, height, width)
+            tiles = max(v.shape[1] for v in values)
+            values = [torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 0, 0, tiles - v.shape[1])) for v in values]
+        batch[name] = torch.cat(values)
+    return batch
+
+
+@torch.inference_mode()
+def generate_answers(
+    target: Target,
+    prompts: Sequence[Inputs],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seeds: Sequence[int] = (),
+) -> list[torch.Tensor]:
+    """Answers as token ids, each up to its first end token.
+
+    No repetition penalty or other processor of the generation config is applied, since decoding applies none.
+
+    Args:
+        prompts: at least one; they are answered as one batch.
+        max_new_tokens: limit of every answer.
+        temperature: 0 is greedy.
+        seeds: one for each prompt, for temperature > 0; an answer depends on its own seed only.
+    """
+    model = target.model
+    pad = model.generation_config.pad_token_id
+    pad = pad if pad is not None else (target.eos_token_ids or [0])[0]
+    batch = {name: value.to(model.device) for name, value in collate_prompts(prompts, pad).items()}
+    length = batch["input_ids"].shape[1]
+    sampling = [SeededSampling(temperature, seeds, model.device)] if temperature > 0 else []
+    output = model.generate(
+        **batch,
+        do_sample=False,  # sampling is the greedy choice among perturbed logits, see SeededSampling
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        logits_processor=sampling,
+    )
+    return [_until_end(row, target.eos_token_ids) for row in output[:, length:].cpu()]
+
+
+def _until_end(answer: torch.Tensor, eos_token_ids: Sequence[int]) -> torch.Tensor:
+    ends = torch.isin(answer, torch.tensor(eos_token_ids, dtype=answer.dtype)).nonzero()[:, 0]
+    return answer[: int(ends[0]) + 1] if len(ends) else answer
+
+
+class SeededSampling(LogitsProcessor):
+    """Sampling by the Gumbel-max rule: argmax(logits / temperature + Gumbel noise) is a sample of the softmax.
+
+    The noise of a row comes from a generator of its own, so that an answer does not depend on its neighbours in the
+    batch.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device):
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.float() / self.temperature
+        noise = torch.stack(
+            [
+                torch.empty_like(row).exponential_(generator=generator)
+                for row, generator in zip(scores, self.generators, strict=True)
+            ]
+        )
+        return scores - noise.log()

@@ -1,0 +1,156 @@
+"""The command lines `python -m vispec.ge_data.allocation_*`: arguments, resume, workers, report."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vispec.cli import write_json_atomic
+from vispec.ge_data import workers
+from vispec.ge_data.prompts import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS
+from vispec.ge_data.run_folder import RunFolder, batches_of, share
+from vispec.ge_data.sample_file import write_sample
+
+LAST_ROW = 67999
+PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
+    """Arguments of one command; stage is "text" or "image", family "llava" or "qwen"."""
+    what = "text conversations (stage 1)" if stage == "text" else "long answers about images (stage 2)"
+    parser = argparse.ArgumentParser(
+        description=f"Training data of the draft head: {what}, with the target's features."
+    )
+    add = parser.add_argument
+    add("--outdir", required=True, help="folder of the sample files; the same command goes on where it stopped")
+    add("--start", type=int, default=0, help="first row of the shuffled data (%(default)s)")
+    add("--end", type=int, default=LAST_ROW, help="last row, inclusive (%(default)s)")
+    add("--model", default=PUBLISHED_TARGETS[family], help="target: folder or hub id (%(default)s)")
+    add("--gpus_per_model", "--gpus-per-model", type=float, default=1, help="below 1: several models on one GPU")
+    add("--data-folder", help="local data in the published layout; default: " + _default_data(stage))
+    add("--dtype", choices=DTYPES, default="auto", help="of the target and of the stored features (%(default)s)")
+    add("--max-len", type=int, help="longest sample in tokens; default: what the target takes")
+    add("--store", choices=("pairs", "all"), default="pairs", help="all: also features of image positions, for EAGLE-2")
+    if stage == "image":
+        add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (%(default)s)")
+        add("--seed", type=int, default=0, help="of sampled answers (%(default)s)")
+        add("--batch-size", type=int, default=16, help="answers generated together (%(default)s)")
+        add("--max-new-tokens", type=int, default=1024, help="longest answer (%(default)s)")
+        if family == "qwen":
+            add("--min-pixels", type=int, default=QWEN_MIN_PIXELS, help="smaller images are enlarged (%(default)s)")
+            add("--max-pixels", type=int, default=QWEN_MAX_PIXELS, help="larger images are shrunk (%(default)s)")
+    add("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
+    """Everything behind one command line; returns the exit code."""
+    logging.basicConfig(format="%(message)s")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser(stage, family).parse_args(argv)
+    if args.start < 0 or args.end < args.start:
+        raise ValueError(f"--start {args.start} --end {args.end}: expected 0 <= start <= end")
+    if getattr(args, "batch_size", 1) < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: expected at least 1")
+    rows = _load_rows(stage, args.data_folder)
+    end = min(args.end, len(rows) - 1)
+    if end < args.end:
+        print(f"the data has {len(rows)} rows: --end {args.end} becomes {end}")
+    if args.start > end:
+        raise ValueError(f"--start {args.start}: the data has only {len(rows)} rows")
+    batches = batches_of(range(args.start, end + 1), getattr(args, "batch_size", 1))
+
+    if args.worker is not None:
+        worker, count = (int(part) for part in args.worker.split("/"))
+        folder = RunFolder(Path(args.outdir), {})
+        _work(stage, family, args, rows, folder, share(batches, worker, count), worker)
+        return 0
+
+    arguments = {k: v for k, v in vars(args).items() if k not in ("outdir", "worker", "gpus_per_model")}
+    folder = RunFolder.open(args.outdir, {"stage": stage, "family": family, **arguments, "end": end})
+    groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
+    if len(groups) > 1:
+        module = f"vispec.ge_data.allocation_{family}_{'shargpt' if stage == 'text' else 'pretrain_gen'}"
+        code = workers.run_workers(module, argv, groups, folder.path / "logs")
+        if code:
+            return code
+    else:
+        _work(stage, family, args, rows, folder, batches, 0)
+    _report(folder, end + 1 - args.start, max(len(groups), 1))
+    return 0
+
+
+def _default_data(stage: str) -> str:
+    from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER, SHAREGPT
+
+    return f"{SHAREGPT} of the hub" if stage == "text" else f"./{LLAVA_PRETRAIN_FOLDER}/"
+
+
+def _load_rows(stage: str, data_folder: str | None):
+    from vispec.ge_data.sources import load_image, load_text
+
+    return load_text(data_folder) if stage == "text" else load_image(data_folder)
+
+
+def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) -> None:
+    """Make the missing samples of some batches, and leave a list of the rows that were skipped."""
+    from tqdm import tqdm
+
+    job = None
+    skipped: dict[int, str] = {}
+    with tqdm(total=sum(map(len, batches)), unit="row", desc=f"{stage} samples", mininterval=1) as bar:
+        for batch in batches:
+            missing = folder.missing(batch)
+            if missing:
+                job = job or _make_job(stage, family, args, rows)
+                for index, outcome in job.samples(batch, missing):
+                    if isinstance(outcome, Exception):
+                        skipped[index] = str(outcome)
+                    else:
+                        write_sample(folder.sample_path(index), outcome, {"index": index, **_origin(rows[index])})
+            bar.update(len(batch))
+    write_json_atomic(_skip_file(folder, worker), skipped)
+
+
+def _make_job(stage, family, args, rows):
+    import torch
+    from transformers import AutoProcessor
+
+    from vispec.ge_data.jobs import ImageJob, Settings, TextJob
+    from vispec.model.target import Target, load_target
+
+    names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "min_pixels", "max_pixels")
+    settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
+    limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
+    device_map = None
+    if torch.cuda.is_available():
+        device_map = "auto" if args.gpus_per_model > 1 else "cuda"
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    target = Target(load_target(args.model, dtype, device_map))
+    processor = AutoProcessor.from_pretrained(args.model, **limits)
+    return (TextJob if stage == "text" else ImageJob)(target, processor, rows, settings)
+
+
+def _origin(row: dict) -> dict:
+    return {key: row[key] for key in ("id", "image") if isinstance(row.get(key), str | int)}
+
+
+def _skip_file(folder: RunFolder, worker: int) -> Path:
+    return folder.path / "logs" / f"skipped_{worker}.json"
+
+
+def _report(folder: RunFolder, rows: int, count: int) -> None:
+    import json
+
+    skipped: dict[int, str] = {}
+    for worker in range(count):
+        found = json.loads(_skip_file(folder, worker).read_text())
+        skipped.update({int(index): reason for index, reason in found.items()})
+    manifest = folder.finish(skipped, {"rows": rows})
+    mean = manifest["bytes"] / max(manifest["samples"], 1)
+    print(f"{folder.path}: {manifest['samples']} samples of {rows} rows, {manifest['bytes']:,} bytes, {mean:,.0f} each")
+    for reason, entry in manifest["skipped"].items():
+        shown = ", ".join(map(str, entry["rows"][:8])) + (", …" if entry["count"] > 8 else "")
+        print(f"  skipped, {reason}: {entry['count']} (rows {shown})")

@@ -1,0 +1,173 @@
+"""Rows to samples: what a worker does for text and for images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from PIL import Image
+
+from vispec.ge_data import prompts
+from vispec.ge_data.answers import generate_answers
+from vispec.ge_data.conversations import (
+    QWEN_MAX_TOKENS,
+    QWEN_SYSTEM,
+    ChatRenderer,
+    SkipRow,
+    read_turns,
+    render_vicuna,
+    tokenize,
+)
+from vispec.ge_data.sample_file import Sample, make_sample
+from vispec.ge_data.sources import Rows
+from vispec.model.families import image_token_id
+from vispec.model.target import Target
+
+Outcome = Sample | SkipRow
+
+
+@dataclass
+class Settings:
+    """What decides the content of the files, besides the rows."""
+
+    family: str
+    """"llava" or "qwen"."""
+    max_len: int | None = None
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    seed: int = 0
+    store: str = "pairs"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+class TextJob:
+    """Conversations with the target's features (training stage 1)."""
+
+    def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
+        self.target, self.rows, self.settings = target, rows, settings
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        limit = min(target.max_positions, settings.max_len or target.max_positions)
+        if settings.family == "qwen":
+            template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+            if template is None:
+                raise ValueError("the target's processor and tokenizer have no chat template")
+            self.render = ChatRenderer(self.tokenizer, template, QWEN_SYSTEM)
+            limit = min(limit, QWEN_MAX_TOKENS)
+        else:
+            self.render = render_vicuna
+            limit = min(limit, self.tokenizer.model_max_length)
+        # chat templates write the special tokens themselves
+        special = settings.family != "qwen"
+        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit, add_special_tokens=special)
+
+    def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+        """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
+        for index in wanted:
+            try:
+                yield index, self._sample(self.rows[index])
+            except SkipRow as reason:
+                yield index, reason
+
+    def _sample(self, row: dict) -> Sample:
+        ids, mask = self.tokenize(*self.render(read_turns(row)))
+        image_token = image_token_id(self.target.config)
+        if image_token is not None and (ids == image_token).any():
+            raise SkipRow("image tag in a text conversation")
+        return features(self.target, ids, mask, {}, self.settings.store)
+
+
+class ImageJob:
+    """Long answers of the target about images, with its features (training stage 2)."""
+
+    def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
+        self.target, self.processor, self.rows, self.settings = target, processor, rows, settings
+
+    def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+        """(row index, sample or reason to skip) of all `wanted` rows.
+
+        The answers of all `indices` are generated together even where only some are wanted: an answer may depend
+        on its neighbours' padding, and a run that was interrupted must end with the files of one that was not.
+        """
+        prepared = {}
+        for index in indices:
+            try:
+                prepared[index] = self._prompt(self.rows[index])
+            except SkipRow as reason:
+                if index in wanted:
+                    yield index, reason
+        if not any(index in prepared for index in wanted):
+            return
+        answers = self._answers(prepared)
+        for index in wanted:
+            if index in prepared:
+                try:
+                    yield index, self._sample(prepared[index], answers[index])
+                except SkipRow as reason:
+                    yield index, reason
+
+    def _prompt(self, row: dict) -> dict[str, torch.Tensor]:
+        """The processor's output for one row, (1, L)."""
+        question = _question(row)
+        image = self._image(row)
+        text = self.processor.apply_chat_template(prompts.long_answer_messages(question), add_generation_prompt=True)
+        inputs = dict(self.processor(text=[text], images=[image], return_tensors="pt"))
+        if inputs["input_ids"].shape[1] >= self._limit:
+            raise SkipRow("prompt exceeds the length limit")
+        return inputs
+
+    def _image(self, row: dict) -> Image.Image:
+        if not isinstance(row.get("image"), str):
+            raise SkipRow("no image")
+        try:
+            with Image.open(self.rows.folder / row["image"]) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise SkipRow("unreadable image") from None
+
+    @property
+    def _limit(self) -> int:
+        return min(self.target.max_positions, self.settings.max_len or self.target.max_positions)
+
+    def _answers(self, prepared: dict[int, dict]) -> dict[int, torch.Tensor]:
+        longest = max(inputs["input_ids"].shape[1] for inputs in prepared.values())
+        answers = generate_answers(
+            self.target,
+            list(prepared.values()),
+            min(self.settings.max_new_tokens, self._limit - longest),
+            self.settings.temperature,
+            seeds=[self.settings.seed + index for index in prepared],
+        )
+        return dict(zip(prepared, answers, strict=True))
+
+    def _sample(self, inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> Sample:
+        if len(answer) == 0 or int(answer[0]) in self.target.eos_token_ids:
+            raise SkipRow("empty answer")
+        ids = torch.cat([inputs["input_ids"][0], answer])
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        mask[-len(answer) :] = True
+        rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        return features(self.target, ids, mask, rest, self.settings.store)
+
+
+def _question(row: dict) -> str:
+    """The human's text of a LLaVA-Pretrain row, image tag included."""
+    conversation = row.get("conversations")
+    turns = [turn for turn in conversation or [] if isinstance(turn, dict)] if isinstance(conversation, list) else []
+    question = next((turn.get("value") for turn in turns if turn.get("from") == "human"), None)
+    if not isinstance(question, str):
+        raise SkipRow("no human turn")
+    if prompts.IMAGE_TAG not in question:
+        raise SkipRow("image tag missing")
+    if question.count(prompts.IMAGE_TAG) > 1:
+        raise SkipRow("more than one image tag")
+    return question
+
+
+@torch.inference_mode()
+def features(target: Target, ids: torch.Tensor, mask: torch.Tensor, inputs: dict, store: str) -> Sample:
+    """One unpadded pass of the target over the tokens (L,), with the image's processor outputs."""
+    length = len(ids)
+    inputs = {**inputs, "attention_mask": torch.ones(1, length, dtype=torch.long)}
+    prompt = target.prefill(target.new_cache(1, length), ids[None], inputs)
+    return make_sample(ids, mask, prompt.images[0], prompt.embeds[0], prompt.hidden[0], store)

@@ -1,0 +1,82 @@
+"""The folder of one generation run: sample files, what made them, what was skipped and why."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vispec.cli import provenance, write_json_atomic
+from vispec.ge_data.sample_file import SUFFIX, file_name
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class RunFolder:
+    """Opened once by the command; its workers only write sample files."""
+
+    path: Path
+    arguments: dict
+    """What decides the files' content; a run with others is refused."""
+    manifest: dict = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path, arguments: Mapping) -> "RunFolder":
+        """Begin a run, or go on with one that was interrupted.
+
+        Raises:
+            ValueError: the folder holds files that other arguments made.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        arguments = json.loads(json.dumps(dict(arguments)))
+        file = path / MANIFEST
+        if file.is_file():
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            found = manifest["arguments"]
+            differing = sorted(k for k in found.keys() | arguments.keys() if found.get(k) != arguments.get(k))
+            if differing:
+                pairs = ", ".join(f"{k} {found.get(k)!r} there, {arguments.get(k)!r} now" for k in differing)
+                raise ValueError(f"{path} was made with other arguments ({pairs}); choose another --outdir")
+        elif any(path.glob(f"*{SUFFIX}")):
+            raise ValueError(f"{path} holds sample files but no {MANIFEST}; choose another --outdir")
+        else:
+            made_by = provenance(arguments)
+            made_by.pop("arguments")
+            manifest = {"arguments": arguments, "complete": False, **made_by}
+            write_json_atomic(file, manifest)
+        for leftover in path.glob(f".*{SUFFIX}.*"):  # of a write that was killed
+            leftover.unlink()
+        return cls(path, arguments, manifest)
+
+    def sample_path(self, index: int) -> Path:
+        return self.path / file_name(index)
+
+    def missing(self, indices: Iterable[int]) -> list[int]:
+        return [index for index in indices if not self.sample_path(index).is_file()]
+
+    def finish(self, skipped: Mapping[int, str], facts: Mapping) -> dict:
+        """Write the complete manifest; `skipped` maps row indices to reasons."""
+        sizes = [file.stat().st_size for file in self.path.glob(f"*{SUFFIX}")]
+        reasons: dict[str, list[int]] = {}
+        for index, reason in sorted(skipped.items()):
+            reasons.setdefault(reason, []).append(index)
+        self.manifest.update(
+            complete=True,
+            samples=len(sizes),
+            bytes=sum(sizes),
+            skipped={reason: {"count": len(rows), "rows": rows} for reason, rows in sorted(reasons.items())},
+            **facts,
+        )
+        write_json_atomic(self.path / MANIFEST, self.manifest)
+        return self.manifest
+
+
+def batches_of(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Batches by row index alone, whatever the number of workers and whatever exists already."""
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+def share(batches: Sequence, worker: int, workers: int) -> Sequence:
+    """The contiguous part of worker 0 … workers-1."""
+    return batches[len(batches) * worker // workers : len(batches) * (worker + 1) // workers]

@@ -1,0 +1,131 @@
+"""The draft head run on its own outputs: as training sees it, and as drafting does.
+
+Shapes: B rows, L tokens, H hidden size, R pairs after compression, S scored pairs.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from vispec.model.draft import DraftHead, rotary_angles, rotate
+from vispec.model.pairs import Span
+
+
+def draft_chain(
+    head: DraftHead,
+    hidden: torch.Tensor,
+    embeds: torch.Tensor,
+    images: list[list[Span]],
+    lengths: list[int],
+    steps: int = 0,
+) -> list[torch.Tensor]:
+    """Outputs of multi-token prediction (paper, section 3.4): step m+1 reads the outputs of step m as features.
+
+    Output i estimates feature i+1, so it takes its place there; feature 0 stays the target's. Gradients flow through
+    the whole chain. That keeps the head from copying the target's features: it must live with its own.
+
+    Args:
+        hidden, embeds: (B, L, H).
+        images: token spans of the images of each row.
+        lengths: tokens of each row.
+        steps: how often the outputs are fed back.
+
+    Returns:
+        steps + 1 outputs (B, L, H); pair i joins feature i with the embedding of token i+1, zeros after the last token.
+    """
+    next_embeds = shift_left(embeds, lengths)
+    outs = [head(hidden, embeds, next_embeds, images, lengths)]
+    for _ in range(steps):
+        features = torch.cat([hidden[:, :1].to(outs[-1].dtype), outs[-1][:, :-1]], dim=1)
+        outs.append(head(features, embeds, next_embeds, images, lengths))
+    return outs
+
+
+def shift_left(embeds: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """(B, L, H) embeddings of the tokens after each; zeros where there is none."""
+    shifted = F.pad(embeds[:, 1:], (0, 0, 0, 1))
+    last = torch.tensor(lengths, device=embeds.device) - 1
+    return shifted.index_put((torch.arange(len(lengths), device=embeds.device), last), embeds.new_zeros(()))
+
+
+def drafted_in_a_row(
+    head: DraftHead,
+    hidden: torch.Tensor,
+    embeds: torch.Tensor,
+    images: list[list[Span]],
+    lengths: list[int],
+    depth: int,
+) -> list[torch.Tensor]:
+    """What the head would draft from every pair at once, along the given tokens.
+
+    A draft of m tokens that ends at pair p reads the target's features up to pair p-m+1 and its own after that. All
+    starts share the keys of the first pass, so pass m needs the keys of passes 2 … m at one pair each: the attention is
+    one masked matrix and m-1 single columns.
+
+    Returns:
+        `depth` outputs (B, L, H): the m-th one at pair p is that of a draft whose m-th token is predicted by pair p.
+    """
+    if len(head.layers) != 1:
+        raise ValueError(f"drafts of a head of {len(head.layers)} layers cannot be followed; expected 1")
+    layer, attention = head.layers[0], head.layers[0].self_attn
+    layout = head.plan(lengths, images).to(hidden.device)
+    index = layout.positions[..., None].expand(-1, -1, hidden.shape[2])
+    next_embeds = shift_left(embeds, lengths).gather(1, index)
+    rows, groups = index.shape[1], attention.heads // attention.kv_heads
+    offsets = torch.arange(rows, device=hidden.device)
+    offsets = offsets[:, None] - offsets  # how far key j lies behind query i
+
+    def project(x, projection, heads):
+        return projection(x).view(*x.shape[:2], heads, attention.head_dim).transpose(1, 2)
+
+    features, keys, values, outs = hidden.gather(1, index), [], [], []
+    for m in range(1, depth + 1):
+        x, _ = head._inputs(layout, features, embeds, next_embeds)
+        rotary = rotary_angles(layout.positions, attention.head_dim, head.config.rope_theta, x.dtype)
+        q = rotate(project(x, attention.q_proj, attention.heads), rotary)
+        k = rotate(project(x, attention.k_proj, attention.kv_heads), rotary).repeat_interleave(groups, 1)
+        v = project(x, attention.v_proj, attention.kv_heads).repeat_interleave(groups, 1)
+        keys.append(k)
+        values.append(v)
+        scores = (q @ keys[0].transpose(2, 3)).masked_fill(offsets < m - 1, -torch.inf)
+        own = [_delay(keys[s], m - 1 - s) for s in range(1, m)]
+        scores = torch.cat([scores, *[(q * key).sum(-1, keepdim=True) for key in own]], dim=-1)
+        weights = (scores.float() * attention.head_dim**-0.5).softmax(-1).nan_to_num().to(v.dtype)
+        mixed = weights[..., :rows] @ values[0]
+        for s in range(1, m):
+            mixed = mixed + weights[..., rows + s - 1, None] * _delay(values[s], m - 1 - s)
+        x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        out = x + layer.mlp(layer.post_attention_layernorm(x))
+        places = index.masked_fill(~layout.valid[..., None], hidden.shape[1])
+        full = out.new_zeros(out.shape[0], hidden.shape[1] + 1, out.shape[2]).scatter(1, places, out)
+        outs.append(full[:, :-1])
+        features = F.pad(out[:, :-1], (0, 0, 1, 0))
+    return outs
+
+
+def _delay(x: torch.Tensor, pairs: int) -> torch.Tensor:
+    """(B, heads, R, head_dim) moved `pairs` rows to the right."""
+    return F.pad(x[:, :, : x.shape[2] - pairs], (0, 0, pairs, 0)) if pairs else x
+
+
+def count_in_a_row(right: torch.Tensor, along: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many drafts have their first m tokens right, m = 1 … depth, and how many drafts there are.
+
+    Args:
+        right: (depth, B, L) bool, the m-th token of the draft that pair p ends is the target's choice.
+        along: (B, L) bool, the target's choice at pair p is the token that follows in the data: only then does a draft
+            go on as the data does.
+        scored: (B, L) bool.
+
+    Returns:
+        (depth,) right and (depth,) all, int64.
+    """
+    so_far = valid = torch.ones_like(scored)
+    hits, counts = [], []
+    for step in right:
+        valid = valid & scored
+        so_far = so_far & step & valid
+        hits.append(so_far.sum())
+        counts.append(valid.sum())
+        valid = F.pad((valid & along)[:, :-1], (1, 0))
+        so_far = F.pad(so_far[:, :-1], (1, 0))
+    return torch.stack(hits), torch.stack(counts)

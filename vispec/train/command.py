@@ -1,0 +1,191 @@
+"""What the two training commands share: arguments, start weights, data, processes."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from vispec.cli import provenance, write_json_atomic
+from vispec.model.checkpoints import load_draft, read_config
+from vispec.model.draft import DraftHead, ViSpecHead
+from vispec.model.draft_config import DraftConfig
+from vispec.train.samples import SampleFolder, find_samples, hold_out, read_lengths
+from vispec.train.target_weights import read_tables
+from vispec.train.trainer import Processes, Recipe, Trainer, recipe_identity
+
+logger = logging.getLogger("vispec")
+
+
+def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: float) -> None:
+    """The flags of both stages."""
+    add = parser.add_argument
+    add("--basepath", required=True, help="target, folder or hub id: its embedding and output head are read")
+    add("--configpath", help="config.json of the draft head")
+    add("--loadpath", help="draft head to start from, folder or hub id")
+    add("--tmpdir", required=True, nargs="+", help="folder(s) of sample files")
+    add("--cpdir", required=True, help="folder of checkpoints; the same command goes on where it stopped")
+    add("--lr", type=float, default=lr, help="(%(default)s)")
+    add("--bs", type=int, default=1, help="samples of a batch (%(default)s)")
+    add("--gradient-accumulation-steps", type=int, default=1, help="batches of an optimizer step (%(default)s)")
+    add("--pw", type=float, default=token_weight, help="weight of the token losses (%(default)s)")
+    add("--num-workers", type=int, help="processes that read samples; default: 4 with a GPU, none without")
+    add("--max-len", type=int, default=4096, help="longer samples are cut (%(default)s)")
+    add("--begin-epoch", type=int, help="epochs that are expected to be done already")
+    add("--num-epochs", type=int, default=20, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--clip-value", type=float, default=0.5, help="gradients are cut at this value (%(default)s)")
+    add("--noise", type=float, default=0.2, help="width of the noise on input features (%(default)s)")
+    add("--save-every", type=int, default=1, help="epochs between checkpoints (%(default)s)")
+    add("--save-steps", type=int, default=0, help="steps between states to resume from; 0: after each epoch only")
+    add("--report-to", choices=("tensorboard", "none"), default="none", help="(%(default)s)")
+
+
+def recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
+    for name in ("bs", "gradient_accumulation_steps", "num_epochs", "save_every", "max_len"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    workers = args.num_workers
+    if workers is None:
+        workers = 4 if torch.cuda.is_available() else 0
+    return Recipe(
+        objective,
+        lr=args.lr,
+        mtp_steps=mtp_steps,
+        epochs=args.num_epochs,
+        batch_size=args.bs,
+        accumulation=args.gradient_accumulation_steps,
+        clip_value=args.clip_value,
+        seed=args.seed,
+        save_every=args.save_every,
+        save_steps=args.save_steps,
+        workers=workers,
+        report_to=args.report_to,
+    )
+
+
+def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, num_q: int | None = None) -> DraftHead:
+    """The head to train: from --loadpath, or random from --configpath.
+
+    An EAGLE-2 head can become a ViSpec head: the adaptor and img_fc, and only these, then begin as they do in training.
+    """
+    torch.manual_seed(args.seed)
+    config = read_config(args.configpath) if args.configpath else None
+    if args.loadpath is None:
+        if config is None:
+            raise ValueError("--configpath is needed where there is no --loadpath to start from")
+        head = ViSpecHead(config, num_q) if method == "vispec" else DraftHead(config)
+        if method == "vispec":
+            logger.warning("no --loadpath: the head starts from random weights")
+            head.reset_image_parameters()
+        _put_embedding(head, embedding)
+        return head
+    loaded = load_draft(args.loadpath, dtype=torch.float32, embedding=embedding.float())
+    if config is not None:
+        _compare_configs(config, loaded.config, args)
+    if loaded.method == method:
+        if num_q is not None and num_q != loaded.num_q:
+            raise ValueError(f"--num-q {num_q}: the head in --loadpath {args.loadpath} has num_q {loaded.num_q}")
+        return loaded
+    if not (loaded.method == "eagle2" and method == "vispec"):
+        raise ValueError(f"--loadpath {args.loadpath} is a {loaded.method} head, this command trains {method}")
+    head = ViSpecHead(loaded.config, num_q or 2)
+    missing, unexpected = head.load_state_dict(loaded.state_dict(), strict=False)
+    if unexpected or any(not name.startswith(("imadpt.", "img_fc.")) for name in missing):
+        raise ValueError(f"--loadpath {args.loadpath}: tensors do not fit ({', '.join([*missing, *unexpected])})")
+    head.reset_image_parameters()
+    return head
+
+
+def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None = None) -> int:
+    """Everything behind a training command once its arguments are read."""
+    processes = _processes()
+    embedding, lm_head = read_tables(args.basepath)
+    head = start_head(args, embedding, method, num_q)
+    _check_target(head.config, embedding, lm_head, args)
+    folder = Path(args.cpdir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    train_paths, held_out_paths = hold_out(find_samples(args.tmpdir))
+    all_features = method == "eagle2"
+    train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features)
+    held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features)
+    lengths = (read_lengths(train_paths, args.max_len), read_lengths(held_out_paths, args.max_len))
+    _check_sizes(train_set, head.config)
+    identity = {
+        "method": method,
+        "num_q": num_q,
+        "max_len": args.max_len,
+        "noise": args.noise,
+        "samples": len(train_set),
+        "tmpdir": args.tmpdir,
+        "loadpath": args.loadpath,
+        **recipe_identity(recipe),
+        "batch_size": recipe.batch_size * recipe.accumulation * processes.count,
+    }
+    identity.pop("accumulation")
+    head_dtype = torch.bfloat16 if processes.autocast else torch.float32
+    trainer = Trainer(
+        head, lm_head.to(head_dtype), train_set, held_out_set, lengths, recipe, folder, processes, identity
+    )
+    resumed = trainer.resume()
+    if args.begin_epoch is not None and args.begin_epoch != trainer.epoch:
+        raise ValueError(f"--begin-epoch {args.begin_epoch}: --cpdir {folder} is at epoch {trainer.epoch}")
+    if processes.is_main:
+        trained = sum(p.numel() for p in trainer.parameters)
+        print(
+            f"{method}: {trained:,} trained parameters, {len(train_set)} samples ({len(held_out_set)} held out), "
+            f"{trainer.steps_per_epoch} steps an epoch of {trainer.group_size} samples"
+            + (f"; goes on after epoch {trainer.epoch}, step {trainer.step_in_epoch}" if resumed else ""),
+            flush=True,
+        )
+        write_json_atomic(folder / "training.json", provenance(args))
+    trainer.run()
+    return 0
+
+
+def _processes() -> Processes:
+    """As `accelerate launch` started us, or a single process."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"--mixed_precision={accelerator.mixed_precision} is not supported; choose bf16 or no")
+    return Processes(
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.autocast if accelerator.mixed_precision == "bf16" else None,
+    )
+
+
+def _put_embedding(head: DraftHead, embedding: torch.Tensor) -> None:
+    if embedding.shape != head.embed_tokens.weight.shape:
+        return  # reported with the other sizes
+    with torch.no_grad():
+        head.embed_tokens.weight.copy_(embedding)
+
+
+def _compare_configs(asked: DraftConfig, loaded: DraftConfig, args: argparse.Namespace) -> None:
+    for name, value in asked.to_dict().items():
+        found = getattr(loaded, name, value)
+        if name != "extra" and hasattr(asked, name) and found != value and name != "max_position_embeddings":
+            raise ValueError(f"--configpath {args.configpath}: {name} is {value!r}, in --loadpath {found!r}")
+
+
+def _check_target(config: DraftConfig, embedding: torch.Tensor, lm_head: torch.Tensor, args) -> None:
+    expected = (config.vocab_size, config.hidden_size)
+    for name, table in (("embedding", embedding), ("output head", lm_head)):
+        if tuple(table.shape) != expected:
+            source = args.configpath or args.loadpath
+            raise ValueError(
+                f"--basepath {args.basepath}: its {name} is {tuple(table.shape)}, {source} says {expected}"
+            )
+
+
+def _check_sizes(samples: SampleFolder, config: DraftConfig) -> None:
+    sample, _ = samples[(0, None)]
+    if sample.hidden.shape[1] != config.hidden_size:
+        raise ValueError(
+            f"{sample.name}: features of {sample.hidden.shape[1]} numbers, the draft head has {config.hidden_size}"
+        )

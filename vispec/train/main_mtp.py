@@ -1,0 +1,40 @@
+"""Training stage 2, the ViSpec head on images with multi-token prediction.
+
+accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_mtp --basepath TARGET --configpath CONFIG \
+    --loadpath STAGE1/state_20 --tmpdir SAMPLES --cpdir CHECKPOINTS --mtp-steps=1 --num-q=2 --use-ours=True
+"""
+
+import argparse
+import logging
+
+from vispec.cli import parse_bool, run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    from vispec.train import command
+    from vispec.train.losses import Objective
+
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(
+        prog="vispec.train.main_mtp", description="Stage 2: a ViSpec draft head on images, trained on its own outputs."
+    )
+    command.add_arguments(parser, lr=3e-6, token_weight=1.0)
+    parser.add_argument("--use-ours", type=parse_bool, default=True, help="False: EAGLE-2 instead (%(default)s)")
+    parser.add_argument("--num-q", type=int, help="queries of the vision adaptor; default: 2, or those of --loadpath")
+    parser.add_argument("--mtp-steps", type=int, default=1, help="how often outputs are fed back (%(default)s)")
+    parser.add_argument("--loss", choices=("l1", "ce"), default="l1", help="as released, or as in the paper")
+    parser.add_argument("--image-fc", nargs="?", const="True", help="accepted, without effect")
+    args = parser.parse_args(argv)
+    if args.image_fc is not None:
+        print("--image-fc has no effect")
+    if args.mtp_steps < 0:
+        raise ValueError(f"--mtp-steps {args.mtp_steps}: expected at least 0")
+    if args.num_q is not None and args.num_q < 1:
+        raise ValueError(f"--num-q {args.num_q}: expected at least 1")
+    recipe = command.recipe_of(args, Objective.stage2(args.loss, args.pw), args.mtp_steps)
+    method = "vispec" if args.use_ours else "eagle2"
+    return command.train(args, method, recipe, args.num_q if args.use_ours else None)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,175 @@
+"""Sample files as batches of pairs: reading, noise, padding, and the order of an epoch.
+
+Shapes: B samples, L tokens of the longest, H hidden size, S scored pairs, N image rows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from vispec.ge_data.sample_file import SUFFIX, Sample, read_length, read_sample
+from vispec.model.pairs import Span
+
+HELD_OUT = 0.05
+NOISE_LENGTH = 512
+WINDOW = 16
+"""Optimizer steps whose samples are sorted by length together, so that a batch has little padding."""
+
+
+@dataclass
+class Batch:
+    """Padded samples."""
+
+    ids: torch.Tensor
+    """(B, L)."""
+    hidden: torch.Tensor
+    """(B, L, H) input features, with noise in training; zeros where none are stored."""
+    image_rows: torch.Tensor
+    """(N, H) embeddings of the image rows of all samples."""
+    image_index: torch.Tensor
+    """(N,) their places in the flattened (B * L) rows."""
+    scored: torch.Tensor
+    """(S,) places of the scored pairs in the flattened (B * L) rows."""
+    targets: torch.Tensor
+    """(S, H) the target's feature of the token after each scored pair."""
+    images: list[list[Span]]
+    lengths: list[int]
+    names: list[str]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        return Batch(**values)
+
+    def embeds(self, table: torch.Tensor) -> torch.Tensor:
+        """(B, L, H) merged input embeddings: text rows from the (V, H) table, image rows as stored."""
+        embeds = table[self.ids]
+        embeds.view(-1, embeds.shape[2])[self.image_index] = self.image_rows.to(embeds.dtype)
+        return embeds
+
+    def sample_of(self, scored_row: int) -> str:
+        """The file that a scored row comes from."""
+        return self.names[int(self.scored[scored_row]) // self.ids.shape[1]]
+
+
+class SampleFolder(torch.utils.data.Dataset):
+    """Sample files; items are asked for as (index, epoch), epoch None for no noise.
+
+    Args:
+        paths: the files.
+        max_len: longer samples are cut.
+        noise: width of the uniform noise on input features; divided by the sample's length in units of 512 tokens.
+        seed: of the noise. It depends on seed, epoch and sample alone, so batching and interruptions do not change it.
+        all_features: refuse samples without the features of image positions.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], max_len: int, noise: float = 0.0, seed: int = 0, all_features: bool = False
+    ):
+        self.paths, self.max_len, self.noise, self.seed = list(paths), max_len, noise, seed
+        self.all_features = all_features
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Sample, torch.Tensor]:
+        """The sample and its input features (K, H)."""
+        index, epoch = key
+        sample = read_sample(self.paths[index]).cut(self.max_len)
+        if self.all_features and sample.images and not sample.has_all_features():
+            raise ValueError(
+                f"{sample.name}: features of image positions are not stored, which this head reads; make the data with "
+                "--store all"
+            )
+        features = sample.hidden
+        if epoch is not None and self.noise:
+            digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            noise = torch.rand(features.shape, generator=generator) - 0.5
+            features = features + noise * (self.noise * NOISE_LENGTH / len(sample))
+        return sample, features
+
+
+def collate(items: Sequence[tuple[Sample, torch.Tensor]]) -> Batch:
+    """Pad samples and their input features to one batch."""
+    samples = [sample for sample, _ in items]
+    lengths = [len(sample) for sample in samples]
+    longest, size = max(lengths), samples[0].hidden.shape[1]
+    dtype = items[0][1].dtype
+    ids = torch.zeros(len(samples), longest, dtype=torch.long)
+    hidden = torch.zeros(len(samples) * longest, size, dtype=dtype)
+    image_index, scored, targets = [], [], []
+    for row, (sample, features) in enumerate(items):
+        offset = row * longest
+        ids[row, : len(sample)] = sample.input_ids
+        hidden[offset + sample.hidden_positions] = features.to(dtype)
+        image_index += [torch.arange(offset + start, offset + end) for start, end in sample.images]
+        pairs = sample.scored().nonzero()[:, 0]
+        scored.append(pairs + offset)
+        targets.append(sample.hidden[torch.searchsorted(sample.hidden_positions, pairs + 1)])
+    return Batch(
+        ids,
+        hidden.view(len(samples), longest, size),
+        torch.cat([sample.image_embeds for sample in samples]),
+        torch.cat(image_index) if image_index else torch.zeros(0, dtype=torch.long),
+        torch.cat(scored),
+        torch.cat(targets),
+        [sample.images for sample in samples],
+        lengths,
+        [sample.name for sample in samples],
+    )
+
+
+def find_samples(folders: Sequence[str]) -> list[Path]:
+    """All sample files of some folders, in a fixed order."""
+    paths = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--tmpdir {folder}: no such folder")
+        found = sorted(path for path in Path(folder).rglob(f"*{SUFFIX}") if not path.name.startswith("."))
+        if not found:
+            raise ValueError(f"--tmpdir {folder}: no sample files ({SUFFIX}) there")
+        paths += found
+    return paths
+
+
+def hold_out(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Training and held-out files: 5 % held out, spread evenly, at least one of two or more."""
+    if len(paths) < 2:
+        return list(paths), []
+    count = max(1, round(HELD_OUT * len(paths)))
+    held = {(2 * i + 1) * len(paths) // (2 * count) for i in range(count)}
+    return [p for i, p in enumerate(paths) if i not in held], [p for i, p in enumerate(paths) if i in held]
+
+
+def read_lengths(paths: Sequence[Path], max_len: int) -> list[int]:
+    """Tokens of each sample, from the files' headers."""
+    with ThreadPoolExecutor(8) as pool:
+        return [min(length, max_len) for length in pool.map(read_length, paths)]
+
+
+def epoch_groups(lengths: Sequence[int], group_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The samples of each optimizer step of an epoch, in random order, similar lengths together.
+
+    Depends on the size of a step alone, not on how it is divided into batches and processes.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    window = group_size * (WINDOW if group_size > 1 else 1)
+    groups = []
+    for start in range(0, len(order), window):
+        members = sorted(order[start : start + window], key=lambda i: lengths[i])
+        groups += [members[i : i + group_size] for i in range(0, len(members), group_size)]
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+
+
+def micro_batches(group: Sequence[int], batch_size: int, process: int, processes: int) -> list[Sequence[int]]:
+    """The batches of one process in one optimizer step; in an epoch's last steps some processes may have fewer."""
+    batches = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return batches[process::processes]

@@ -1,0 +1,93 @@
+"""Of the target, training needs two tables only: the token embedding and the output head."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING = "embed_tokens.weight"
+"""Ends the embedding's name, whatever module a family or a version of transformers puts it in."""
+HEAD = "lm_head.weight"
+
+
+def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding and output head, each (V, H), from a folder or a hub id; no other tensor is loaded.
+
+    With tied embeddings both are the same tensor.
+
+    Raises:
+        ValueError: a file or a tensor cannot be found.
+    """
+    files = _weight_files(basepath)
+    embedding_name = _only(files, EMBEDDING, basepath)
+    head_name = _only(files, HEAD, basepath, optional=True)
+    embedding = _read(files[embedding_name], embedding_name)
+    if head_name is not None:
+        return embedding, _read(files[head_name], head_name)
+    if not _is_tied(basepath):
+        raise ValueError(f"{basepath}: no tensor {HEAD}, and the config does not tie it to the embedding")
+    return embedding, embedding
+
+
+def _weight_files(basepath: str) -> dict[str, Path]:
+    """The file of each tensor, loaded lazily from the hub."""
+    index = _file(basepath, INDEX)
+    if index is not None:
+        places = json.loads(index.read_text())["weight_map"]
+        ours = {name: place for name, place in places.items() if name.endswith((EMBEDDING, HEAD))}
+        return {name: _file(basepath, place, required=True) for name, place in ours.items()}
+    single = _file(basepath, SINGLE)
+    if single is None:
+        raise ValueError(f"{basepath}: neither {INDEX} nor {SINGLE} there")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _only(files: dict[str, Path], ending: str, basepath: str, optional: bool = False) -> str | None:
+    """The one tensor name that is `ending` or ends with it as its last modules."""
+    found = [name for name in files if name == ending or name.endswith("." + ending)]
+    if len(found) == 1:
+        return found[0]
+    if not found and optional:
+        return None
+    what = ", ".join(found) if found else "none"
+    raise ValueError(f"{basepath}: expected one tensor that ends with {ending}, found {what}")
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _is_tied(basepath: str) -> bool:
+    path = _file(basepath, "config.json")
+    config = json.loads(path.read_text()) if path else {}
+    # what both levels leave out is tied: that is the default of transformers
+    inner = config.get("text_config") or {}
+    return config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))
+
+
+def _file(basepath: str, name: str, required: bool = False) -> Path | None:
+    """A file of the target's folder or hub repository; None where it has none of that name."""
+    folder = Path(basepath)
+    if folder.is_dir():
+        path = folder / name if (folder / name).is_file() else None
+    else:
+        path = _from_hub(basepath, name)
+    if path is None and required:
+        raise ValueError(f"{basepath}: {name} is missing")
+    return path
+
+
+def _from_hub(repo_id: str, name: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        repo_id,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=True,
+    )
+    return Path(found) if found else None

@@ -1,0 +1,340 @@
+"""The training loop of both stages.
+
+A step's loss is the mean over all scored pairs of all its samples, however these are divided into batches, accumulated
+batches and processes: every process knows the step's number of pairs before its first backward pass, and
+gradients are summed.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from vispec.cli import write_atomic
+from vispec.model.checkpoints import save_draft
+from vispec.model.draft import DraftHead
+from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
+from vispec.train.losses import Objective, summed_loss
+from vispec.train.metrics import DEPTH, MetricsLog, Sums
+from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches
+
+RESUME_FILE = "resume.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run does, apart from data and start weights."""
+
+    objective: Objective
+    lr: float
+    mtp_steps: int = 0
+    epochs: int = 20
+    batch_size: int = 1
+    accumulation: int = 1
+    clip_value: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    seed: int = 0
+    save_every: int = 1
+    save_steps: int = 0
+    workers: int = 0
+    report_to: str = "none"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process computes and how many there are."""
+
+    device: torch.device
+    index: int = 0
+    count: int = 1
+    autocast: type[AbstractContextManager] | None = None
+    """A context manager's factory for mixed precision."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over all processes; the result may or may not be the tensor itself, changed."""
+        if self.count > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def precision(self) -> AbstractContextManager:
+        return self.autocast() if self.autocast else torch.autocast(self.device.type, enabled=False)
+
+
+class Trainer:
+    """Trains a draft head.
+
+    Args:
+        head: in float32; changed in place.
+        lm_head: (V, H) the target's output head.
+        train, held_out: sample files.
+        lengths: tokens of each training and each held-out sample, to put similar ones together.
+        folder: of checkpoints, metrics and the state to resume from.
+        identity: arguments that a run to be resumed must share.
+    """
+
+    def __init__(
+        self,
+        head: DraftHead,
+        lm_head: torch.Tensor,
+        train: SampleFolder,
+        held_out: SampleFolder,
+        lengths: tuple[list[int], list[int]],
+        recipe: Recipe,
+        folder: Path,
+        processes: Processes,
+        identity: dict,
+    ):
+        self.recipe, self.folder, self.processes, self.identity = recipe, folder, processes, identity
+        self.train_set, self.held_out_set, self.lengths = train, held_out, lengths
+        self.head = head.to(processes.device).train()
+        self.lm_head = lm_head.to(processes.device)
+        self.parameters = [p for p in self.head.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        self.group_size = recipe.batch_size * recipe.accumulation * processes.count
+        self.steps_per_epoch = math.ceil(len(train) / self.group_size)
+        self.epoch, self.step_in_epoch, self.sums = 0, 0, Sums()
+
+    # --- one optimizer step ---
+
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """(S, M, H): the chain's outputs at the scored pairs."""
+        outs = draft_chain(
+            self.head, batch.hidden, batch.embeds(self._table), batch.images, batch.lengths, self.recipe.mtp_steps
+        )
+        return torch.stack([out.flatten(0, 1)[batch.scored] for out in outs], dim=1)
+
+    def accumulate(self, batches: list[Batch]) -> Sums:
+        """Add the gradients of this process's part of one step, and sum them over all processes."""
+        pairs = self.processes.sum(torch.tensor(sum(len(b.scored) for b in batches))).item()
+        steps = self.recipe.mtp_steps + 1
+        sums = Sums()
+        for batch in batches:
+            batch = batch.to(self.processes.device, torch.float32)
+            with self.processes.precision():
+                rows = self.outputs(batch)
+                loss, parts = summed_loss(self.recipe.objective, rows, batch.targets, self.lm_head)
+            if not math.isfinite(parts[0].item()):
+                self._stop(batch, rows)
+            (loss / max(pairs * steps, 1)).backward()
+            sums.add(parts, len(batch.scored), steps, len(batch.lengths))
+        for parameter in self.parameters:
+            if parameter.grad is None:  # the image parameters in a step without images
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.processes.sum(parameter.grad)
+        return sums
+
+    def update(self, step: int) -> None:
+        """Clip, apply and clear the gradients."""
+        torch.nn.utils.clip_grad_value_(self.parameters, self.recipe.clip_value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * schedule(step, self.steps_per_epoch, self.recipe.epochs)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # --- epochs ---
+
+    def run(self) -> None:
+        """Train to the last epoch, from wherever `resume` has put us."""
+        log = MetricsLog(self.folder, self.recipe.report_to) if self.processes.is_main else None
+        if log:
+            log.forget_after(self.epoch)
+        while self.epoch < self.recipe.epochs:
+            started, before = time.perf_counter(), self.sums.values[2].item()
+            self._train_epoch(log)
+            seconds = time.perf_counter() - started
+            samples = self.sums.values[2].item() - before
+            train = Sums(self.processes.sum(self.sums.values).tolist())
+            held_out = self.evaluate()
+            self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, Sums()
+            if not log:
+                continue
+            line = {
+                "step": self.epoch * self.steps_per_epoch,
+                "train": train.summary(),
+                "held_out": held_out.summary() if len(self.held_out_set) else None,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": round(seconds, 2),
+                "samples_per_second": round(samples * self.processes.count / seconds, 2),
+            }
+            if self.epoch % self.recipe.save_every == 0 or self.epoch == self.recipe.epochs:
+                save_draft(self.head, self.folder / f"state_{self.epoch}")
+            log.epoch(self.epoch, line)
+            self.save()
+            print(_describe(self.epoch, self.recipe.epochs, line), flush=True)
+
+    def _train_epoch(self, log: MetricsLog | None) -> None:
+        from tqdm import tqdm
+
+        groups = epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, self.epoch)[self.step_in_epoch :]
+        mine = [
+            micro_batches(group, self.recipe.batch_size, self.processes.index, self.processes.count) for group in groups
+        ]
+        keys = [[(index, self.epoch) for index in batch] for batches in mine for batch in batches]
+        loaded = iter(self._loader(self.train_set, keys))
+        bar = tqdm(
+            total=self.steps_per_epoch,
+            initial=self.step_in_epoch,
+            unit="step",
+            desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
+            disable=not self.processes.is_main,
+            mininterval=1,
+            leave=False,
+        )
+        for group, batches in zip(groups, mine, strict=True):
+            sums = self.accumulate(list(islice(loaded, len(batches))))
+            step = self.epoch * self.steps_per_epoch + self.step_in_epoch
+            self.update(step)
+            self.sums.values += sums.values
+            self.step_in_epoch += 1
+            bar.update(1)
+            shown = self.sums.summary()
+            per_second = bar.format_dict["rate"] or 0
+            bar.set_postfix(
+                {
+                    "loss": f"{sums.loss:.3f}",
+                    "top1": f"{shown['top1']:.3f}",
+                    "samples/s": f"{per_second * len(group):.1f}",
+                },
+                refresh=False,
+            )
+            if log and log.writer:
+                log.step(step, {"loss": sums.loss, "lr": self.optimizer.param_groups[0]["lr"]})
+            if self.recipe.save_steps and self.step_in_epoch % self.recipe.save_steps == 0:
+                self.save()
+        bar.close()
+
+    @torch.no_grad()
+    def evaluate(self) -> Sums:
+        """Losses and accuracies on the held-out samples."""
+        sums = Sums()
+        order = sorted(range(len(self.held_out_set)), key=lambda i: self.lengths[1][i])
+        mine = micro_batches(order, self.recipe.batch_size, self.processes.index, self.processes.count)
+        self.head.eval()
+        for batch in self._loader(self.held_out_set, [[(i, None) for i in batch] for batch in mine]):
+            batch = batch.to(self.processes.device, torch.float32)
+            with self.processes.precision():
+                rows = self.outputs(batch)
+                _, parts = summed_loss(self.recipe.objective, rows, batch.targets, self.lm_head)
+                sums.add(parts, len(batch.scored), self.recipe.mtp_steps + 1, len(batch.lengths))
+                sums.add_drafts(*self._drafts(batch))
+        self.head.train()
+        return Sums(self.processes.sum(sums.values).tolist())
+
+    def _drafts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds = batch.embeds(self._table)
+        outs = drafted_in_a_row(self.head, batch.hidden, embeds, batch.images, batch.lengths, DEPTH)
+        shape = batch.ids.shape
+        choice = self._tokens(batch.targets)
+        right = torch.zeros(DEPTH, shape.numel(), dtype=torch.bool, device=choice.device)
+        for m, out in enumerate(outs):
+            right[m, batch.scored] = self._tokens(out.flatten(0, 1)[batch.scored]) == choice
+        along, scored = torch.zeros_like(right[0]), torch.zeros_like(right[0])
+        scored[batch.scored] = True
+        along[batch.scored] = batch.ids.flatten()[batch.scored + 2] == choice
+        return count_in_a_row(right.view(DEPTH, *shape), along.view(shape), scored.view(shape))
+
+    def _tokens(self, features: torch.Tensor) -> torch.Tensor:
+        chunks = features.split(1024)
+        return torch.cat([(c.to(self.lm_head.dtype) @ self.lm_head.T).argmax(-1) for c in chunks])
+
+    @property
+    def _table(self) -> torch.Tensor:
+        return self.head.embed_tokens.weight
+
+    def _loader(self, dataset: SampleFolder, keys: list) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=keys,
+            collate_fn=collate,
+            num_workers=self.recipe.workers,
+            pin_memory=self.processes.device.type == "cuda",
+        )
+
+    # --- interruption ---
+
+    def save(self) -> None:
+        """Everything that a run needs to go on from here, as one file that appears whole or not at all."""
+        if not self.processes.is_main:
+            return
+        state = {
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "sums": self.sums.values.tolist(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_atomic(self.folder / RESUME_FILE, lambda file: torch.save(state, file))
+
+    def resume(self) -> bool:
+        """Go on with the run that `folder` holds, if it holds one.
+
+        Raises:
+            ValueError: it is a run of another command.
+        """
+        path = self.folder / RESUME_FILE
+        if not path.is_file():
+            return False
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+        differing = sorted(k for k in found.keys() | self.identity.keys() if found.get(k) != self.identity.get(k))
+        if differing:
+            pairs = ", ".join(f"{k} {found.get(k)!r} there, {self.identity.get(k)!r} now" for k in differing)
+            raise ValueError(f"--cpdir {self.folder} holds a run of other arguments ({pairs}); choose another folder")
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        if self.processes.is_main:
+            self.sums = Sums(state["sums"])
+        return True
+
+    def _stop(self, batch: Batch, rows: torch.Tensor) -> None:
+        bad = ~(torch.isfinite(rows).all(-1).all(-1) & torch.isfinite(batch.targets).all(-1))
+        places = bad.nonzero()[:, 0].tolist()
+        names = {batch.sample_of(place) for place in places} or set(batch.names)
+        self.optimizer.zero_grad()
+        self.save()
+        raise ValueError(
+            f"the loss is not finite in {', '.join(sorted(names))}; the state before this step is in "
+            f"{self.folder / RESUME_FILE}"
+        )
+
+
+def schedule(step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Factor of the learning rate at a step: linear warm-up over the first epoch, linear decay to 0 after the last."""
+    if step < steps_per_epoch:
+        return (step + 1) / steps_per_epoch
+    last = steps_per_epoch * epochs
+    return (last - step) / (last - steps_per_epoch)
+
+
+def recipe_identity(recipe: Recipe) -> dict:
+    """The parts of a recipe that decide the weights, as plain values."""
+    values = asdict(recipe)
+    values.update(values.pop("objective"))
+    for name in ("save_every", "save_steps", "workers", "report_to"):
+        values.pop(name)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def _describe(epoch: int, epochs: int, line: dict) -> str:
+    train, held_out = line["train"], line["held_out"]
+    text = f"epoch {epoch}/{epochs}: loss {train['loss']:.4f}, top1 {train['top1']:.3f}"
+    if held_out:
+        drafts = f", in a row {held_out.get('tau_of_chain', 0):.2f} of {DEPTH}"
+        text += f"; held out: loss {held_out['loss']:.4f}, top1 {held_out['top1']:.3f}{drafts}"
+    return f"{text}; {line['samples_per_second']} samples/s, {line['seconds']} s"
