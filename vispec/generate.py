@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from vispec.cli import UserError, run_cli
 from vispec.demo import embedded
 from vispec.evaluation.loading import Parser, count, dtype_name, load_model, quiet_transformers
-from vispec.evaluation.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 from vispec.evaluation.text import TextStream, coloured, wants_colour
+from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel

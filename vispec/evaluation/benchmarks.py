@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vispec.cli import UserError
-from vispec.evaluation.prompts import ImageSource, Turn, image_file, user_turn
+from vispec.prompts import ImageSource, Turn, image_file, user_turn
 
 SHUFFLE_SEED = 42
 

@@ -10,8 +10,8 @@ from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Parser, count, dtype_name, load_model, quiet_transformers
 from vispec.evaluation.measure import Answer, Arm, Generation, answer_question
-from vispec.evaluation.prompts import UNREADABLE, build_inputs, load_processor
 from vispec.evaluation.text import answer_text
+from vispec.prompts import UNREADABLE, build_inputs, load_processor
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from vispec.cli import write_json_atomic
 from vispec.ge_data import workers
-from vispec.ge_data.prompts import QWEN_MAX_PIXELS, QWEN_MIN_PIXELS
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
 from vispec.ge_data.sample_file import write_sample
+from vispec.prompts import PIXEL_LIMITS
 
 LAST_ROW = 67999
 PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
@@ -39,8 +39,9 @@ def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
         add("--batch-size", type=int, default=16, help="answers generated together (%(default)s)")
         add("--max-new-tokens", type=int, default=1024, help="longest answer (%(default)s)")
         if family == "qwen":
-            add("--min-pixels", type=int, default=QWEN_MIN_PIXELS, help="smaller images are enlarged (%(default)s)")
-            add("--max-pixels", type=int, default=QWEN_MAX_PIXELS, help="larger images are shrunk (%(default)s)")
+            smallest, largest = PIXEL_LIMITS["min_pixels"], PIXEL_LIMITS["max_pixels"]
+            add("--min-pixels", type=int, default=smallest, help="smaller images are enlarged (%(default)s)")
+            add("--max-pixels", type=int, default=largest, help="larger images are shrunk (%(default)s)")
     add("--worker", help=argparse.SUPPRESS)
     return parser
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 
-from vispec.ge_data import prompts
 from vispec.ge_data.answers import generate_answers
 from vispec.ge_data.conversations import (
     QWEN_MAX_TOKENS,
@@ -22,6 +20,11 @@ from vispec.ge_data.sample_file import Sample, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.families import image_token_id
 from vispec.model.target import Target
+from vispec.prompts import UNREADABLE, build_inputs, image_file, user_turn
+
+LONG_ANSWER = "Please answer with at least 1000 words."
+IMAGE_TAG = "<image>"
+"""What marks the image in the human's text of a LLaVA-Pretrain row."""
 
 Outcome = Sample | SkipRow
 
@@ -109,21 +112,16 @@ class ImageJob:
     def _prompt(self, row: dict) -> dict[str, torch.Tensor]:
         """The processor's output for one row, (1, L)."""
         question = _question(row)
-        image = self._image(row)
-        text = self.processor.apply_chat_template(prompts.long_answer_messages(question), add_generation_prompt=True)
-        inputs = dict(self.processor(text=[text], images=[image], return_tensors="pt"))
+        if not isinstance(row.get("image"), str):
+            raise SkipRow("no image")
+        turn = user_turn(question.replace(IMAGE_TAG, ""), image_file(self.rows.folder / row["image"]), LONG_ANSWER)
+        try:
+            inputs = dict(build_inputs(self.processor, [turn]))
+        except UNREADABLE:
+            raise SkipRow("unreadable image") from None
         if inputs["input_ids"].shape[1] >= self._limit:
             raise SkipRow("prompt exceeds the length limit")
         return inputs
-
-    def _image(self, row: dict) -> Image.Image:
-        if not isinstance(row.get("image"), str):
-            raise SkipRow("no image")
-        try:
-            with Image.open(self.rows.folder / row["image"]) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise SkipRow("unreadable image") from None
 
     @property
     def _limit(self) -> int:
@@ -157,9 +155,9 @@ def _question(row: dict) -> str:
     question = next((turn.get("value") for turn in turns if turn.get("from") == "human"), None)
     if not isinstance(question, str):
         raise SkipRow("no human turn")
-    if prompts.IMAGE_TAG not in question:
+    if IMAGE_TAG not in question:
         raise SkipRow("image tag missing")
-    if question.count(prompts.IMAGE_TAG) > 1:
+    if question.count(IMAGE_TAG) > 1:
         raise SkipRow("more than one image tag")
     return question
 

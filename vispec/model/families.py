@@ -40,8 +40,12 @@ def image_spans(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping
         return rows
     if not any(rows):
         return rows
-    lengths = IMAGE_LENGTHS[family](model.config, inputs)
     total = sum(end - start for spans in rows for start, end in spans)
+    try:
+        lengths = IMAGE_LENGTHS[family](model.config, inputs)
+    except KeyError as missing:
+        name = missing.args[0]
+        raise ValueError(f"the prompt has {total} image tokens, but {name} is not among its inputs") from None
     if total != sum(lengths):
         raise ValueError(
             f"the prompt has {total} image tokens, but its {len(lengths)} image(s) have {sum(lengths)}: "

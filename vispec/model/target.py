@@ -5,6 +5,7 @@ last hidden states) is seen by hooks on the text decoder, so no line here knows 
 After the prompt only the text decoder and the output head are called, with our cache, mask and positions.
 """
 
+import inspect
 import logging
 import textwrap
 import threading
@@ -80,6 +81,7 @@ class Target:
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         return TreeCache(self.layer_devices, batch_size, capacity)
 
+    @torch.no_grad()
     def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping) -> Prompt:
         """Run the whole VLM over a prompt; its keys and values are committed to `cache`.
 
@@ -276,10 +278,7 @@ def _execution_device(module: nn.Module) -> torch.device:
 
 
 def _forward_parameters(model: PreTrainedModel) -> tuple[str, ...]:
-    code = type(model).forward
-    while hasattr(code, "__wrapped__"):
-        code = code.__wrapped__
-    return code.__code__.co_varnames[: code.__code__.co_argcount]
+    return tuple(inspect.signature(type(model).forward).parameters)
 
 
 def _image_positions(spans: list[list[Span]], length: int) -> torch.Tensor:

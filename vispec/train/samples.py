@@ -132,7 +132,7 @@ def find_samples(folders: Sequence[str]) -> list[Path]:
     for folder in folders:
         if not Path(folder).is_dir():
             raise ValueError(f"--tmpdir {folder}: no such folder")
-        found = sorted(path for path in Path(folder).rglob(f"*{SUFFIX}") if not path.name.startswith("."))
+        found = sorted(Path(folder).rglob(f"[0-9]*{SUFFIX}"))  # not a checkpoint that lies there too
         if not found:
             raise ValueError(f"--tmpdir {folder}: no sample files ({SUFFIX}) there")
         paths += found

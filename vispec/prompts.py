@@ -90,6 +90,9 @@ def _content(item: Item) -> dict[str, str]:
 
 
 def _read_image(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        # photographs may be stored lying down, with a note that says how to turn them
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(path) as image:
+            # photographs may be stored lying down, with a note that says how to turn them
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except ValueError as error:  # some decoders say it so
+        raise OSError(f"{path}: {error}") from None

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vispec.evaluation import text
-from vispec.evaluation.prompts import Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
+from vispec.prompts import Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = json.loads((GOLDEN / "published_chat_templates.json").read_text())
