@@ -206,3 +206,22 @@ def test_reset_makes_the_head_ignore_the_image():
     hidden, g = torch.randn(1, 4, SIZE), torch.randn(1, SIZE)
     torch.testing.assert_close(head.img_fc(torch.cat([hidden, g[:, None].expand_as(hidden)], -1)), hidden)
     assert 0.5 < head.imadpt.q.std() * CONFIG.head_dim**0.5 < 1.5
+
+
+@torch.no_grad()
+def test_a_blind_head_never_sees_the_image():
+    head = ViSpecHead(CONFIG, num_q=2).eval()
+    torch.nn.init.normal_(head.img_fc.weight, std=0.2)
+    generator = torch.Generator().manual_seed(0)
+    hidden, embeds = torch.randn(2, 1, 12, SIZE, generator=generator).unbind(0)
+    other = embeds.clone()
+    other[:, 3:8] = torch.randn(1, 5, SIZE, generator=generator)
+
+    def outputs(pictures: torch.Tensor) -> torch.Tensor:
+        # text pairs that follow the image; their own inputs are the same with both pictures
+        return head(hidden, pictures, F.pad(pictures[:, 1:], (0, 0, 0, 1)), [[(3, 8)]])[:, 8:]
+
+    assert not torch.allclose(outputs(embeds), outputs(other), **TOLERANCE)
+    head.blind()
+    torch.testing.assert_close(outputs(embeds), outputs(other), rtol=0, atol=0)
+    assert not head.imadpt.o_proj.weight.requires_grad

@@ -240,13 +240,13 @@ def test_whole_answers_follow_the_target(small_pair, settings):
     exact = enumerate_target(small_pair, inputs["input_ids"], settings)
     torch.manual_seed(5)
     answers, lengths = [], []
-    for _ in range(800):
+    for _ in range(600):
         answer, accepted = small_pair.specgenerate(
             **inputs, **settings, max_new_tokens=3, return_acceptance_len=True
         )
         answers.append(answer[0, -3:])
         lengths += accepted
-    assert sum(lengths) > 200, "drafts were accepted"
+    assert sum(lengths) > 150, "drafts were accepted"
     assert p_value(torch.stack(answers), exact) > REJECT_BELOW
 
 
@@ -254,7 +254,7 @@ def test_baseline_follows_the_target(small_pair):
     inputs, settings = text_prompt(small_pair.target.model, 3, seed=1), {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
     exact = enumerate_target(small_pair, inputs["input_ids"], settings)
     torch.manual_seed(6)
-    answers = [small_pair.baseline_generate(**inputs, **settings, max_new_tokens=3)[0, -3:] for _ in range(600)]
+    answers = [small_pair.baseline_generate(**inputs, **settings, max_new_tokens=3)[0, -3:] for _ in range(400)]
     assert p_value(torch.stack(answers), exact) > REJECT_BELOW
 
 

@@ -101,13 +101,13 @@ def random_target(
 
 
 def randomize(module: torch.nn.Module, seed: int, std: float) -> None:
-    """Normal matrices and biases; the one-dimensional weights are norms, which stay as they are."""
+    """Normal matrices and biases; the one-dimensional weights are norms, and stay 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, std, generator=generator)
-            elif name.endswith("bias"):
+            elif not name.endswith("weight"):
                 parameter.normal_(0, 0.1, generator=generator)
 
 

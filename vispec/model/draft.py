@@ -191,6 +191,12 @@ class ViSpecHead(DraftHead):
             if self.img_fc.bias is not None:
                 self.img_fc.bias.zero_()
 
+    def blind(self) -> None:
+        """Hold the adaptor's output at zero, also in training: the head never sees an image. For comparisons."""
+        with torch.no_grad():
+            self.imadpt.o_proj.weight.zero_()
+        self.imadpt.o_proj.weight.requires_grad_(False)
+
     def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
         return plan_pairs(lengths, images, compressed=self.compressed_per_image)
 

@@ -102,6 +102,9 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     processes = _processes()
     embedding, lm_head = read_tables(args.basepath)
     head = start_head(args, embedding, method, num_q)
+    blind = getattr(args, "blind", False)
+    if blind:
+        head.blind()
     _check_target(head.config, embedding, lm_head, args)
     folder = Path(args.cpdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,7 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     identity = {
         "method": method,
         "num_q": num_q,
+        "blind": blind,
         "max_len": args.max_len,
         "noise": args.noise,
         "samples": len(train_set),

@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-q", type=int, help="queries of the vision adaptor; default: 2, or those of --loadpath")
     parser.add_argument("--mtp-steps", type=int, default=1, help="how often outputs are fed back (%(default)s)")
     parser.add_argument("--loss", choices=("l1", "ce"), default="l1", help="as released, or as in the paper")
+    parser.add_argument("--blind", type=parse_bool, default=False, help="never show the head an image (%(default)s)")
     parser.add_argument("--image-fc", nargs="?", const="True", help="accepted, without effect")
     args = parser.parse_args(argv)
     if args.image_fc is not None:
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--mtp-steps {args.mtp_steps}: expected at least 0")
     if args.num_q is not None and args.num_q < 1:
         raise ValueError(f"--num-q {args.num_q}: expected at least 1")
+    if args.blind and not args.use_ours:
+        raise ValueError("--blind=True needs --use-ours=True: EAGLE-2 reads image rows as ordinary pairs")
     recipe = command.recipe_of(args, Objective.stage2(args.loss, args.pw), args.mtp_steps)
     method = "vispec" if args.use_ours else "eagle2"
     return command.train(args, method, recipe, args.num_q if args.use_ours else None)
