@@ -1,0 +1,1 @@
+"""The embedded default: rendered scenes, the language spoken about them, a tiny target model."""

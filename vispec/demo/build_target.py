@@ -1,0 +1,286 @@
+"""Train the embedded default's target from nothing.
+
+python -m vispec.demo.build_target --out DIR [--family qwen]
+
+First come the tokenizer, from the corpus, and the vision tower, as a classifier (see `vispec.demo.tower`). Then the
+decoder is trained with the tower frozen. It starts shallow and grows: each growth puts copies behind every layer, their
+two output projections zeroed, so that the function stays what it was while the depth multiplies. That sees about twice
+as many samples in the same time.
+
+The same command goes on where an interrupted one stopped.
+"""
+
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from vispec.cli import UserError, run_cli, write_atomic, write_json_atomic
+from vispec.demo.batches import IGNORED, Batch, Stream
+from vispec.demo.conversations import training_conversation
+from vispec.demo.families import FAMILIES, Family
+from vispec.demo.tower import fit_projector, train_tower
+from vispec.evaluation.loading import Parser, count, quiet_transformers
+
+CHECKPOINT, PROCESSOR, MODEL = "checkpoint.pt", "processor", "model"
+PEAK_LR, LAST_LR, WARMUP, RAMP_STEPS = 1.2e-3, 0.04, 0.02, 60
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is spent on each part."""
+
+    minutes: float = 70.0
+    """Wall time of everything but the tokenizer; the learning rate and the growth follow it."""
+    steps: int | None = None
+    """Decoder steps instead of `minutes`, for a run that can be repeated."""
+    corpus: int = 6000
+    """Conversations that the tokenizer is trained on."""
+    tower_steps: int = 800
+    projector_steps: int = 150
+    stages: tuple[tuple[int, float], ...] = ((6, 0.35), (12, 0.85), (24, 1.0))
+    """Decoder layers, until this fraction of the decoder's time."""
+    batch_tokens: int = 3072
+    save_every: float = 180.0
+    """Seconds."""
+    log_every: float = 20.0
+    """Seconds."""
+
+    def layers_at(self, fraction: float) -> int:
+        return next((layers for layers, until in self.stages if fraction < until), self.stages[-1][0])
+
+
+@dataclass
+class Progress:
+    """Where the training stands; `elapsed` and `tower_elapsed` are seconds of its own work."""
+
+    layers: int
+    step: int = 0
+    pool: int = 0
+    batch: int = 0
+    samples: int = 0
+    tokens: int = 0
+    elapsed: float = 0.0
+    tower_elapsed: float = 0.0
+    tower_accuracy: float = 0.0
+    grown_at: int = 0
+
+
+class Training:
+    """Model, optimizer and progress, and the way they are written down and read again."""
+
+    def __init__(self, family: Family, recipe: Recipe, out: Path, device: str, log: Callable[[str], None]):
+        self.family, self.recipe, self.out, self.device, self.log = family, recipe, out, device, log
+        self.processor = self._processor()
+        torch.manual_seed(0)
+        path = out / CHECKPOINT
+        saved = torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+        if saved and saved["family"] != family.name:
+            raise UserError(f"{path} is a checkpoint of the family {saved['family']}, asked for is {family.name}")
+        self.progress = Progress(**saved["progress"]) if saved else Progress(recipe.stages[0][0])
+        self.model = family.model(self.processor.tokenizer, self.progress.layers).to(device)
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            log(f"resumed at step {self.progress.step}, {self.progress.elapsed:.0f}s")
+        self.optimizer = make_optimizer(family, self.model)
+        if saved and saved["optimizer"]:
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def run(self) -> None:
+        if not self.progress.elapsed:
+            self._train_eyes()
+        self._train_decoder()
+        self._publish()
+
+    def _processor(self):
+        folder = self.out / PROCESSOR
+        if not folder.exists():
+            conversations = (training_conversation("train", i) for i in range(self.recipe.corpus))
+            texts = ("".join(text for text, _ in self.family.pieces(talk)) for talk in conversations)
+            processor = self.family.processor(self.family.tokenizer(texts))
+            write_folder(folder, processor.save_pretrained)
+        return transformers.AutoProcessor.from_pretrained(folder)
+
+    def _train_eyes(self) -> None:
+        started, recipe, progress = time.monotonic(), self.recipe, self.progress
+        tower = self.family.tower(self.model).requires_grad_(True)
+        arguments = (self.family, self.model, self.processor)
+        progress.tower_accuracy = train_tower(*arguments, recipe.tower_steps, self.log)
+        tower.requires_grad_(False)
+        fit_projector(*arguments, recipe.projector_steps, self.log)
+        self.model.zero_grad()  # the tower's last gradients would count when the decoder's are clipped
+        progress.elapsed = progress.tower_elapsed = time.monotonic() - started
+        self._checkpoint(with_optimizer=False)
+
+    def _train_decoder(self) -> None:
+        progress, recipe = self.progress, self.recipe
+        stream = Stream(self.family, self.processor, recipe.batch_tokens)
+        batches = stream.batches(progress.pool, progress.batch)
+        mark = last_log = last_save = time.monotonic()
+        average = None
+        while (fraction := self._fraction()) < 1:
+            if recipe.layers_at(fraction) > progress.layers:
+                self._grow(recipe.layers_at(fraction))
+            progress.pool, progress.batch, batch = next(batches)
+            rate = learning_rate(fraction, progress.step - progress.grown_at)
+            loss = self._step(batch, rate)
+            progress.step += 1
+            progress.samples += batch.samples
+            progress.tokens += batch.input_ids.numel()
+            average = loss if average is None else 0.95 * average + 0.05 * loss
+            now = time.monotonic()
+            progress.elapsed, mark = progress.elapsed + now - mark, now
+            if now - last_log >= recipe.log_every or progress.step == 1:
+                self.log(
+                    f"step {progress.step} loss {loss:.4f} mean {average:.4f} lr {rate:.2e} layers {progress.layers} "
+                    f"samples {progress.samples} tokens {progress.tokens} elapsed {progress.elapsed:.0f}s"
+                )
+                last_log = now
+            if now - last_save >= recipe.save_every:
+                self._checkpoint()
+                last_save = now
+        self._checkpoint()
+
+    def _fraction(self) -> float:
+        """How much of the decoder's training is done."""
+        progress, recipe = self.progress, self.recipe
+        if recipe.steps is not None:
+            return progress.step / recipe.steps
+        return (progress.elapsed - progress.tower_elapsed) / (60 * recipe.minutes - progress.tower_elapsed)
+
+    def _grow(self, layers: int) -> None:
+        self.progress.layers, self.progress.grown_at = layers, self.progress.step
+        self.model = grow(self.family, self.model, self.processor.tokenizer, layers)
+        self.optimizer = make_optimizer(self.family, self.model)
+        self.log(f"grown to {layers} layers at step {self.progress.step}")
+
+    def _step(self, batch: Batch, rate: float) -> float:
+        loss = batch_loss(self.family, self.model, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    def _checkpoint(self, with_optimizer: bool = True) -> None:
+        state = {
+            "family": self.family.name,
+            "model": self.model.state_dict(),
+            "progress": asdict(self.progress),
+            "optimizer": self.optimizer.state_dict() if with_optimizer else None,
+        }
+        write_atomic(self.out / CHECKPOINT, lambda file: torch.save(state, file))
+
+    def _publish(self) -> None:
+        """The folder that from_pretrained reads, in bfloat16, and a report of what made it."""
+        report = {
+            "family": self.family.name,
+            **asdict(self.progress),
+            "recipe": asdict(self.recipe),
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+
+        def fill(folder: Path) -> None:
+            self.model.to(torch.bfloat16).save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            write_json_atomic(folder / "training.json", report)
+
+        write_folder(self.out / MODEL, fill)
+        self.log(f"written to {self.out / MODEL} after {self.progress.elapsed:.0f}s of training")
+
+
+def grow(family: Family, small, tokenizer, layers: int):
+    """A model of `layers` layers that computes exactly what `small` does."""
+    grown = family.model(tokenizer, layers).to(small.device)
+    old_layers, new_layers = family.decoder_layers(small), family.decoder_layers(grown)
+    copies = layers // len(old_layers)
+    prefix = next(name for name, module in small.named_modules() if module is old_layers) + "."
+    state = {name: value for name, value in small.state_dict().items() if not name.startswith(prefix)}
+    missing, surplus = grown.load_state_dict(state, strict=False)
+    if surplus or any(not name.startswith(prefix) for name in missing):
+        raise RuntimeError(f"growth does not fit: missing {missing}, surplus {surplus}")
+    for i, layer in enumerate(new_layers):
+        layer.load_state_dict(old_layers[i // copies].state_dict())
+        if i % copies:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
+
+
+def make_optimizer(family: Family, model) -> torch.optim.Optimizer:
+    """AdamW over all but the tower, which is frozen; norms and biases do not decay."""
+    family.tower(model).requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.05},
+        {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
+
+
+def learning_rate(fraction: float, steps_since_growth: int) -> float:
+    """Cosine over the budget, with a warm-up, and a short ramp after each growth."""
+    warm = min(1.0, (fraction + 1e-4) / WARMUP)
+    cosine = LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+    return PEAK_LR * warm * cosine * min(1.0, (1 + steps_since_growth) / RAMP_STEPS)
+
+
+def batch_loss(family: Family, model, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the scored tokens. Padding is on the right, so no mask is needed."""
+    device = model.device
+    images = family.image_inputs(batch.pixels.to(device)) if batch.pixels is not None else {}
+    logits = model(input_ids=batch.input_ids.to(device), use_cache=False, **images).logits
+    labels = batch.labels[:, 1:].to(device)
+    scored = labels != IGNORED
+    return F.cross_entropy(logits[:, :-1][scored].float(), labels[scored])
+
+
+def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a folder beside the final one, then put it in place."""
+    beside = folder.with_name(f".{folder.name}.part")
+    for leftover in (beside, folder):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    fill(beside)
+    os.replace(beside, folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    defaults = Recipe()
+    parser = Parser(prog="python -m vispec.demo.build_target", description="Train the demo's target from nothing.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and the final model/")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="wall time (default: %(default)g)")
+    parser.add_argument("--steps", type=count, help="decoder steps instead of --minutes, for a repeatable run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        with (args.out / "train.log").open("a") as file:
+            file.write(line + "\n")
+
+    quiet_transformers()
+    recipe = Recipe(minutes=args.minutes, steps=args.steps)
+    Training(FAMILIES[args.family](), recipe, args.out, args.device, log).run()
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

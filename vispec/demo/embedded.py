@@ -1,0 +1,26 @@
+"""The embedded default: the tiny VLM and its draft head that are shipped with the package."""
+
+from pathlib import Path
+
+from vispec.cli import UserError
+
+WEIGHTS = Path(__file__).parent / "weights"
+TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
+
+TREE = {"total_token": 12, "depth": 3, "top_k": 4}
+"""The tree that pays best for a target of this size on a CPU."""
+
+DTYPE = "float32"
+"""Where identity of the outputs holds; the files are bfloat16."""
+
+
+def require_weights() -> tuple[str, str]:
+    """Folders of the shipped target and draft head.
+
+    Raises:
+        UserError: they are not there; says how to make them.
+    """
+    for folder in (TARGET, DRAFT):
+        if not (folder / "config.json").is_file():
+            raise UserError(f"the embedded weights are missing: no {folder}; `sh vispec/demo/rebuild.sh` makes them")
+    return str(TARGET), str(DRAFT)

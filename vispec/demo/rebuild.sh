@@ -1,0 +1,36 @@
+#!/bin/sh
+# Makes the embedded default from nothing: the tiny VLM, its training data, and its draft head by the same command
+# lines that the large models use. Run it from the repository's root; every step goes on where it was interrupted.
+# About two hours on two CPU cores. The weights are put in place only at the end.
+set -eu
+PYTHON=${PYTHON:-python}
+WORK=${WORK:-out/rebuild}
+WEIGHTS=vispec/demo/weights
+TARGET=$WORK/target/model
+
+$PYTHON -m vispec.demo.build_target --out "$WORK/target" --minutes "${MINUTES:-70}"
+$PYTHON -m vispec.demo.check_target --model "$TARGET" || echo "the target misses a threshold; going on with it"
+
+[ -d "$WORK/data" ] || $PYTHON -m vispec.demo.make_data --out "$WORK/data" --text 600 --images 1300 --eval 100
+$PYTHON -m vispec.ge_data.allocation_llava_shargpt --model "$TARGET" --dtype float32 \
+    --data-folder "$WORK/data/ShareGPT_V3" --outdir "$WORK/text" --start 0 --end 599
+$PYTHON -m vispec.ge_data.allocation_llava_pretrain_gen --model "$TARGET" --dtype float32 --batch-size 32 \
+    --max-new-tokens 300 --data-folder "$WORK/data/LLaVA-Pretrain" --outdir "$WORK/images" --start 0 --end 1299
+
+$PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.main \
+    --basepath "$TARGET" --configpath vispec/demo/draft_config.json --tmpdir "$WORK/text" --cpdir "$WORK/stage1" \
+    --lr 1e-3 --bs 16 --num-epochs 6
+$PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.main_mtp \
+    --basepath "$TARGET" --configpath vispec/demo/draft_config.json --loadpath "$WORK/stage1/state_6" \
+    --tmpdir "$WORK/images" --cpdir "$WORK/stage2" --lr 1e-3 --bs 16 --num-epochs 8 \
+    --use-ours=True --num-q=2 --mtp-steps=1
+
+rm -rf "$WEIGHTS.new" && mkdir -p "$WEIGHTS.new"
+cp -r "$TARGET" "$WEIGHTS.new/target"
+$PYTHON - "$WORK/stage2/state_8" "$WEIGHTS.new/draft" <<'END'
+import sys
+import torch
+from vispec.model.checkpoints import load_draft, save_draft
+save_draft(load_draft(sys.argv[1], dtype=torch.bfloat16), sys.argv[2])
+END
+rm -rf "$WEIGHTS" && mv "$WEIGHTS.new" "$WEIGHTS"
