@@ -4,6 +4,7 @@ Everything is made of stock transformers classes. A family also knows how its to
 (36 places of the image, row by row), since the tower is trained first and by itself.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class Sizes:
     tower_heads: int = 4
 
 
-class Family:
+class Family(ABC):
     """What the recipe has to know about a family."""
 
     name: str
@@ -89,41 +90,45 @@ class Family:
     def __init__(self, sizes: Sizes | None = None):
         self.sizes = sizes or Sizes()
 
+    @abstractmethod
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        raise NotImplementedError
+        """A byte-level BPE tokenizer trained on these texts."""
 
+    @abstractmethod
     def processor(self, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
-        raise NotImplementedError
+        """The family's processor around a tokenizer."""
 
+    @abstractmethod
     def model(self, tokenizer: PreTrainedTokenizerFast, layers: int) -> PreTrainedModel:
         """A target with random weights and so many decoder layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, conversation: Conversation) -> tuple[Piece, ...]:
         """The conversation in the family's chat format."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tower(self, model: PreTrainedModel) -> nn.ModuleList:
         """What is trained first and then frozen: all that sees the picture before the projector does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tower_states(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """What the projector is given for each image token of a view of the picture: (B, 36, width)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def projector(self, model: PreTrainedModel) -> nn.Module:
-        raise NotImplementedError
+        """What turns the tower's states into rows of the decoder."""
 
+    @abstractmethod
     def project(self, model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
         """What the decoder gets from the tower's states: (B, 36, decoder's width)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        raise NotImplementedError
+        """The layers that growth multiplies."""
 
+    @abstractmethod
     def image_inputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The model's image arguments, as the processor makes them, from (B, 3, 96, 96)."""
-        raise NotImplementedError
 
     def pixels(self, images: list[Image.Image], processor: ProcessorMixin) -> torch.Tensor:
         """Pictures that need no resizing, normalised as the processor does it: (B, 3, 96, 96)."""

@@ -58,7 +58,7 @@ def load_model(
     from vispec import SpecModel
 
     if device_map is None and torch.cuda.is_available():
-        device_map = "auto" if gpus > 1 else "cuda:0"
+        device_map = "auto" if gpus > 1 else "cuda"
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     options = {name: value for name, value in options.items() if value is not None}
     return SpecModel.from_pretrained(
