@@ -91,6 +91,11 @@ class SpecModel:
             model.draft = draft.to(model.target.device)
         return model
 
+    @property
+    def device(self) -> torch.device:
+        """Where features and logits come out; inputs may be on any device."""
+        return self.target.device
+
     def specgenerate(
         self,
         input_ids: torch.Tensor,
