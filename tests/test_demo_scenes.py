@@ -10,7 +10,7 @@ from PIL import Image
 
 from vispec.cli import UserError
 from vispec.demo import make_data
-from vispec.demo.conversations import SYSTEM, VICUNA_SYSTEM, chatml_pieces, training_conversation, vicuna_pieces
+from vispec.demo.conversations import VICUNA_SYSTEM, chatml_pieces, training_conversation, vicuna_pieces
 from vispec.demo.language import KINDS, answer
 from vispec.demo.prompt_lookup import prompt_lookup_hits, prompt_lookup_share
 from vispec.demo.questions import CAPTION_QUESTION, ask
@@ -23,6 +23,7 @@ from vispec.demo.scenes import (
     render,
     scene_of,
 )
+from vispec.prompts import SYSTEM_TURN
 
 
 def words(text: str) -> list[str]:
@@ -83,7 +84,7 @@ def test_vocabulary_is_rich_and_answers_cannot_be_copied():
             question = ask(kind, scene, random.Random(index))
             reply = words(answer(scene, question))
             vocabulary.update(word.lower() for word in reply if word.isalpha())
-            pairs.append((words(f"{SYSTEM} USER: {question.text} ASSISTANT:"), reply))
+            pairs.append((words(f"{SYSTEM_TURN} USER: {question.text} ASSISTANT:"), reply))
     assert len(vocabulary) >= 600
     assert prompt_lookup_share(pairs) < 1 / 3
 
@@ -129,8 +130,8 @@ def test_training_conversations_have_the_prompt_forms():
     assert all(vicuna_pieces(c)[0][0].startswith(VICUNA_SYSTEM + " USER: ") for c in text_only)
     assert all(chatml_pieces(c)[0][0].startswith("<|im_start|>system\nYou are a helpful assistant.") for c in text_only)
     prompts = [vicuna_pieces(c)[0][0] for c in conversations if c.scene is not None]
-    assert sum(p.startswith(f"{SYSTEM} USER: <image>\n") for p in prompts) > 0.85 * len(prompts)
-    assert f"{SYSTEM} USER: <image>\n{CAPTION_QUESTION} ASSISTANT:" in prompts
+    assert sum(p.startswith(f"{SYSTEM_TURN} USER: <image>\n") for p in prompts) > 0.85 * len(prompts)
+    assert f"{SYSTEM_TURN} USER: <image>\n{CAPTION_QUESTION} ASSISTANT:" in prompts
     assert sum("at least 1000 words. ASSISTANT:" in p for p in prompts) > 0.3 * len(prompts)
     assert any("with an explanation. ASSISTANT:" in p for p in prompts)
 

@@ -14,12 +14,13 @@ from vispec.cli import UserError
 from vispec.demo import batches, build_target, check_target, tower
 from vispec.demo.build_target import Recipe, Training
 from vispec.demo.check_target import Reply, precision_recall, prompt_for, text_figures, verdicts
-from vispec.demo.conversations import EXPLAIN_SUFFIX, SYSTEM, Conversation, full_turn, training_conversation
+from vispec.demo.conversations import EXPLAIN_SUFFIX, Conversation, full_turn, training_conversation
 from vispec.demo.families import FAMILIES, Sizes
 from vispec.demo.language import noun
 from vispec.demo.phrases import PLACES
 from vispec.demo.scenes import COLOURS, SHAPES, render, scene_of
 from vispec.model.families import image_token_id
+from vispec.prompts import SYSTEM_TURN
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ >= "5", reason="the recipe is run with the pinned transformers; its results load in both"
@@ -151,7 +152,7 @@ def test_several_turns_are_what_the_chat_template_writes(built, model_and_proces
     turns = (full_turn(("What do you see?",), "A heart."), full_turn(("Where?",), "At the hub."))
     pieces = family.pieces(Conversation(turns, scene_of("train", 3)))
     text = "".join(text for text, _ in pieces)
-    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]}]
+    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_TURN}]}]
     for turn in turns:
         picture = [{"type": "image"}] if turn is turns[0] else []
         messages.append({"role": "user", "content": [{"type": "text", "text": turn.items[0]}, *picture]})

@@ -12,11 +12,8 @@ from vispec.demo import phrases as ph
 from vispec.demo.language import KINDS, Question, answer, noun, with_article
 from vispec.demo.questions import ask, caption_question
 from vispec.demo.scenes import COLOURS, SHAPES, Scene, scene_of
+from vispec.prompts import SYSTEM_TURN
 
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant "
-    "gives helpful, detailed, and polite answers to the human's questions."
-)
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -54,7 +51,7 @@ class Conversation:
 
 def vicuna_pieces(conversation: Conversation) -> tuple[Piece, ...]:
     """The formats of LLaVA: images first, items joined by spaces."""
-    system = VICUNA_SYSTEM if conversation.scene is None else SYSTEM
+    system = VICUNA_SYSTEM if conversation.scene is None else SYSTEM_TURN
     image = "" if conversation.scene is None else "<image>\n"
     pieces: list[Piece] = []
     for i, turn in enumerate(conversation.turns):
@@ -68,7 +65,7 @@ def chatml_pieces(conversation: Conversation) -> tuple[Piece, ...]:
     """The format of Qwen: items as they come, nothing between them, the picture before or after the first one."""
     scene = conversation.scene
     # without a system turn the template writes its own
-    system = SYSTEM if scene is not None and conversation.has_system else QWEN_SYSTEM
+    system = SYSTEM_TURN if scene is not None and conversation.has_system else QWEN_SYSTEM
     pieces: list[Piece] = []
     for i, turn in enumerate(conversation.turns):
         items = list(turn.items)
