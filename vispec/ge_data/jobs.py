@@ -20,9 +20,8 @@ from vispec.ge_data.sample_file import Sample, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.families import image_token_id
 from vispec.model.target import Target
-from vispec.prompts import UNREADABLE, build_inputs, image_file, user_turn
+from vispec.prompts import LONG_ANSWER, UNREADABLE, build_inputs, image_file, user_turn
 
-LONG_ANSWER = "Please answer with at least 1000 words."
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
 
