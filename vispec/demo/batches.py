@@ -16,7 +16,7 @@ POOL = 256
 """Conversations that are sorted by length together."""
 IGNORED = -100
 """Label of a token that is not scored."""
-QUIZZES = ((24, 0.6), (None, 0.2))
+QUIZZES = ((48, 1.0), (None, 0.3))
 """Share of quizzes: in the pools before this one; None is all the rest."""
 
 

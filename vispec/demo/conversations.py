@@ -180,7 +180,8 @@ def quiz_conversation(scene: Scene, rng: random.Random) -> Conversation:
 
     In a full answer, what is seen hides behind the order of telling and the choice of words. Here it follows directly
     on the words that ask for it, and nothing else is scored, so the decoder soon learns where to look; full answers
-    alone had not taught it after 20,000 of them, nor had questions with the answer in a turn of its own.
+    alone had not taught it after 20,000 of them, nor had questions with the answer in a turn of its own. There is no
+    system turn, so that little else draws attention.
     """
     by_place, style = rng.random() < 0.5, rng.randrange(len(ph.PLACES))
     looks = [(thing.colour, thing.shape) for thing in scene.things]
@@ -196,7 +197,7 @@ def quiz_conversation(scene: Scene, rng: random.Random) -> Conversation:
     for asked, seen in notes:
         pieces += [(f" {asked}" if pieces else asked, False), (f" {seen};", True)]
     question = f"List the board {'place by place' if by_place else 'object by object'}."
-    return Conversation((Turn((question,), tuple(pieces) or (("nothing", True),)),), scene)
+    return Conversation((Turn((question,), tuple(pieces) or (("nothing", True),)),), scene, has_system=False)
 
 
 def training_conversation(split: str, index: int, quiz_share: float = 0.0) -> Conversation:

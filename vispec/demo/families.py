@@ -14,18 +14,18 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
@@ -208,9 +208,7 @@ class Llava(Family):
             tie_word_embeddings=False,
             image_seq_length=self.image_tokens,
         )
-        model = LlavaNextForConditionalGeneration(config)
-        model.generation_config = GenerationConfig(**_special_token_ids(tokenizer))
-        return model
+        return _build(config, tokenizer)
 
     def pieces(self, conversation):
         return vicuna_pieces(conversation)
@@ -312,9 +310,7 @@ class Qwen(Family):
             },
             **_special_token_ids(tokenizer),
         )
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        model.generation_config = GenerationConfig(**_special_token_ids(tokenizer))
-        return model
+        return _build(config, tokenizer)
 
     def pieces(self, conversation):
         return chatml_pieces(conversation)
@@ -376,6 +372,13 @@ def _train_bpe(texts: Iterable[str], special_tokens: tuple[str, ...], size: int)
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _build(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    # trained with eager attention, whose backward pass in bfloat16 takes a CPU half the time of sdpa's
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    model.generation_config = GenerationConfig(**_special_token_ids(tokenizer))
+    return model
 
 
 def _special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
