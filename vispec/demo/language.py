@@ -311,8 +311,12 @@ def _sizes(scene: Scene, question: Question) -> list[str]:
     things, locate = told_order(scene), _locator()
     large, small = [t for t in things if t.large], [t for t in things if not t.large]
     parts = [SIZE_OPENINGS[(len(large) > len(small)) + 2 * (len(large) < len(small))]]
-    for group, name in ((large, "giants"), (small, "dwarfs")):
-        parts.append(sentence(f"there are {ph.NUMBERS[len(group)]} {name}") if group else f"I find no {name}.")
+    for group, name in ((large, "giant"), (small, "dwarf")):
+        if group:
+            many = len(group) > 1
+            parts.append(f"There {'are' if many else 'is'} {ph.NUMBERS[len(group)]} {name}{'s' * many}.")
+        else:
+            parts.append(f"I find no {name}s.")
         parts.extend(map(locate, group))
     return [*parts, ph.SHAPE_USES[things[0].shape], ph.CLOSINGS[things[-1].colour]]
 
