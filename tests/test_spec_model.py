@@ -1,6 +1,7 @@
 """`SpecModel` as users call it: side by side, in threads, closed early, with bad input, in half precision."""
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     FAMILIES,
     GOLDEN,
@@ -209,12 +211,15 @@ def test_bad_input_is_refused_at_once(arm, arguments, message, monkeypatch):
         getattr(model, arm)(**{"input_ids": PROMPT, **arguments})
 
 
-def test_an_answer_ends_where_the_positions_do():
+def test_an_answer_ends_where_the_positions_do(caplog):
     target = random_target("llava_1.5", 0, vocabulary=12, max_position_embeddings=20)
     model = SpecModel(target, random_head(target, "vispec", 0))
     inputs = text_prompt(target, 15, seed=0)
     # the last of them is never fed back, so it needs no position
     assert model.specgenerate(**inputs).shape == model.baseline_generate(**inputs).shape == (1, 21)
+    notice = "the prompt has 15 tokens, the target 20 positions: the answer ends after 6 tokens at the latest"
+    assert [record.getMessage() for record in caplog.records] == [notice] * 2
+    assert model.specgenerate(**inputs, max_new_tokens=6).shape == (1, 21) and len(caplog.records) == 2
 
 
 def test_a_model_without_draft_head_has_the_baseline():
@@ -294,6 +299,25 @@ def test_a_target_that_is_not_there(path):
         load_target(path)
     assert str(caught.value).startswith(f"{path}: transformers cannot load it as a target (")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_a_draft_head_is_no_target(family):
+    """Its config says that it is a VLM, and nothing of how large one: transformers would build the default size."""
+    draft = str(GOLDEN / family / "draft_vispec")
+    with pytest.raises(ValueError, match="its config has none of .*vision_config; is it a draft head") as caught:
+        SpecModel.from_pretrained(draft, draft)
+    assert str(caught.value).startswith(f"{draft}: ")
+
+
+def test_a_target_whose_files_lack_a_tensor_is_refused(tmp_path):
+    shutil.copytree(GOLDEN / "llava_next" / "target", tmp_path / "target")
+    weights = load_file(tmp_path / "target" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    del weights[name]
+    save_file(weights, tmp_path / "target" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"target: the target's files lack 1 of its tensors \(.*mlp.up_proj"):
+        load_target(str(tmp_path / "target"))
 
 
 # --- dtypes and devices ---

@@ -198,6 +198,11 @@ class SpecModel:
             )
         # the last new token is never fed back, so it needs no position
         limit = min(max_new_tokens, self.target.max_positions - length + 1)
+        if limit < max_new_tokens and max_length is None:
+            logger.warning(
+                "the prompt has %d tokens, the target %d positions: the answer ends after %d tokens at the latest",
+                *(length, self.target.max_positions, limit),
+            )
         if max_length is not None:
             room = max_length - length - padding
             if room < 1:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from packaging import version
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
@@ -191,7 +191,11 @@ class Target:
 def load_target(
     path: str, torch_dtype: str | torch.dtype = "auto", device_map: str | dict | None = None, **kwargs
 ) -> PreTrainedModel:
-    """Load a VLM by transformers from a folder or a hub id; `kwargs` go to its `from_pretrained`."""
+    """Load a VLM by transformers from a folder or a hub id; `kwargs` go to its `from_pretrained`.
+
+    Raises:
+        ValueError: transformers cannot load it, or would have to make up weights that its files lack.
+    """
     attention = kwargs.get("attn_implementation")
     if attention not in (None, "sdpa", "eager"):
         logger.warning("attention %r cannot take a tree mask, sdpa is used instead", attention)
@@ -199,13 +203,29 @@ def load_target(
     # the argument has a new name since transformers 4.56
     dtype_name = "dtype" if version.parse(transformers.__version__) >= version.parse("4.56") else "torch_dtype"
     try:
-        return AutoModelForImageTextToText.from_pretrained(
-            path, **{dtype_name: torch_dtype}, device_map=device_map, **kwargs
+        _refuse_draft_head(path, kwargs)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, **{dtype_name: torch_dtype}, device_map=device_map, output_loading_info=True, **kwargs
         )
     except (ValueError, OSError) as error:
         # transformers explains over several lines and lists every model it knows; the beginning says what is wrong
         reason = textwrap.shorten(str(error), 200, placeholder=" …")
         raise ValueError(f"{path}: transformers cannot load it as a target ({reason})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        named = textwrap.shorten(", ".join(missing), 200, placeholder=" …")
+        raise ValueError(f"{path}: the target's files lack {len(missing)} of its tensors ({named})")
+    return model
+
+
+def _refuse_draft_head(path: str, kwargs: Mapping) -> None:
+    """The config of a published draft head says that it is a VLM; transformers would build one, at full size."""
+    where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+    values, _ = PretrainedConfig.get_config_dict(path, **where)
+    kind = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
+    parts = sorted(getattr(kind, "sub_configs", ()))
+    if parts and not any(part in values for part in parts):
+        raise ValueError(f"its config has none of {', '.join(parts)}; is it a draft head?")
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module:
