@@ -1,0 +1,38 @@
+"""Tree sizes compared in one run, with a recorded tiny pair in place of the shipped one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vispec.demo import embedded, runner, trees
+
+FAMILY = Path(__file__).parent / "golden" / "llava_next"
+
+
+def test_rows_are_those_of_the_trees(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(embedded, "TARGET", FAMILY / "target")
+    monkeypatch.setattr(embedded, "DRAFT", FAMILY / "draft_vispec")
+    monkeypatch.setattr(runner, "MAX_NEW_TOKENS", 12)
+    file = tmp_path / "rows.json"
+    options = ["--questions", "2", "--repetitions", "1", "--json", str(file)]
+    assert trees.main([*options, "--trees", "2/0/1", "30/3/8"]) == 0
+    small, large = json.loads(file.read_text())["rows"]
+    assert (small["tree"], large["tree"]) == ("2/0/1", "30/3/8")
+    assert 0 < small["tau"] < large["tau"]  # only one node is drafted in the small one
+    assert small["outputs_identical"] and large["outputs_identical"]
+    assert "| 30/3/8 |" in capsys.readouterr().out
+
+
+def test_a_round_is_measured_in_plain_steps():
+    baseline = [trees.Answer([1, 2, 3, 4, 5], 3, wall_time=9.0, decode_time=4.0, acceptance_lengths=[])]
+    spec = [trees.Answer([1, 2, 3, 4, 5], 1, wall_time=6.0, decode_time=3.0, acceptance_lengths=[1, 1])]
+    row = trees._row("8/3/3", baseline, spec)
+    assert (row.tau, row.round_in_steps, row.speedup, row.outputs_identical) == (1.0, 1.5, 1.5, True)
+
+
+@pytest.mark.parametrize("text", ["12/3", "12/3/x", ""])
+def test_a_tree_is_three_numbers(text, capsys):
+    with pytest.raises(SystemExit):
+        trees.main(["--trees", text])
+    assert "total_token/depth/top_k" in capsys.readouterr().err
