@@ -67,10 +67,13 @@ class AnswerFile:
     def finish(self, left_out: dict[int | str, str]) -> None:
         """Sort the file by question, and note which questions could not be asked, and why."""
         self._rewrite()
+        self.note("left_out", [{"question_id": name, "reason": reason} for name, reason in left_out.items()])
+
+    def note(self, name: str, value: Any) -> None:
+        """Put something that was found out beside the settings, if there are any."""
         meta = read_meta(self.path)
         if meta is not None:
-            meta["left_out"] = [{"question_id": name, "reason": reason} for name, reason in left_out.items()]
-            write_json_atomic(self.meta_path, meta)
+            write_json_atomic(self.meta_path, meta | {name: value})
 
     def _rewrite(self) -> None:
         lines = [self.lines[name] for name in sorted(self.lines, key=_question_order)]

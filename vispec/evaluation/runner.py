@@ -2,13 +2,15 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vispec.cli import UserError, provenance
+from vispec.cli import UserError, parse_bool, provenance
 from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Parser, count, dtype_name, load_model, quiet_transformers
+from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Answer, Arm, Generation, answer_question
 from vispec.evaluation.text import answer_text
 from vispec.prompts import UNREADABLE, build_inputs, load_processor
@@ -26,11 +28,14 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
     args = make_parser(benchmark, arm).parse_args(argv)
     method = _method(args, arm)
     _notice_unused(args, arm)
-    questions, data = benchmark.questions(args.data_folder)
+    check = arm == "spec" and wants_check(args.check_lossless, args.temperature)
+    options = {name: getattr(args, name) for name in benchmark.options}
+    questions, data = benchmark.questions(args.data_folder, **options)
+    by_id = {question.question_id: question for question in questions}
     questions = questions[args.question_begin : args.question_end]
     file = AnswerFile(answer_path(args, method))
     made_by = provenance(args)
-    settings = _settings(args, arm, method, benchmark, data)
+    settings = _settings(args, arm, method, benchmark, data, options)
     unknown = ("dtype", "device") if args.dtype == "auto" else ("device",)
     file.check(settings, unknown)  # before minutes of loading
     open_questions = [question for question in questions if question.question_id not in file.lines]
@@ -41,10 +46,15 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
         settings["device"] = made_by["device"] if _runs_where_provenance_says(model) else model.target.device.type
         file.begin(settings, made_by)
         left_out = _answer_all(model, processor, args, arm, method, open_questions, file)
+        del model  # a check in float32 may need its memory
     file.finish(left_out)
     print(f"{len(questions) - len(left_out)} of {len(questions)} questions answered: {file.path}")
     if left_out:
         print(f"left out, because their image cannot be read: {', '.join(map(str, left_out))}")
+        print(f"the files of {name} can be had from {benchmark.source}")
+    if check:
+        rerun = partial(_in_float32, args, method, benchmark, by_id)
+        return 0 if check_lossless(file, required=bool(args.check_lossless), rerun=rerun) else 1
     return 0
 
 
@@ -57,7 +67,8 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
     add = parser.add_argument
     add("--base-model-path", required=True, help="the target: a folder or a hub id")
     add("--spec-model-path", required=arm == "spec", help="the draft head: a folder or a hub id")
-    add("--data-folder", help=f"local files of the benchmark (default: {benchmark.folder} if it exists)")
+    where = f"local files of the benchmark (default: {benchmark.folder}{' if it exists' if benchmark.hub else ''})"
+    add("--data-folder", *benchmark.folder_flags, help=where)
     add("--model-id", help="names the answers (default: the target's name and the method)")
     add("--bench-name", default=benchmark.name, help="folder of the answers")
     add("--answer-dir", default=".", help="where that folder is")
@@ -77,6 +88,16 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
         parser.add_bool("--use-medusa", "the draft heads are Medusa's (not offered yet)")
+        add(
+            "--check-lossless",
+            type=parse_bool,
+            nargs="?",
+            const=True,
+            metavar="True|False",
+            help="compare output ids with the baseline's file beside this one (default: greedily, if there is one)",
+        )
+    for flag, settings in benchmark.flags.items():
+        add(flag, **settings)
     for flag in UNUSED_FLAGS:
         add(flag, nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
@@ -123,7 +144,19 @@ def _answer_all(
     return left_out
 
 
-def _load(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchmark):
+def _in_float32(
+    args: argparse.Namespace, method: str, benchmark: Benchmark, questions: dict[int | str, Question], name: int | str
+) -> tuple[list[int], list[int]]:
+    """Output ids of the baseline and of the method for the question of that name, both in float32."""
+    model, processor = _load(args, "spec", method, benchmark, dtype="float32")
+    inputs = build_inputs(processor, questions[name].turns)
+    generation = Generation(args.temperature, args.max_new_token)
+    plain, ours = (answer_question(model, inputs, arm, generation).output_ids for arm in ("baseline", "spec"))
+    return plain, ours
+
+
+def _load(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchmark, dtype: str | None = None):
+    """The model in the dtype asked for, unless another one is given here, and its processor."""
     options = {}
     if arm == "spec":
         options = {
@@ -138,7 +171,7 @@ def _load(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchmark)
     model = load_model(
         args.base_model_path,
         args.spec_model_path if arm == "spec" else None,
-        dtype=args.dtype,
+        dtype=dtype or args.dtype,
         device_map=args.device_map,
         gpus=args.num_gpus_per_model,
         **options,
@@ -146,7 +179,7 @@ def _load(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchmark)
     return model, processor
 
 
-def _settings(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchmark, data: str) -> dict:
+def _settings(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchmark, data: str, options: dict) -> dict:
     """What must not change within a file; dtype and device are filled in when the model is loaded."""
     settings = {
         "benchmark": benchmark.name,
@@ -157,6 +190,8 @@ def _settings(args: argparse.Namespace, arm: Arm, method: str, benchmark: Benchm
         "max_new_tokens": args.max_new_token,
         "num_choices": args.num_choices,
     }
+    if options:
+        settings["benchmark_options"] = options
     if args.dtype != "auto":
         settings["dtype"] = args.dtype
     if arm == "spec":

@@ -19,7 +19,10 @@ from vispec.evaluation.answers import answers_of, meta_path, read_lines, read_me
 from vispec.evaluation.loading import Parser
 from vispec.evaluation.measure import Answer
 
-COMPARABLE = ("benchmark", "data", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype", "device")
+COMPARABLE = (
+    "benchmark", "data", "benchmark_options", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype",
+    "device",
+)  # fmt: skip
 """Settings that two arms must share."""
 
 TAU_CONVENTION = "mean draft tokens accepted a round, the target's own token not counted (EAGLE's tau is this + 1)"

@@ -1,0 +1,152 @@
+"""Whether a speculative arm says what the baseline says: output ids compared question by question.
+
+In float32 they have to be the same. In half precision a pass over a tree and a pass over one token round differently,
+so near-ties may fall differently: such questions are counted, and one of them is answered again in float32, by both
+arms, where the difference has to go away.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vispec.cli import UserError
+from vispec.evaluation.answers import AnswerFile, meta_path, read_meta
+from vispec.evaluation.measure import Answer
+from vispec.evaluation.speed import COMPARABLE, read_answers
+
+GREEDY = 1e-5
+"""Temperatures up to this one are greedy."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where the two arms part first in a question's answers."""
+
+    question_id: int | str
+    choice: int
+    position: int
+    """0-based index into the new tokens; the length of the shorter answer if it is the other's beginning."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was compared, over the questions that both arms have answered."""
+
+    questions: int
+    differences: list[Difference]
+    """One for each question that was answered differently, in the order of the file."""
+
+    @property
+    def identical(self) -> int:
+        return self.questions - len(self.differences)
+
+
+def wants_check(flag: bool | None, temperature: float) -> bool:
+    """Whether to compare: as the flag says, and greedily where it says nothing.
+
+    Raises:
+        UserError: the flag asks for it while tokens are sampled.
+    """
+    greedy = temperature <= GREEDY
+    if flag and not greedy:
+        raise UserError(f"--check-lossless=True: expected --temperature 0, found {temperature}: samples need not agree")
+    return greedy if flag is None else flag
+
+
+def check_lossless(file: AnswerFile, required: bool, rerun: Callable[[int | str], tuple[list[int], list[int]]]) -> bool:
+    """Compare a finished answer file with the baseline's of the same settings, print and note what comes out.
+
+    Args:
+        required: whether a missing baseline is an error.
+        rerun: answers a question again in float32; gives the output ids of the baseline and of the method.
+
+    Returns:
+        False where the arms differ in float32.
+    """
+    meta = read_meta(file.path)
+    settings = meta["settings"] if meta else {}
+    baseline = find_baseline(file.path, settings) if file.lines else None
+    if baseline is None:
+        if required:
+            raise UserError(
+                f"--check-lossless=True: no baseline's answer file of the same settings in {file.path.parent.resolve()}"
+            )
+        return True
+    result = compare_ids(read_answers(baseline), read_answers(file.path))
+    note = {"baseline": baseline.name, "questions": result.questions, "identical": result.identical}
+    same = _report(result, baseline, settings["dtype"])
+    if result.differences:
+        first = result.differences[0]
+        note["first_difference"] = asdict(first)
+        if settings["dtype"] != "float32":
+            same = _report_rerun(first.question_id, *rerun(first.question_id))
+            note["identical_in_float32"] = same
+    file.note("lossless", note)
+    return same
+
+
+def find_baseline(path: Path, settings: Mapping) -> Path | None:
+    """The baseline's answer file beside `path` that was made with the same settings: the latest one."""
+    found = []
+    for candidate in path.parent.iterdir():
+        if candidate == path or not meta_path(candidate).is_file():
+            continue
+        other = read_meta(candidate)["settings"]
+        if other.get("method") == "baseline" and all(other.get(name) == settings.get(name) for name in COMPARABLE):
+            found.append(candidate)
+    return max(found, key=lambda candidate: candidate.stat().st_mtime, default=None)
+
+
+def compare_ids(baseline: Mapping[int | str, Sequence[Answer]], spec: Mapping[int | str, Sequence[Answer]]) -> Identity:
+    """Compare the output ids of all answers to the questions that both arms have answered."""
+    shared = [question for question in spec if question in baseline]
+    differences = [
+        difference
+        for question in shared
+        if (difference := _first_difference(question, baseline[question], spec[question]))
+    ]
+    return Identity(len(shared), differences)
+
+
+def first_position(ids: Sequence[int], others: Sequence[int]) -> int | None:
+    """Index at which two answers part; None if they are the same."""
+    for position, (one, other) in enumerate(zip(ids, others, strict=False)):
+        if one != other:
+            return position
+    return None if len(ids) == len(others) else min(len(ids), len(others))
+
+
+def _first_difference(question: int | str, baseline: Sequence[Answer], spec: Sequence[Answer]) -> Difference | None:
+    for choice, (plain, ours) in enumerate(zip(baseline, spec, strict=True)):
+        position = first_position(plain.output_ids, ours.output_ids)
+        if position is not None:
+            return Difference(question, choice, position)
+    return None
+
+
+def _report(result: Identity, baseline: Path, dtype: str) -> bool:
+    """Print what was compared; False where the arms differ in float32."""
+    if not result.questions:
+        print(f"lossless: {baseline} has answered none of these questions, so nothing is compared")
+        return True
+    share = 100 * result.identical / result.questions
+    text = f"{result.identical} of {result.questions} questions ({share:.1f} %) with the output ids of {baseline}"
+    print(f"lossless: {text}, in {dtype}")
+    if not result.differences:
+        return True
+    first = result.differences[0]
+    print(f"lossless: first difference in question {first.question_id}, at new token {first.position}, counted from 0")
+    if dtype == "float32":
+        print("error: the arms differ in float32, where they must not", file=sys.stderr)
+        return False
+    return True
+
+
+def _report_rerun(question: int | str, plain: list[int], ours: list[int]) -> bool:
+    position = first_position(plain, ours)
+    if position is None:
+        print(f"lossless: question {question} again in float32: both arms give the same {len(plain)} output ids")
+        return True
+    print(f"error: question {question} again in float32: the arms differ at new token {position}", file=sys.stderr)
+    return False
