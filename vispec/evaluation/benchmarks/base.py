@@ -91,8 +91,9 @@ def first_shuffled(rows: Sequence[Any], count: int) -> list:
 
 def read_json(path: Path, benchmark: str, source: str) -> Any:
     """A data file of a benchmark; a missing or broken one is named, with the place where it can be had."""
+    text = _read(path, benchmark, source)
     try:
-        return json.loads(_read(path, benchmark, source))
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"{benchmark}: {path} is no valid JSON ({error}); get it again from {source}") from None
 
@@ -159,6 +160,8 @@ def _read(path: Path, benchmark: str, source: str) -> str:
             f"{benchmark}: {path.name} is missing, looked for in {path.parent.resolve()} (--data-folder); "
             f"get it from {source}"
         ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{benchmark}: {path} is no UTF-8 text ({error}); get it again from {source}") from None
 
 
 def _distinct(questions: list[Question]) -> list[Question]:
