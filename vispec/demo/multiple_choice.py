@@ -40,7 +40,7 @@ def _right_and_others(scene: Scene, question: Question) -> tuple[str, list[str]]
         large = sum(thing.large for thing in things)
         return _more(large, len(things) - large, "large ones", "small ones", "equally many")
     if kind == "odd":
-        return _split(_look(odd_one(scene)[0]), map(_look, things))
+        return _split(_look(odd_one(scene)[0]), ["none of them", *map(_look, things)])
     raise ValueError(f"expected a question of one of the kinds {', '.join(KINDS)}, found {kind}")
 
 
