@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from vispec.ge_data.sample_file import make_sample, write_sample
+from vispec.model.checkpoints import load_draft
 from vispec.model.draft import DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
 from vispec.train.losses import Objective
+from vispec.train.nonfinite import one_row
 from vispec.train.samples import (
     SampleFolder,
     collate,
@@ -19,11 +21,13 @@ from vispec.train.samples import (
     micro_batches,
     read_lengths,
 )
+from vispec.train.states import prune_states
 from vispec.train.trainer import RESUME_FILE, Processes, Recipe, Trainer, schedule
 
 SIZE, VOCABULARY = 16, 40
 CONFIG = DraftConfig(SIZE, 24, 2, 2, VOCABULARY, 1e-5)
 SHAPES = [(9, []), (40, [(3, 20)]), (23, [(1, 5), (5, 9)]), (30, []), (12, [(2, 6)]), (17, [(0, 4), (6, 9)])]
+EIGHT_SHAPES = [*SHAPES, (14, []), (60, [(5, 11), (20, 29), (29, 41)])]
 
 
 @pytest.fixture
@@ -31,16 +35,16 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
-def write_data(folder):
+def write_data(folder, shapes=SHAPES, size=SIZE, vocabulary=VOCABULARY):
     """A folder of samples of very different lengths, with several images, one and none."""
     generator = torch.Generator().manual_seed(0)
-    for i, (length, images) in enumerate(SHAPES):
+    for i, (length, images) in enumerate(shapes):
         mask = torch.zeros(length, dtype=torch.bool)
         mask[-6 - i : -1] = True
         if images:
             mask[: images[-1][1] + 1] = False
-        embeds, hidden = torch.randn(2, length, SIZE, generator=generator)
-        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        embeds, hidden = torch.randn(2, length, size, generator=generator)
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
         write_sample(folder / f"{i:08d}.safetensors", make_sample(ids, mask, images, embeds, hidden, store="all"))
     return folder
 
@@ -169,6 +173,133 @@ def test_a_loss_that_is_not_finite_names_the_file(data, tmp_path):
     with pytest.raises(ValueError, match="00000001"):
         trainer.accumulate([collate(items)])
     assert (tmp_path / "cp" / RESUME_FILE).is_file()
+
+
+def test_a_gradient_that_is_not_finite_names_the_file(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "cp")
+    before = {name: value.clone() for name, value in trainer.head.state_dict().items()}
+    items = [trainer.train_set[(i, 0)] for i in range(5)]
+    outputs = trainer.outputs
+
+    def with_bad_gradient(batch):
+        outs = outputs(batch)
+        if any("00000003" in name for name in batch.names):
+            outs.register_hook(lambda gradient: gradient * torch.inf)
+        return outs
+
+    trainer.outputs = with_bad_gradient
+    with pytest.raises(ValueError, match="gradient is not finite in .*00000003.safetensors; the state before") as error:
+        trainer.accumulate([collate(items[:2]), collate(items[2:])])
+    assert not any(f"0000000{i}" in str(error.value) for i in (0, 1, 2, 4))
+    saved = torch.load(tmp_path / "cp" / RESUME_FILE, weights_only=True)["head"]
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+
+
+def test_one_row_of_a_batch_has_the_loss_of_its_sample(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "cp")
+    items = [trainer.train_set[(i, 0)] for i in range(6)]
+    batch = collate(items)
+    for row, item in enumerate(items):
+        alone, _ = trainer.loss(collate([item]))
+        loss, _ = trainer.loss(one_row(batch, row))
+        torch.testing.assert_close(loss, alone)
+
+
+def test_clipping(data, tmp_path):
+    """By value or by norm; the recorded norm is that of the gradient before."""
+    applied = {}
+    for name, settings in {
+        "value": {"clip_value": 1e-3},
+        "norm": {"clip_norm": 0.01},
+        "none": {"clip_norm": 1e9},
+    }.items():
+        trainer = make_trainer(data, tmp_path / name, **settings)
+        sums = trainer.accumulate([collate([trainer.train_set[(i, 0)] for i in range(6)])])
+        before = torch.cat([p.grad.flatten() for p in trainer.parameters])
+        assert sums.summary()["gradient_norm"] == pytest.approx(before.norm().item(), abs=1e-5)
+        trainer.optimizer.step = lambda parameters=trainer.parameters, name=name: applied.update(
+            {name: torch.cat([p.grad.flatten() for p in parameters])}
+        )
+        trainer.update(0)
+    assert before.norm() > 0.02
+    torch.testing.assert_close(applied["none"], before)
+    torch.testing.assert_close(applied["value"], before.clamp(-1e-3, 1e-3))
+    torch.testing.assert_close(applied["norm"], before * (0.01 / before.norm()), rtol=1e-4, atol=1e-7)
+
+
+def test_the_last_checkpoint_is_the_state_after_the_last_epoch(data, tmp_path):
+    """state_<n> comes after n epochs, none of them at learning rate 0; only the newest checkpoints stay."""
+    trainer = make_trainer(data, tmp_path / "cp", epochs=5, batch_size=2, keep=2)
+    rates = []
+
+    def update(step):
+        Trainer.update(trainer, step)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+    trainer.update = update
+    trainer.run()
+    assert len(rates) == 5 * 3 and min(rates) > 0
+    assert sorted(path.name for path in (tmp_path / "cp").iterdir() if path.is_dir()) == ["state_4", "state_5"]
+    saved = load_draft(tmp_path / "cp" / "state_5").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in trainer.head.state_dict().items())
+
+
+def test_pruning_spares_what_it_does_not_know(tmp_path):
+    for name in ("state_1", "state_2", "state_10", "state_11", "state_x", "state_3.old"):
+        (tmp_path / name).mkdir()
+    prune_states(tmp_path, keep=2, epoch=10)
+    assert {path.name for path in tmp_path.iterdir()} == {"state_2", "state_10", "state_11", "state_x", "state_3.old"}
+    prune_states(tmp_path, keep=0, epoch=11)
+    assert (tmp_path / "state_2").is_dir()
+
+
+def test_a_half_written_checkpoint_is_never_seen(data, tmp_path, monkeypatch):
+    trainer = make_trainer(data, tmp_path / "cp", epochs=1)
+
+    def killed(path, value):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vispec.model.checkpoints.write_json_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not list((tmp_path / "cp").glob("state_*")) and list((tmp_path / "cp").glob(".state_*"))
+    monkeypatch.undo()
+    (tmp_path / "cp" / ".resume.pt.half").write_bytes(b"half")
+    (tmp_path / "cp" / "metrics.jsonl").write_text('{"epoch": 1, "tr')
+    make_trainer(data, tmp_path / "cp", epochs=1).run()
+    assert load_draft(tmp_path / "cp" / "state_1").method == "vispec"
+    assert not list((tmp_path / "cp").glob(".*"))
+    assert [json.loads(x)["epoch"] for x in (tmp_path / "cp" / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_tensorboard_has_every_step_once(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = {"epochs": 2, "batch_size": 2, "save_steps": 2, "report_to": "tensorboard"}
+    broken = make_trainer(data, tmp_path / "cp", **settings)
+
+    def update(step):
+        if step == 5:  # steps 4 and 5 are done, the state is that of 3, the end of the first epoch
+            raise KeyboardInterrupt
+        Trainer.update(broken, step)
+
+    broken.update = update
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    again = make_trainer(data, tmp_path / "cp", **settings)
+    again.resume()
+    again.run()
+    events = accumulator.EventAccumulator(str(tmp_path / "cp" / "tensorboard"))
+    events.Reload()
+    losses = {"loss", "feature", "token", "ranking", "top1", "top2", "top3"}
+    drafts = {"first1", "first2", "first3", "first4", "first5", "tau_of_chain"}
+    groups = {"train_step": losses | {"lr", "gradient_norm"}, "held_out": losses | drafts}
+    groups["train"] = groups["train_step"]
+    tags = events.Tags()["scalars"]
+    for group, names in groups.items():
+        assert {f"{group}/{name}" for name in names} <= set(tags)
+        steps = [event.step for event in events.Scalars(f"{group}/loss")]
+        assert steps == ([1, 2, 3, 4, 5, 6] if group == "train_step" else [3, 6])
 
 
 def test_eagle2_refuses_images_without_features(data):

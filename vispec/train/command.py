@@ -10,6 +10,7 @@ from vispec.cli import provenance, write_json_atomic
 from vispec.model.checkpoints import load_draft, read_config
 from vispec.model.draft import DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
+from vispec.train.plan import print_plan
 from vispec.train.samples import SampleFolder, find_samples, hold_out, read_lengths
 from vispec.train.target_weights import read_tables
 from vispec.train.trainer import Processes, Recipe, Trainer, recipe_identity
@@ -34,17 +35,27 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: floa
     add("--begin-epoch", type=int, help="epochs that are expected to be done already")
     add("--num-epochs", type=int, default=20, help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--clip-value", type=float, default=0.5, help="gradients are cut at this value (%(default)s)")
+    add("--clip-value", type=float, help="gradients are cut at this value (0.5)")
+    add("--clip-norm", type=float, help="instead of --clip-value: gradients are scaled down to this norm")
     add("--noise", type=float, default=0.2, help="width of the noise on input features (%(default)s)")
     add("--save-every", type=int, default=1, help="epochs between checkpoints (%(default)s)")
     add("--save-steps", type=int, default=0, help="steps between states to resume from; 0: after each epoch only")
+    add("--keep", type=int, default=0, help="newest checkpoints that stay; 0: all (%(default)s)")
+    add("--dry-run", action="store_true", help="read everything and print the plan; train and write nothing")
     add("--report-to", choices=("tensorboard", "none"), default="none", help="(%(default)s)")
 
 
 def recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
-    for name in ("bs", "gradient_accumulation_steps", "num_epochs", "save_every", "max_len"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    least = dict.fromkeys(("bs", "gradient_accumulation_steps", "num_epochs", "save_every", "max_len"), 1)
+    for name, value in (least | {"save_steps": 0, "keep": 0}).items():
+        if getattr(args, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {value}")
+    if args.clip_value is not None and args.clip_norm is not None:
+        raise ValueError(f"--clip-value {args.clip_value} and --clip-norm {args.clip_norm}: expected one of them")
+    for name in ("clip_value", "clip_norm"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     workers = args.num_workers
     if workers is None:
         workers = 4 if torch.cuda.is_available() else 0
@@ -55,10 +66,12 @@ def recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
         epochs=args.num_epochs,
         batch_size=args.bs,
         accumulation=args.gradient_accumulation_steps,
-        clip_value=args.clip_value,
+        clip_value=Recipe.clip_value if args.clip_value is None else args.clip_value,
+        clip_norm=args.clip_norm,
         seed=args.seed,
         save_every=args.save_every,
         save_steps=args.save_steps,
+        keep=args.keep,
         workers=workers,
         report_to=args.report_to,
     )
@@ -107,7 +120,8 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         head.blind()
     _check_target(head.config, embedding, lm_head, args)
     folder = Path(args.cpdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not args.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
 
     train_paths, held_out_paths = hold_out(find_samples(args.tmpdir))
     all_features = method == "eagle2"
@@ -135,6 +149,10 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     resumed = trainer.resume()
     if args.begin_epoch is not None and args.begin_epoch != trainer.epoch:
         raise ValueError(f"--begin-epoch {args.begin_epoch}: --cpdir {folder} is at epoch {trainer.epoch}")
+    if args.dry_run:
+        if processes.is_main:
+            print_plan(trainer, args.basepath)
+        return 0
     if processes.is_main:
         trained = sum(p.numel() for p in trainer.parameters)
         print(

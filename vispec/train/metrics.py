@@ -2,38 +2,46 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
 
+from vispec.cli import write_atomic
 from vispec.train.losses import PARTS
 
 DEPTH = 5
 """Longest draft whose tokens are checked in a row."""
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Sums:
-    """Running sums of losses and hits."""
+    """Running sums of losses, hits and gradient norms."""
 
     def __init__(self, values: list[float] | None = None):
-        # pairs, pair steps, samples, then the parts, then drafts right and drafts for each length
-        self.values = torch.tensor(values) if values else torch.zeros(3 + len(PARTS) + 2 * DEPTH, dtype=torch.float64)
-        self.values = self.values.double()
+        # pairs, pair steps, samples, then the parts, then drafts right and drafts for each length, then gradient norms
+        # and how many of them
+        size = 3 + len(PARTS) + 2 * DEPTH + 2
+        self.values = torch.tensor(values or [0.0] * size, dtype=torch.float64)
 
     def add(self, parts: torch.Tensor, pairs: int, steps: int, samples: int) -> None:
         self.values[:3] += torch.tensor([pairs, pairs * steps, samples])
         self.values[3 : 3 + len(PARTS)] += parts.double().cpu()
 
     def add_drafts(self, right: torch.Tensor, drafts: torch.Tensor) -> None:
-        self.values[3 + len(PARTS) :] += torch.cat([right, drafts]).double().cpu()
+        self.values[3 + len(PARTS) : -2] += torch.cat([right, drafts]).double().cpu()
+
+    def add_gradient_norm(self, norm: float) -> None:
+        self.values[-2:] += torch.tensor([norm, 1.0])
 
     @property
     def loss(self) -> float:
         return float(self.values[3] / self.values[1].clamp(min=1))
 
     def summary(self) -> dict:
-        """Means over pairs (hits: those of the first step of the chain), shares of drafts right in a row."""
-        pairs, pair_steps, samples, *rest = self.values.tolist()
+        """Means over pairs (hits: of the chain's first step), shares of drafts right in a row, mean gradient norm."""
+        pairs, pair_steps, samples, *rest, norms, steps = self.values.tolist()
         means = {
             name: rest[i] / max(pairs if name.startswith("top") else pair_steps, 1) for i, name in enumerate(PARTS)
         }
@@ -43,27 +51,31 @@ class Sums:
             shares = [r / d if d else 0.0 for r, d in zip(right, drafts, strict=True)]
             summary |= {f"first{m}": share for m, share in enumerate(shares, 1)}
             summary["tau_of_chain"] = sum(shares)  # mean accepted tokens of one draft of DEPTH tokens
+        if steps:
+            summary["gradient_norm"] = norms / steps
         return {name: value if isinstance(value, int) else round(value, 6) for name, value in summary.items()}
 
 
 class MetricsLog:
-    """metrics.jsonl, one line an epoch, and TensorBoard where it is asked for."""
+    """metrics.jsonl, one line an epoch, and TensorBoard where it is asked for, whose scalars lie at steps done.
 
-    def __init__(self, folder: Path, report_to: str):
-        self.path = folder / "metrics.jsonl"
+    What a run that is resumed after `epochs` epochs and `steps` steps makes again is dropped from both.
+    """
+
+    def __init__(self, folder: Path, report_to: str, epochs: int = 0, steps: int = 0):
+        self.path = folder / METRICS_FILE
         self.writer = None
         if report_to == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--report-to tensorboard: the package tensorboard is not installed") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def forget_after(self, epoch: int) -> None:
-        """Drop the lines of epochs that a resumed run makes again."""
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["epoch"] <= epoch]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # a line without its end was being written when the run was killed
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
+            write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
 
     def step(self, step: int, values: dict) -> None:
         self._scalars("train_step", step, values)
@@ -71,12 +83,14 @@ class MetricsLog:
     def epoch(self, epoch: int, line: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, **line}) + "\n")
-        for name in ("train", "held_out"):
-            self._scalars(name, epoch, line.get(name) or {})
+            file.flush()
+            os.fsync(file.fileno())
+        self._scalars("train", line["step"], line["train"] | {"lr": line["lr"]})
+        self._scalars("held_out", line["step"], line["held_out"] or {})
 
     def _scalars(self, group: str, step: int, values: dict) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
+                if math.isfinite(value):
                     self.writer.add_scalar(f"{group}/{name}", value, step)
             self.writer.flush()

@@ -17,19 +17,26 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from vispec.cli import write_atomic
-from vispec.model.checkpoints import save_draft
 from vispec.model.draft import DraftHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, summed_loss
-from vispec.train.metrics import DEPTH, MetricsLog, Sums
+from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
+from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches
+from vispec.train.states import prune_states, remove_leftovers, write_state
 
 RESUME_FILE = "resume.pt"
+RESUME_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run does, apart from data and start weights."""
+    """What a training run does, apart from data and start weights.
+
+    Attributes:
+        clip_value, clip_norm: gradients are cut at a value, or scaled down to a norm where there is one.
+        keep: newest checkpoints that stay; 0 for all.
+    """
 
     objective: Objective
     lr: float
@@ -38,11 +45,13 @@ class Recipe:
     batch_size: int = 1
     accumulation: int = 1
     clip_value: float = 0.5
+    clip_norm: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     seed: int = 0
     save_every: int = 1
     save_steps: int = 0
+    keep: int = 0
     workers: int = 0
     report_to: str = "none"
 
@@ -67,6 +76,14 @@ class Processes:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, values: list) -> list:
+        """The lists of all processes as one."""
+        if self.count == 1:
+            return values
+        found: list = [None] * self.count
+        dist.all_gather_object(found, values)
+        return [value for part in found for value in part]
 
     def precision(self) -> AbstractContextManager:
         return self.autocast() if self.autocast else torch.autocast(self.device.type, enabled=False)
@@ -117,29 +134,46 @@ class Trainer:
         )
         return torch.stack([out.flatten(0, 1)[batch.scored] for out in outs], dim=1)
 
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed over the scored pairs: the loss with its gradient, and its parts."""
+        with self.processes.precision():
+            return summed_loss(self.recipe.objective, self.outputs(batch), batch.targets, self.lm_head)
+
     def accumulate(self, batches: list[Batch]) -> Sums:
-        """Add the gradients of this process's part of one step, and sum them over all processes."""
+        """Add the gradients of this process's part of one step, and sum them over all processes.
+
+        Returns:
+            The sums of the whole step, in every process the same.
+
+        Raises:
+            ValueError: loss or gradient is not finite, in whichever process: all raise it together.
+        """
         pairs = self.processes.sum(torch.tensor(sum(len(b.scored) for b in batches))).item()
         steps = self.recipe.mtp_steps + 1
         sums = Sums()
         for batch in batches:
             batch = batch.to(self.processes.device, torch.float32)
-            with self.processes.precision():
-                rows = self.outputs(batch)
-                loss, parts = summed_loss(self.recipe.objective, rows, batch.targets, self.lm_head)
-            if not math.isfinite(parts[0].item()):
-                self._stop(batch, rows)
+            loss, parts = self.loss(batch)
             (loss / max(pairs * steps, 1)).backward()
             sums.add(parts, len(batch.scored), steps, len(batch.lengths))
         for parameter in self.parameters:
             if parameter.grad is None:  # the image parameters in a step without images
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.processes.sum(parameter.grad)
+        sums = Sums(self.processes.sum(sums.values).tolist())
+        norm = gradient_norm(self.parameters)
+        sums.add_gradient_norm(norm)
+        # both are sums over all processes, so that these agree without asking each other
+        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+            self._stop(batches, "gradient" if math.isfinite(sums.loss) else "loss")
         return sums
 
     def update(self, step: int) -> None:
         """Clip, apply and clear the gradients."""
-        torch.nn.utils.clip_grad_value_(self.parameters, self.recipe.clip_value)
+        if self.recipe.clip_norm is None:
+            torch.nn.utils.clip_grad_value_(self.parameters, self.recipe.clip_value)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * schedule(step, self.steps_per_epoch, self.recipe.epochs)
         self.optimizer.step()
@@ -147,31 +181,37 @@ class Trainer:
 
     # --- epochs ---
 
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
     def run(self) -> None:
         """Train to the last epoch, from wherever `resume` has put us."""
-        log = MetricsLog(self.folder, self.recipe.report_to) if self.processes.is_main else None
-        if log:
-            log.forget_after(self.epoch)
+        log = None
+        if self.processes.is_main:
+            remove_leftovers(self.folder, (RESUME_FILE, METRICS_FILE, "training.json"))
+            log = MetricsLog(self.folder, self.recipe.report_to, self.epoch, self.steps_done)
         while self.epoch < self.recipe.epochs:
             started, before = time.perf_counter(), self.sums.values[2].item()
             self._train_epoch(log)
             seconds = time.perf_counter() - started
             samples = self.sums.values[2].item() - before
-            train = Sums(self.processes.sum(self.sums.values).tolist())
+            train = self.sums
             held_out = self.evaluate()
             self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, Sums()
             if not log:
                 continue
             line = {
-                "step": self.epoch * self.steps_per_epoch,
+                "step": self.steps_done,
                 "train": train.summary(),
                 "held_out": held_out.summary() if len(self.held_out_set) else None,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "seconds": round(seconds, 2),
-                "samples_per_second": round(samples * self.processes.count / seconds, 2),
+                "samples_per_second": round(samples / seconds, 2),
             }
             if self.epoch % self.recipe.save_every == 0 or self.epoch == self.recipe.epochs:
-                save_draft(self.head, self.folder / f"state_{self.epoch}")
+                write_state(self.head, self.folder, self.epoch)
+                prune_states(self.folder, self.recipe.keep, self.epoch)
             log.epoch(self.epoch, line)
             self.save()
             print(_describe(self.epoch, self.recipe.epochs, line), flush=True)
@@ -196,8 +236,7 @@ class Trainer:
         )
         for group, batches in zip(groups, mine, strict=True):
             sums = self.accumulate(list(islice(loaded, len(batches))))
-            step = self.epoch * self.steps_per_epoch + self.step_in_epoch
-            self.update(step)
+            self.update(self.steps_done)
             self.sums.values += sums.values
             self.step_in_epoch += 1
             bar.update(1)
@@ -212,7 +251,7 @@ class Trainer:
                 refresh=False,
             )
             if log and log.writer:
-                log.step(step, {"loss": sums.loss, "lr": self.optimizer.param_groups[0]["lr"]})
+                log.step(self.steps_done, sums.summary() | {"lr": self.optimizer.param_groups[0]["lr"]})
             if self.recipe.save_steps and self.step_in_epoch % self.recipe.save_steps == 0:
                 self.save()
         bar.close()
@@ -271,6 +310,7 @@ class Trainer:
         if not self.processes.is_main:
             return
         state = {
+            "format": RESUME_FORMAT,
             "identity": self.identity,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -284,12 +324,14 @@ class Trainer:
         """Go on with the run that `folder` holds, if it holds one.
 
         Raises:
-            ValueError: it is a run of another command.
+            ValueError: it is a run of another command or of another version.
         """
         path = self.folder / RESUME_FILE
         if not path.is_file():
             return False
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("format") != RESUME_FORMAT:
+            raise ValueError(f"{path}: format {state.get('format')}, expected {RESUME_FORMAT}; choose another --cpdir")
         found = state["identity"]
         differing = sorted(k for k in found.keys() | self.identity.keys() if found.get(k) != self.identity.get(k))
         if differing:
@@ -298,19 +340,20 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
-        if self.processes.is_main:
-            self.sums = Sums(state["sums"])
+        self.sums = Sums(state["sums"])
         return True
 
-    def _stop(self, batch: Batch, rows: torch.Tensor) -> None:
-        bad = ~(torch.isfinite(rows).all(-1).all(-1) & torch.isfinite(batch.targets).all(-1))
-        places = bad.nonzero()[:, 0].tolist()
-        names = {batch.sample_of(place) for place in places} or set(batch.names)
+    def _stop(self, batches: list[Batch], what: str) -> None:
+        """Save the state before this step and name the samples that spoil it; called by all processes together."""
         self.optimizer.zero_grad()
         self.save()
+        moved = (batch.to(self.processes.device, torch.float32) for batch in batches)
+        # after this exchange the state is on disk, and a process that ends first may take the others with it
+        names = self.processes.gather(spoiled_samples(moved, lambda batch: self.loss(batch)[0], self.parameters))
+        everyone = self.processes.gather([name for batch in batches for name in batch.names])
+        where = ", ".join(sorted(names)) or f"the step of {', '.join(sorted(everyone))}, in none of these alone"
         raise ValueError(
-            f"the loss is not finite in {', '.join(sorted(names))}; the state before this step is in "
-            f"{self.folder / RESUME_FILE}"
+            f"the {what} is not finite in {where}; the state before this step is in {self.folder / RESUME_FILE}"
         )
 
 
@@ -326,7 +369,7 @@ def recipe_identity(recipe: Recipe) -> dict:
     """The parts of a recipe that decide the weights, as plain values."""
     values = asdict(recipe)
     values.update(values.pop("objective"))
-    for name in ("save_every", "save_steps", "workers", "report_to"):
+    for name in ("save_every", "save_steps", "keep", "workers", "report_to"):
         values.pop(name)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 

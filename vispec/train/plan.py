@@ -1,0 +1,107 @@
+"""--dry-run: what a training command would do with its data, by counting and arithmetic."""
+
+import torch
+from torch.utils.data import DataLoader
+
+from vispec.ge_data.sample_file import Sample
+from vispec.train.losses import CHUNK_ELEMENTS
+from vispec.train.samples import SampleFolder
+from vispec.train.trainer import Trainer
+
+LOGIT_TENSORS = 6
+"""Of a chunk of the loss: logits and probabilities of target and draft, their difference, the logits' gradient."""
+
+
+def print_plan(trainer: Trainer, basepath: str) -> None:
+    """Read all samples and print what `trainer` would do; `basepath` has the target's tokenizer."""
+    tokenizer = _tokenizer(basepath)
+    recipe = trainer.recipe
+    tokens, scored, images = _count(trainer.train_set, recipe.workers)
+    held_out = _count(trainer.held_out_set, recipe.workers)
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    frozen = sum(parameter.numel() for parameter in trainer.head.parameters()) - trained
+    begun = trainer.steps_done
+    print(
+        f"plan of this run; nothing is trained or written\n"
+        f"samples       {len(trainer.train_set):,}, held out {len(trainer.held_out_set):,}\n"
+        f"tokens        {tokens:,}, held out {held_out[0]:,}; the longest sample has {max(trainer.lengths[0]):,}\n"
+        f"images        {images:,}, held out {held_out[2]:,}\n"
+        f"scored pairs  {scored:,}, held out {held_out[1]:,}\n"
+        f"steps         {trainer.steps_per_epoch:,} an epoch of {trainer.group_size} samples each, "
+        f"{trainer.steps_per_epoch * recipe.epochs:,} in {recipe.epochs} epochs"
+        + (f"; {begun:,} of them are done" if begun else "")
+        + f"\nparameters    {trained:,} trained, {frozen:,} frozen\nmemory        of each process, about:"
+    )
+    parts = memory_estimate(trainer)
+    for what, size in {**parts, "together": sum(parts.values())}.items():
+        print(f"  {size / 2**20:12,.1f} MiB  {what}")
+    print("  not counted: the allocator's reserve, the libraries, the processes that read samples")
+    sample, _ = trainer.train_set[(0, None)]
+    print(f"first sample  {sample.name}, scored tokens in ⟦ ⟧:")
+    print(marked_text(sample, tokenizer))
+
+
+def memory_estimate(trainer: Trainer) -> dict[str, int]:
+    """Bytes by what they hold, for the largest batch that the data can make."""
+    recipe, config = trainer.recipe, trainer.head.config
+    parameters = sum(parameter.numel() for parameter in trainer.head.parameters())
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    pairs = recipe.batch_size * max(trainer.lengths[0])
+    size, steps = config.hidden_size, recipe.mtp_steps + 1
+    # what backward reads of a pair: inputs of fc (and img_fc), x, q, k, v, attention twice, both sides of the norm; the
+    # four products of the MLP
+    kept = (12 if trainer.head.method == "vispec" else 10) * size + 4 * config.intermediate_size
+    width = 2 if trainer.processes.autocast else 4
+    rows = max(1, CHUNK_ELEMENTS.get(trainer.processes.device.type, 2**25) // (config.vocab_size * steps))
+    logits = min(rows, pairs) * steps * config.vocab_size
+    head = trainer.lm_head
+    return {
+        f"weights of the draft head: {parameters:,} x 4 bytes": parameters * 4,
+        f"gradients: {trained:,} x 4 bytes": trained * 4,
+        f"AdamW's two moments: {trained:,} x 8 bytes": trained * 8,
+        f"the target's output head: {head.numel():,} x {head.element_size()} bytes": head.numel() * head.element_size(),
+        f"features and embeddings of a batch: {pairs:,} pairs x 3 x {size:,} x 4 bytes": pairs * 3 * size * 4,
+        f"activations: {pairs:,} pairs x {steps} step(s) x {kept:,} x {width} bytes": pairs * steps * kept * width,
+        f"a chunk of the loss: {LOGIT_TENSORS} x {logits:,} logits x 4 bytes": LOGIT_TENSORS * logits * 4,
+    }
+
+
+def marked_text(sample: Sample, tokenizer) -> str:
+    """The text of a sample with its scored tokens in ⟦ ⟧; token i+2 is that of scored pair i. An image is one word."""
+    kind = torch.zeros(len(sample), dtype=torch.long)
+    kind[2:] = sample.scored()[:-2]
+    for number, (start, end) in enumerate(sample.images, 2):
+        kind[start:end] = number
+    kinds, counts = torch.unique_consecutive(kind, return_counts=True)
+    pieces, before, end = [], "", 0
+    for part, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        end += count
+        # the whole text so far: alone, a part would lose the space before its first word
+        text = tokenizer.decode(sample.input_ids[:end].tolist(), clean_up_tokenization_spaces=False)
+        piece, before = text[len(before) :], text
+        pieces.append(f"<image of {count} rows>" if part > 1 else f"⟦{piece}⟧" if part else piece)
+    return "".join(pieces)
+
+
+def _tokenizer(basepath: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(basepath)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
+
+
+def _count(samples: SampleFolder, workers: int) -> list[int]:
+    """Tokens, scored pairs and images of all samples, each read as training reads it."""
+    from tqdm import tqdm
+
+    keys = [(index, None) for index in range(len(samples))]
+    loader = DataLoader(samples, sampler=keys, batch_size=None, collate_fn=_numbers, num_workers=workers)
+    bar = tqdm(loader, total=len(keys), desc="samples", leave=False)
+    return sum(bar, torch.zeros(3, dtype=torch.long)).tolist()
+
+
+def _numbers(item: tuple[Sample, torch.Tensor]) -> torch.Tensor:
+    sample, _ = item
+    return torch.tensor([len(sample), int(sample.scored().sum()), len(sample.images)])
