@@ -1,44 +1,41 @@
-"""Two processes that share a step have the gradients of one that does it alone."""
+"""Processes that share a step: the gradients of one process alone, and one end when a sample is broken."""
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_train_steps import make_trainer, write_data
+from launched_steps import STAGES, gradients
+from launching import command, finish
+from test_train_steps import EIGHT_SHAPES, make_trainer, write_data
 
-from vispec.train.samples import collate, micro_batches
-from vispec.train.trainer import Processes
-
-METHODS = ("eagle2", "vispec")
+SCRIPT = "tests/launched_steps.py"
 
 
-def gradients(folder, processes, batch_size):
-    """The summed gradients of one step over six samples, for both methods."""
-    found = {}
-    for method in METHODS:
-        trainer = make_trainer(folder / "data", folder / f"cp{processes.index}", method, processes=processes)
-        batches = micro_batches(range(6), batch_size, processes.index, processes.count)
-        trainer.accumulate([collate([trainer.train_set[(i, 0)] for i in batch]) for batch in batches])
-        found[method] = [p.grad.clone() for p in trainer.parameters]
-    return found
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder of a run of two processes, and what each of them found."""
+    folder = tmp_path_factory.mktemp("launched")
+    write_data(folder / "data", EIGHT_SHAPES)
+    finish(command(2, SCRIPT, str(folder)), folder / "log")
+    return folder, [torch.load(folder / f"process{index}.pt") for index in range(2)]
 
 
-def work(index, folder):
-    # accelerate says "cpu:0", which is not the device that tensors on the CPU say they are on
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
-    torch.save(gradients(folder, Processes(torch.device("cpu", 0), index, 2), 1), folder / f"gradients{index}.pt")
-    dist.destroy_process_group()
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_do_not_depend_on_the_division(launched, tmp_path, stage):
+    """One batch of 8, 8 accumulated batches of 1, 2 processes x batches of 2 x 2 accumulated."""
+    folder, processes = launched
+    of_one_batch, *others = [
+        gradients(make_trainer(folder / "data", tmp_path / str(size), STAGES[stage], batch_size=size))
+        for size in (8, 1)
+    ]
+    assert all(gradient.abs().max() > 1e-3 for gradient in of_one_batch)
+    for other in [*others, *[process[stage] for process in processes]]:
+        for a, b in zip(of_one_batch, other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_two_processes(tmp_path):
-    write_data(tmp_path / "data")
-    alone = gradients(tmp_path, Processes(torch.device("cpu")), 6)
-    mp.spawn(work, (tmp_path,), nprocs=2)
-    for index in range(2):
-        shared = torch.load(tmp_path / f"gradients{index}.pt")
-        for method in METHODS:
-            for a, b in zip(alone[method], shared[method], strict=True):
-                torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(alone["vispec"][0], torch.zeros_like(alone["vispec"][0]))
+def test_a_broken_sample_of_one_process_stops_all(launched):
+    _, processes = launched
+    first, second = [process["error"] for process in processes]
+    assert first == second
+    # batches are dealt in turn: the second process begins with samples 2 and 3
+    assert "the loss is not finite in" in first and "00000003.safetensors" in first and first.endswith("saved: True")
+    assert not any(f"0000000{index}" in first for index in (0, 1, 2, 4, 5, 6, 7))

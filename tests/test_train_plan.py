@@ -1,0 +1,81 @@
+"""--dry-run: right numbers, nothing written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_steps import EIGHT_SHAPES, write_data
+
+from vispec.ge_data.sample_file import make_sample, read_sample
+from vispec.train import main, main_mtp
+from vispec.train.plan import marked_text
+
+GOLDEN = Path(__file__).parent / "golden" / "llava_next"
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    write_data(tmp_path / "data", EIGHT_SHAPES, size=64, vocabulary=37)
+    shared = ["--basepath", str(GOLDEN / "target"), "--configpath", str(GOLDEN / "draft_vispec" / "config.json")]
+    return [*shared, "--tmpdir", str(tmp_path / "data"), "--cpdir", str(tmp_path / "cp"), "--bs", "2"]
+
+
+def test_the_plan_of_a_run(arguments, tmp_path, capsys):
+    assert main_mtp.main([*arguments, "--num-epochs", "5", "--num-q", "3", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    samples = [read_sample(path) for path in sorted((tmp_path / "data").iterdir())]
+    held_out = samples.pop(4)
+    assert re.search(
+        rf"samples +7, held out 1\ntokens +{sum(map(len, samples))}, held out {len(held_out)}; .* 60\n", plan
+    )
+    assert f"images        {sum(len(sample.images) for sample in samples)}, held out 1\n" in plan
+    # the mask of each sample ends one before its end, and pair i stands for token i+2
+    scored = sum(int(sample.loss_mask[2:].sum()) for sample in samples)
+    assert f"scored pairs  {scored}, held out {int(held_out.loss_mask[2:].sum())}\n" in plan
+    assert "steps         4 an epoch of 2 samples each, 20 in 5 epochs\n" in plan
+    trained = int(re.search(r"parameters +([\d,]+) trained, 2,432 frozen", plan)[1].replace(",", ""))  # 38 x 64
+    assert f"MiB  AdamW's two moments: {trained:,} x 8 bytes" in plan
+    sizes = [float(value) for value in re.findall(r"([\d.]+) MiB", plan)]
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.1 * len(sizes))
+    assert plan.split("⟦")[1].count("⟧") == 1
+    assert not (tmp_path / "cp").exists()
+
+
+def test_the_plan_of_a_run_that_goes_on(arguments, tmp_path, capsys):
+    more = ["--num-epochs", "2", "--lr", "1e-3"]
+    assert main.main([*arguments, *more]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cp").rglob("*")}
+    capsys.readouterr()
+    assert main.main([*arguments, *more, "--dry-run", "--begin-epoch", "2"]) == 0
+    assert "8 in 2 epochs; 8 of them are done" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--begin-epoch 1: --cpdir .* is at epoch 2"):
+        main.main([*arguments, *more, "--dry-run", "--begin-epoch", "1"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cp").rglob("*")} == before
+
+
+def test_flags_that_exclude_each_other(arguments):
+    for more, message in (
+        (["--clip-norm", "1", "--clip-value", "0.5"], "--clip-value 0.5 and --clip-norm 1.0: expected one"),
+        (["--clip-norm", "0"], "--clip-norm 0.0: expected a number above 0"),
+        (["--keep", "-1"], "--keep -1: expected at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main.main([*arguments, *more])
+
+
+def test_scored_tokens_are_marked():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "target")
+    ids = tokenizer("a dog").input_ids + [37, 37, 37, 37, 37] + tokenizer("what is it? a cat. so?").input_ids
+    ids = torch.tensor(ids)
+    mask = torch.zeros(len(ids), dtype=torch.bool)
+    mask[-10:-4] = True  # " a cat."
+    mask[-1] = True
+    mask[0] = True  # no pair predicts the first two tokens
+    embeds = torch.zeros(len(ids), 4)
+    start = len(ids) - 22 - 5
+    sample = make_sample(ids, mask, [(start, start + 2), (start + 2, start + 5)], embeds, embeds)
+    text = marked_text(sample, tokenizer)
+    assert text == "a dog<image of 2 rows><image of 3 rows>what is it? ⟦a cat.⟧ so⟦?⟧"
