@@ -1,4 +1,4 @@
-"""The command lines `python -m vispec.ge_data.allocation_*`: arguments, resume, workers, report."""
+"""The command lines `python -m vispec.ge_data.allocation_*`: arguments, resume, workers."""
 
 import argparse
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vispec.cli import write_json_atomic
 from vispec.ge_data import workers
+from vispec.ge_data.report import full_matrices, read_skipped, report, skip_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
 from vispec.ge_data.sample_file import write_sample
 from vispec.prompts import PIXEL_LIMITS
@@ -32,7 +33,12 @@ def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
     add("--data-folder", help="local data in the published layout; default: " + _default_data(stage))
     add("--dtype", choices=DTYPES, default="auto", help="of the target and of the stored features (%(default)s)")
     add("--max-len", type=int, help="longest sample in tokens; default: what the target takes")
-    add("--store", choices=("pairs", "all"), default="pairs", help="all: also features of image positions, for EAGLE-2")
+    add(
+        "--store",
+        choices=("pairs", "all", "tokens"),
+        default="pairs",
+        help="all: also features of image positions, for EAGLE-2; tokens: no features, for training with --online",
+    )
     if stage == "image":
         add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (%(default)s)")
         add("--seed", type=int, default=0, help="of sampled answers (%(default)s)")
@@ -79,7 +85,8 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
             return code
     else:
         _work(stage, family, args, rows, folder, batches, 0)
-    _report(folder, end + 1 - args.start, max(len(groups), 1))
+    skipped = read_skipped(folder, max(len(groups), 1))
+    report(folder, end + 1 - args.start, skipped, full_matrices(stage, args.model, args.dtype))
     return 0
 
 
@@ -112,12 +119,12 @@ def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) ->
                     else:
                         write_sample(folder.sample_path(index), outcome, {"index": index, **_origin(rows[index])})
             bar.update(len(batch))
-    write_json_atomic(_skip_file(folder, worker), skipped)
+    write_json_atomic(skip_file(folder, worker), skipped)
 
 
 def _make_job(stage, family, args, rows):
     import torch
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     from vispec.ge_data.jobs import ImageJob, Settings, TextJob
     from vispec.model.target import Target, load_target
@@ -125,33 +132,18 @@ def _make_job(stage, family, args, rows):
     names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "min_pixels", "max_pixels")
     settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
+    processor = AutoProcessor.from_pretrained(args.model, **limits)
+    if stage == "text" and args.store == "tokens":
+        return TextJob(AutoConfig.from_pretrained(args.model), processor, rows, settings, target=None)
     device_map = None
     if torch.cuda.is_available():
         device_map = "auto" if args.gpus_per_model > 1 else "cuda"
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     target = Target(load_target(args.model, dtype, device_map))
-    processor = AutoProcessor.from_pretrained(args.model, **limits)
-    return (TextJob if stage == "text" else ImageJob)(target, processor, rows, settings)
+    if stage == "text":
+        return TextJob(target.config, processor, rows, settings, target)
+    return ImageJob(target, processor, rows, settings)
 
 
 def _origin(row: dict) -> dict:
     return {key: row[key] for key in ("id", "image") if isinstance(row.get(key), str | int)}
-
-
-def _skip_file(folder: RunFolder, worker: int) -> Path:
-    return folder.path / "logs" / f"skipped_{worker}.json"
-
-
-def _report(folder: RunFolder, rows: int, count: int) -> None:
-    import json
-
-    skipped: dict[int, str] = {}
-    for worker in range(count):
-        found = json.loads(_skip_file(folder, worker).read_text())
-        skipped.update({int(index): reason for index, reason in found.items()})
-    manifest = folder.finish(skipped, {"rows": rows})
-    mean = manifest["bytes"] / max(manifest["samples"], 1)
-    print(f"{folder.path}: {manifest['samples']} samples of {rows} rows, {manifest['bytes']:,} bytes, {mean:,.0f} each")
-    for reason, entry in manifest["skipped"].items():
-        shown = ", ".join(map(str, entry["rows"][:8])) + (", …" if entry["count"] > 8 else "")
-        print(f"  skipped, {reason}: {entry['count']} (rows {shown})")

@@ -1,6 +1,6 @@
 """Rows to samples: what a worker does for text and for images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,16 +16,17 @@ from vispec.ge_data.conversations import (
     render_vicuna,
     tokenize,
 )
-from vispec.ge_data.sample_file import Sample, make_sample
+from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
-from vispec.model.families import image_token_id
+from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
 from vispec.prompts import LONG_ANSWER, UNREADABLE, build_inputs, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
 
-Outcome = Sample | SkipRow
+Outcome = Tokens | SkipRow
+"""A sample, with features or without, or why there is none."""
 
 
 @dataclass
@@ -44,12 +45,19 @@ class Settings:
 
 
 class TextJob:
-    """Conversations with the target's features (training stage 1)."""
+    """Conversations with the target's features (training stage 1).
 
-    def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
+    Args:
+        config: the target's.
+        target: None where token ids alone are stored, which no model is needed for.
+    """
+
+    def __init__(self, config, processor, rows: Rows, settings: Settings, target: Target | None):
         self.target, self.rows, self.settings = target, rows, settings
+        self.image_token = image_token_id(config)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        limit = min(target.max_positions, settings.max_len or target.max_positions)
+        longest = config.get_text_config().max_position_embeddings
+        limit = min(longest, settings.max_len or longest)
         if settings.family == "qwen":
             template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
             if template is None:
@@ -71,11 +79,12 @@ class TextJob:
             except SkipRow as reason:
                 yield index, reason
 
-    def _sample(self, row: dict) -> Sample:
+    def _sample(self, row: dict) -> Tokens:
         ids, mask = self.tokenize(*self.render(read_turns(row)))
-        image_token = image_token_id(self.target.config)
-        if image_token is not None and (ids == image_token).any():
+        if self.image_token is not None and (ids == self.image_token).any():
             raise SkipRow("image tag in a text conversation")
+        if self.target is None:
+            return Tokens(ids, mask, [])
         return features(self.target, ids, mask, {}, self.settings.store)
 
 
@@ -137,13 +146,15 @@ class ImageJob:
         )
         return dict(zip(prepared, answers, strict=True))
 
-    def _sample(self, inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> Sample:
+    def _sample(self, inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> Tokens:
         if len(answer) == 0 or int(answer[0]) in self.target.eos_token_ids:
             raise SkipRow("empty answer")
         ids = torch.cat([inputs["input_ids"][0], answer])
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[-len(answer) :] = True
-        rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        rest = image_inputs(inputs)
+        if self.settings.store == "tokens":
+            return Tokens(ids, mask, image_spans(self.target.model, ids[None], rest)[0])
         return features(self.target, ids, mask, rest, self.settings.store)
 
 
@@ -161,9 +172,18 @@ def _question(row: dict) -> str:
     return question
 
 
-@torch.inference_mode()
+def image_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a processor's output what belongs to the images, not to the text of the prompt."""
+    return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+
+
+@torch.no_grad()
 def features(target: Target, ids: torch.Tensor, mask: torch.Tensor, inputs: dict, store: str) -> Sample:
-    """One unpadded pass of the target over the tokens (L,), with the image's processor outputs."""
+    """One unpadded pass of the target over the tokens (L,), with the image's processor outputs.
+
+    Raises:
+        ValueError: the image's tokens in `ids` are not those that `inputs` belong to.
+    """
     length = len(ids)
     inputs = {**inputs, "attention_mask": torch.ones(1, length, dtype=torch.long)}
     prompt = target.prefill(target.new_cache(1, length), ids[None], inputs)

@@ -45,19 +45,22 @@ class RunFolder:
             made_by.pop("arguments")
             manifest = {"arguments": arguments, "complete": False, **made_by}
             write_json_atomic(file, manifest)
-        for leftover in path.glob(f".*{SUFFIX}.*"):  # of a write that was killed
+        for leftover in [*path.glob(f".*{SUFFIX}.*"), *path.rglob(".*.json.*")]:  # of writes that were killed
             leftover.unlink()
         return cls(path, arguments, manifest)
 
     def sample_path(self, index: int) -> Path:
         return self.path / file_name(index)
 
+    def sample_files(self) -> list[Path]:
+        return sorted(self.path.glob(f"*{SUFFIX}"))
+
     def missing(self, indices: Iterable[int]) -> list[int]:
         return [index for index in indices if not self.sample_path(index).is_file()]
 
     def finish(self, skipped: Mapping[int, str], facts: Mapping) -> dict:
         """Write the complete manifest; `skipped` maps row indices to reasons."""
-        sizes = [file.stat().st_size for file in self.path.glob(f"*{SUFFIX}")]
+        sizes = [file.stat().st_size for file in self.sample_files()]
         reasons: dict[str, list[int]] = {}
         for index, reason in sorted(skipped.items()):
             reasons.setdefault(reason, []).append(index)

@@ -2,14 +2,15 @@
 
 A draft head reads much less than a target computes. Of an image ViSpec reads the input embeddings and nothing else, so
 the features of image positions are left out, and the embeddings of text rows follow from the token ids. What
-remains is half of what two full (L, H) matrices take.
+remains is half of what two full (L, H) matrices take. Token ids alone take kilobytes: the target computes the features
+again when they are needed (`--store tokens`, training with `--online`).
 
 Shapes: L tokens, H hidden size, K stored features, N image rows.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,9 +24,12 @@ SUFFIX = ".safetensors"
 FORMAT = 1
 
 
+TOKEN_TENSORS = ("input_ids", "loss_mask", "images")
+
+
 @dataclass
-class Sample:
-    """A conversation as token ids with the target's features where training needs them."""
+class Tokens:
+    """A conversation as token ids, without features: all that `--store tokens` keeps."""
 
     input_ids: torch.Tensor
     """(L,) int64."""
@@ -33,13 +37,9 @@ class Sample:
     """(L,) bool, True at the assistant's tokens with their end tokens."""
     images: list[Span]
     """Token spans of the images, ascending."""
-    image_embeds: torch.Tensor
-    """(N, H) the target's input embeddings of all image rows, in order."""
-    hidden_positions: torch.Tensor
-    """(K,) int64, ascending: the tokens whose features are stored."""
-    hidden: torch.Tensor
-    """(K, H) the target's last hidden states at these tokens."""
-    name: str = ""
+    picture: str | None = field(default=None, kw_only=True)
+    """Where the image is, relative to the data folder; None where the file does not say."""
+    name: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -47,6 +47,18 @@ class Sample:
     def scored(self) -> torch.Tensor:
         """(L,) bool: pair i is scored iff token i+2, which its target feature predicts, is the assistant's."""
         return scored_pairs(self.loss_mask)
+
+
+@dataclass
+class Sample(Tokens):
+    """A conversation with the target's features where training needs them."""
+
+    image_embeds: torch.Tensor
+    """(N, H) the target's input embeddings of all image rows, in order."""
+    hidden_positions: torch.Tensor
+    """(K,) int64, ascending: the tokens whose features are stored."""
+    hidden: torch.Tensor
+    """(K, H) the target's last hidden states at these tokens."""
 
     def full_hidden(self) -> torch.Tensor:
         """(L, H), zeros where no feature is stored."""
@@ -73,7 +85,8 @@ class Sample:
             self.image_embeds[: sum(end - start for start, end in images)],
             self.hidden_positions[kept],
             self.hidden[kept],
-            self.name,
+            picture=self.picture,
+            name=self.name,
         )
 
 
@@ -133,16 +146,20 @@ def file_name(index: int) -> str:
     return f"{index:08d}{SUFFIX}"
 
 
-def write_sample(path: str | Path, sample: Sample, note: Mapping | None = None) -> int:
-    """Write a sample whole or not at all; returns the bytes. `note` says in JSON where it comes from."""
+def write_sample(path: str | Path, sample: Tokens, note: Mapping | None = None) -> int:
+    """Write a sample whole or not at all, without features where it has none; returns the bytes.
+
+    `note` says in JSON where the sample comes from; its key "image" is the image's path.
+    """
     tensors = {
         "input_ids": sample.input_ids.to(torch.int32),
         "loss_mask": sample.loss_mask,
         "images": torch.tensor(sample.images, dtype=torch.int32).reshape(-1, 2),
-        "image_embeds": sample.image_embeds,
-        "hidden_positions": sample.hidden_positions.to(torch.int32),
-        "hidden": sample.hidden,
     }
+    if isinstance(sample, Sample):
+        tensors["image_embeds"] = sample.image_embeds
+        tensors["hidden_positions"] = sample.hidden_positions.to(torch.int32)
+        tensors["hidden"] = sample.hidden
     # one metadata key only: the writer orders several at random, and equal samples are to be equal files
     metadata = {"vispec": json.dumps({"format": FORMAT, **(note or {})}, sort_keys=True)}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
@@ -150,28 +167,54 @@ def write_sample(path: str | Path, sample: Sample, note: Mapping | None = None) 
     return len(content)
 
 
+def read_tokens(path: str | Path) -> Tokens:
+    """The token ids of a sample, whatever else its file holds; ValueError names a file that is none."""
+    tensors, note = _read(path, TOKEN_TENSORS)
+    return Tokens(**_token_fields(tensors), picture=note.get("image"), name=str(path))
+
+
 def read_sample(path: str | Path) -> Sample:
-    """Read a sample; ValueError names a file that is none."""
+    """Read a sample with its features; ValueError names a file that is none or that holds token ids only."""
+    tensors, note = _read(path)
+    if "hidden" not in tensors and "input_ids" in tensors:
+        raise ValueError(
+            f"{path}: token ids without features (--store tokens); train with --online, or make the data with "
+            "--store pairs"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
         return Sample(
-            tensors["input_ids"].long(),
-            tensors["loss_mask"],
-            [(start, end) for start, end in tensors["images"].tolist()],
-            tensors["image_embeds"],
-            tensors["hidden_positions"].long(),
-            tensors["hidden"],
+            **_token_fields(tensors),
+            image_embeds=tensors["image_embeds"],
+            hidden_positions=tensors["hidden_positions"].long(),
+            hidden=tensors["hidden"],
+            picture=note.get("image"),
             name=str(path),
         )
-    except (SafetensorError, KeyError) as error:
+    except KeyError as error:
         raise ValueError(f"{path}: not a training sample ({error})") from None
+
+
+def _read(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors of a file, all of them by default, and its note."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = json.loads((file.metadata() or {}).get("vispec", "{}"))
+            return {name: file.get_tensor(name) for name in names or file.keys()}, note
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a training sample ({error})") from None
+
+
+def _token_fields(tensors: Mapping[str, torch.Tensor]) -> dict:
+    return {
+        "input_ids": tensors["input_ids"].long(),
+        "loss_mask": tensors["loss_mask"],
+        "images": [(start, end) for start, end in tensors["images"].tolist()],
+    }
 
 
 def read_note(path: str | Path) -> dict:
     """The JSON note of a sample file."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("vispec", "{}"))
+    return _read(path, ())[1]
 
 
 def read_length(path: str | Path) -> int:

@@ -2,18 +2,25 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from vispec.cli import provenance, write_json_atomic
+from vispec.cli import parse_bool, provenance, write_json_atomic
 from vispec.model.checkpoints import load_draft, read_config
 from vispec.model.draft import DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
 from vispec.train.plan import print_plan
-from vispec.train.samples import SampleFolder, find_samples, hold_out, read_lengths
+from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths
 from vispec.train.target_weights import read_tables
 from vispec.train.trainer import Processes, Recipe, Trainer, recipe_identity
+
+if TYPE_CHECKING:
+    from vispec.train.online import OnlineFeatures, TokenFolder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 logger = logging.getLogger("vispec")
 
@@ -42,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: floa
     add("--save-steps", type=int, default=0, help="steps between states to resume from; 0: after each epoch only")
     add("--keep", type=int, default=0, help="newest checkpoints that stay; 0: all (%(default)s)")
     add("--dry-run", action="store_true", help="read everything and print the plan; train and write nothing")
+    add("--online", nargs="?", const=True, type=parse_bool, default=False, help="the target computes the features now")
+    add("--target-dtype", choices=DTYPES, default="auto", help="of the target of --online (%(default)s)")
+    add("--data-folder", help="images of --online; default: where the data's manifest says they are")
     add("--report-to", choices=("tensorboard", "none"), default="none", help="(%(default)s)")
 
 
@@ -87,7 +97,7 @@ def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, n
     if args.loadpath is None:
         if config is None:
             raise ValueError("--configpath is needed where there is no --loadpath to start from")
-        head = ViSpecHead(config, num_q) if method == "vispec" else DraftHead(config)
+        head = ViSpecHead(config, num_q or 2) if method == "vispec" else DraftHead(config)
         if method == "vispec":
             logger.warning("no --loadpath: the head starts from random weights")
             head.reset_image_parameters()
@@ -125,16 +135,23 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
 
     train_paths, held_out_paths = hold_out(find_samples(args.tmpdir))
     all_features = method == "eagle2"
-    train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features)
-    held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features)
+    online = None
+    if args.online:
+        train_set, held_out_set, online = _online_data(args, train_paths, held_out_paths, processes, all_features)
+    elif args.data_folder is not None:
+        raise ValueError(f"--data-folder {args.data_folder}: only --online reads images")
+    else:
+        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features)
+        held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features)
+        _check_sizes(train_set, head.config)
     lengths = (read_lengths(train_paths, args.max_len), read_lengths(held_out_paths, args.max_len))
-    _check_sizes(train_set, head.config)
     identity = {
         "method": method,
         "num_q": num_q,
         "blind": blind,
         "max_len": args.max_len,
         "noise": args.noise,
+        "online": args.target_dtype if args.online else None,
         "samples": len(train_set),
         "tmpdir": args.tmpdir,
         "loadpath": args.loadpath,
@@ -144,7 +161,7 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     identity.pop("accumulation")
     head_dtype = torch.bfloat16 if processes.autocast else torch.float32
     trainer = Trainer(
-        head, lm_head.to(head_dtype), train_set, held_out_set, lengths, recipe, folder, processes, identity
+        head, lm_head.to(head_dtype), train_set, held_out_set, lengths, recipe, folder, processes, identity, online
     )
     resumed = trainer.resume()
     if args.begin_epoch is not None and args.begin_epoch != trainer.epoch:
@@ -164,6 +181,23 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         write_json_atomic(folder / "training.json", provenance(args))
     trainer.run()
     return 0
+
+
+def _online_data(
+    args: argparse.Namespace,
+    train_paths: Sequence[Path],
+    held_out_paths: Sequence[Path],
+    processes: Processes,
+    all_features: bool,
+) -> "tuple[TokenFolder, TokenFolder, OnlineFeatures]":
+    """Both sets without features, and the target that computes them."""
+    from vispec.train.online import OnlineFeatures, Pictures, TokenFolder, load_frozen
+
+    folders = {path.parent for path in [*train_paths, *held_out_paths]}
+    pictures = Pictures(args.basepath, folders, args.data_folder)
+    target = load_frozen(args.basepath, args.target_dtype, processes.device)
+    online = OnlineFeatures(target, args.max_len, Noise(args.noise, args.seed), all_features)
+    return TokenFolder(train_paths, pictures), TokenFolder(held_out_paths, pictures), online
 
 
 def _processes() -> Processes:

@@ -58,21 +58,41 @@ class Batch:
         return self.names[int(self.scored[scored_row]) // self.ids.shape[1]]
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Uniform noise on input features.
+
+    It depends on seed, epoch and sample alone, so batching and interruptions do not change it.
+    """
+
+    width: float
+    """Of the noise at 512 tokens; longer samples get less, shorter ones more."""
+    seed: int = 0
+
+    def __call__(self, sample: Sample, index: int, epoch: int | None) -> torch.Tensor:
+        """The sample's features (K, H) as the head reads them in an epoch; None: without noise."""
+        if epoch is None or not self.width:
+            return sample.hidden
+        digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        noise = torch.rand(sample.hidden.shape, generator=generator) - 0.5
+        return sample.hidden + noise * (self.width * NOISE_LENGTH / len(sample))
+
+
 class SampleFolder(torch.utils.data.Dataset):
     """Sample files; items are asked for as (index, epoch), epoch None for no noise.
 
     Args:
         paths: the files.
         max_len: longer samples are cut.
-        noise: width of the uniform noise on input features; divided by the sample's length in units of 512 tokens.
-        seed: of the noise. It depends on seed, epoch and sample alone, so batching and interruptions do not change it.
+        noise, seed: width and seed of the `Noise` on input features.
         all_features: refuse samples without the features of image positions.
     """
 
     def __init__(
         self, paths: Sequence[Path], max_len: int, noise: float = 0.0, seed: int = 0, all_features: bool = False
     ):
-        self.paths, self.max_len, self.noise, self.seed = list(paths), max_len, noise, seed
+        self.paths, self.max_len, self.noise = list(paths), max_len, Noise(noise, seed)
         self.all_features = all_features
 
     def __len__(self) -> int:
@@ -87,13 +107,7 @@ class SampleFolder(torch.utils.data.Dataset):
                 f"{sample.name}: features of image positions are not stored, which this head reads; make the data with "
                 "--store all"
             )
-        features = sample.hidden
-        if epoch is not None and self.noise:
-            digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            noise = torch.rand(features.shape, generator=generator) - 0.5
-            features = features + noise * (self.noise * NOISE_LENGTH / len(sample))
-        return sample, features
+        return sample, self.noise(sample, index, epoch)
 
 
 def collate(items: Sequence[tuple[Sample, torch.Tensor]]) -> Batch:

@@ -7,10 +7,12 @@ gradients are summed.
 
 import math
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,9 @@ from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches
 from vispec.train.states import prune_states, remove_leftovers, write_state
+
+if TYPE_CHECKING:  # the target's code takes seconds to import, and training on stored features does without
+    from vispec.train.online import OnlineFeatures, TokenFolder
 
 RESUME_FILE = "resume.pt"
 RESUME_FORMAT = 2
@@ -99,22 +104,24 @@ class Trainer:
         lengths: tokens of each training and each held-out sample, to put similar ones together.
         folder: of checkpoints, metrics and the state to resume from.
         identity: arguments that a run to be resumed must share.
+        online: computes the features where `train` and `held_out` are a `TokenFolder`.
     """
 
     def __init__(
         self,
         head: DraftHead,
         lm_head: torch.Tensor,
-        train: SampleFolder,
-        held_out: SampleFolder,
+        train: "SampleFolder | TokenFolder",
+        held_out: "SampleFolder | TokenFolder",
         lengths: tuple[list[int], list[int]],
         recipe: Recipe,
         folder: Path,
         processes: Processes,
         identity: dict,
+        online: "OnlineFeatures | None" = None,
     ):
         self.recipe, self.folder, self.processes, self.identity = recipe, folder, processes, identity
-        self.train_set, self.held_out_set, self.lengths = train, held_out, lengths
+        self.train_set, self.held_out_set, self.lengths, self.online = train, held_out, lengths, online
         self.head = head.to(processes.device).train()
         self.lm_head = lm_head.to(processes.device)
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
@@ -294,14 +301,15 @@ class Trainer:
     def _table(self) -> torch.Tensor:
         return self.head.embed_tokens.weight
 
-    def _loader(self, dataset: SampleFolder, keys: list) -> DataLoader:
-        return DataLoader(
+    def _loader(self, dataset: "SampleFolder | TokenFolder", keys: list) -> Iterable[Batch]:
+        loader = DataLoader(
             dataset,
             batch_sampler=keys,
-            collate_fn=collate,
+            collate_fn=list if self.online else collate,
             num_workers=self.recipe.workers,
             pin_memory=self.processes.device.type == "cuda",
         )
+        return map(self.online.batch, loader) if self.online else loader
 
     # --- interruption ---
 

@@ -1,0 +1,159 @@
+"""Online training: the frozen target computes the features of a sample when the sample's turn comes.
+
+The processes that load data read token ids and pictures only. The target runs in the training process, over one
+unpadded sample at a time: exactly the pass of data generation, so the features are those that would have been stored.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vispec.ge_data.jobs import features, image_inputs
+from vispec.ge_data.run_folder import MANIFEST
+from vispec.ge_data.sample_file import Sample, Tokens, read_tokens
+from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER
+from vispec.model.target import Target, load_target
+from vispec.prompts import UNREADABLE, build_inputs, image_file, user_turn
+from vispec.train.samples import Batch, Noise, collate
+
+PIXEL_LIMIT_NAMES = ("min_pixels", "max_pixels")
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What the target has not seen yet of a sample, and which item it is."""
+
+    inputs: dict[str, torch.Tensor]
+    """The processor's tensors of the image; empty without one."""
+    index: int
+    epoch: int | None
+
+
+class Pictures:
+    """The images of samples as the processor gave them when the samples were made.
+
+    Args:
+        model: the target, folder or hub id, whose processor is used.
+        folders: where sample files are; each folder's manifest says where its images are, and Qwen's pixel limits.
+        data_folder: the images' folder, instead of the manifests'.
+    """
+
+    def __init__(self, model: str, folders: Iterable[Path], data_folder: str | None = None):
+        self.data_folder = data_folder
+        self._arguments = {folder: _manifest_arguments(folder) for folder in sorted(folders)}
+        limits = {_pixel_limits(arguments) for arguments in self._arguments.values()}
+        self._processors = {pair: _load_processor(model, pair) for pair in limits}
+
+    def inputs(self, tokens: Tokens) -> dict[str, torch.Tensor]:
+        """The processor's image tensors of a sample; empty where it has no image.
+
+        Raises:
+            ValueError: the image cannot be found or read; names the sample and the image.
+        """
+        if not tokens.images:
+            return {}
+        if tokens.picture is None:
+            raise ValueError(f"{tokens.name}: the file does not say where its image is")
+        folder = Path(tokens.name).parent
+        path = self._image_folder(folder) / tokens.picture
+        processor = self._processors[_pixel_limits(self._arguments[folder])]
+        try:
+            return image_inputs(build_inputs(processor, [user_turn(image_file(path))]))
+        except UNREADABLE as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise ValueError(
+                f"{tokens.name}: its image {path} cannot be read ({reason}); --data-folder says where the images are"
+            ) from None
+
+    def _image_folder(self, folder: Path) -> Path:
+        if self.data_folder is not None:
+            return Path(self.data_folder)
+        if not self._arguments[folder]:
+            raise ValueError(f"{folder}: no {MANIFEST} that says where the images are; --data-folder can")
+        return Path(self._arguments[folder].get("data_folder") or LLAVA_PRETRAIN_FOLDER)
+
+
+class TokenFolder(torch.utils.data.Dataset):
+    """Sample files without their features; items are asked for as (index, epoch), epoch None for no noise."""
+
+    def __init__(self, paths: Sequence[Path], pictures: Pictures):
+        self.paths, self.pictures = list(paths), pictures
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tokens, Unseen]:
+        index, epoch = key
+        tokens = read_tokens(self.paths[index])
+        return tokens, Unseen(self.pictures.inputs(tokens), index, epoch)
+
+
+class OnlineFeatures:
+    """Makes batches of a `TokenFolder`'s items, as `SampleFolder` and `collate` do of stored features.
+
+    Args:
+        target: frozen; on the device of the training process.
+        max_len: longer samples are cut.
+        noise: of the input features.
+        all_features: also those of image positions.
+    """
+
+    def __init__(self, target: Target, max_len: int, noise: Noise, all_features: bool = False):
+        self.target, self.max_len, self.noise, self.all_features = target, max_len, noise, all_features
+        target.model.requires_grad_(False)
+
+    def batch(self, items: Sequence[tuple[Tokens, Unseen]]) -> Batch:
+        """One pass of the target a sample; the features come out on the CPU, where noise is the same everywhere."""
+        samples = [self._sample(tokens, unseen.inputs) for tokens, unseen in items]
+        keys = [(unseen.index, unseen.epoch) for _, unseen in items]
+        return collate([(sample, self.noise(sample, *key)) for sample, key in zip(samples, keys, strict=True)])
+
+    def _sample(self, tokens: Tokens, inputs: dict[str, torch.Tensor]) -> Sample:
+        store = "all" if self.all_features and tokens.images else "pairs"
+        try:
+            sample = features(self.target, tokens.input_ids, tokens.loss_mask, inputs, store)
+        except ValueError as error:
+            raise ValueError(f"{tokens.name}: {error}") from None
+        if sample.images != tokens.images:
+            raise ValueError(
+                f"{tokens.name}: images at tokens {tokens.images}, --basepath puts them at {sample.images}: the data "
+                "was made with another target"
+            )
+        sample.name = tokens.name
+        return sample.cut(self.max_len)
+
+
+def load_frozen(model: str, dtype: str, device: torch.device) -> Target:
+    """The target for online training; dtype is that of its weights for "auto"."""
+    return Target(
+        load_target(
+            model,
+            dtype if dtype == "auto" else getattr(torch, dtype),
+            {"": device} if device.type == "cuda" else None,
+        )
+    )
+
+
+def _manifest_arguments(folder: Path) -> dict:
+    """What the data in a folder was made with; empty where no manifest says it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path}: not a manifest of data generation ({error})") from None
+
+
+def _pixel_limits(arguments: dict) -> tuple[int | None, ...]:
+    return tuple(arguments.get(name) for name in PIXEL_LIMIT_NAMES)
+
+
+def _load_processor(model: str, limits: tuple[int | None, ...]):
+    from transformers import AutoProcessor
+
+    given = {name: value for name, value in zip(PIXEL_LIMIT_NAMES, limits, strict=True) if value is not None}
+    return AutoProcessor.from_pretrained(model, **given)
