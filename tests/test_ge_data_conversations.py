@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from vispec.demo.embedded import TARGET
 from vispec.ge_data.conversations import QWEN_SYSTEM, ChatRenderer, SkipRow, read_turns, render_vicuna, tokenize
 from vispec.ge_data.sources import shuffled
 
@@ -65,7 +66,7 @@ def qwen_pieces(turns):
 
 
 def random_turns(rng):
-    count = rng.randint(2, 12)
+    count = rng.randint(1, 12)
     text = lambda: "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 3)))  # noqa: E731
     return [(("human", "gpt")[i % 2], text()) for i in range(count)]
 
@@ -93,6 +94,96 @@ def test_masks_are_the_assistant_s_tokens(family, trim_offsets):
         found_ids, found_mask = tokenize(tokenizer, *render(turns), limit, add_special_tokens=not qwen)
         assert found_ids.tolist() == ids[:limit]
         assert found_mask.tolist() == mask[:limit]
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Built like Vicuna's: spaces inside tokens, one more after each special token, bytes where a character is new."""
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
+    corpus = [VICUNA, "USER: hi two  spaces ASSISTANT: hi a x USER: hi ASSISTANT: hi"] * 3
+    tokenizer.train_from_iterator([text.replace(" ", "▁") for text in corpus], trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = learned["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(SPECIAL)
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def embedded_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded target's: byte-level tokens of several characters."""
+    return PreTrainedTokenizerFast.from_pretrained(TARGET)
+
+
+def bytes_of(tokenizer, ids) -> list[bytes]:
+    """What each token stands for in the text, found by its spelling alone."""
+    byte_level = isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+    spelling = _byte_level_alphabet()
+    found = []
+    after_special = True
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        special = token in tokenizer.all_special_tokens or token in SPECIAL
+        if special or not byte_level and token.startswith("<0x"):
+            found.append(token.encode() if special else bytes([int(token[3:5], 16)]))
+        elif byte_level:
+            found.append(bytes(spelling[character] for character in token))
+        else:
+            found.append(token[after_special:].replace("▁", " ").encode())  # a segment's first space is not the text's
+        after_special = special
+    return found
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of the 256 bytes: printable ones as themselves, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+@pytest.mark.parametrize(
+    ("make_tokenizer", "family"),
+    [(metaspace_tokenizer, "llava"), (embedded_tokenizer, "llava"), (embedded_tokenizer, "qwen")],
+)
+def test_masks_of_tokens_of_several_characters(make_tokenizer, family):
+    """Brute force: the tokens' bytes one after another are the text, so each token's first character is known."""
+    tokenizer = make_tokenizer()
+    qwen = family == "qwen"
+    template = TEMPLATES["Qwen/Qwen2.5-VL-3B-Instruct"]
+    render = ChatRenderer(tokenizer, template, QWEN_SYSTEM) if qwen else render_vicuna
+    scored = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        turns = random_turns(rng)
+        pieces = list((qwen_pieces if qwen else vicuna_pieces)(turns))
+        text = "".join(piece for piece, _ in pieces)
+        is_answer = [answer for piece, answer in pieces for _ in piece]
+        limit = rng.choice([10_000, rng.randint(50, 150)])
+        try:
+            ids, mask = tokenize(tokenizer, *render(turns), limit, add_special_tokens=not qwen)
+        except SkipRow:
+            ids, mask = None, None
+        everything = tokenizer(text, add_special_tokens=False)["input_ids"]
+        content = text.encode()
+        expected, place = [], 0
+        for token in bytes_of(tokenizer, everything):
+            assert content[place : place + len(token)] == token
+            expected.append(is_answer[len(content[:place].decode(errors="ignore"))])
+            place += len(token)
+        assert place == len(content)
+        if not qwen:
+            everything, expected = [tokenizer.bos_token_id, *everything], [False, *expected]
+        if mask is None:
+            assert not any(expected[:limit])
+            continue
+        assert ids.tolist() == everything[:limit]
+        assert mask.tolist() == expected[:limit]
+        scored += mask.sum().item()
+    assert scored > 500
 
 
 def test_templates_of_text_models_want_strings():

@@ -1,0 +1,282 @@
+"""Whole runs of the data commands: killed, shared by workers, split into shards, and what they report."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_rows import CONFIGS, TARGETS, contents, generate, read_questions, write_questions, write_rows
+
+from vispec.ge_data import jobs, workers
+from vispec.ge_data.conversations import SkipRow
+from vispec.ge_data.jobs import ImageJob, Settings
+from vispec.ge_data.report import full_matrices
+from vispec.ge_data.sample_file import read_length
+from vispec.ge_data.sources import Rows, load_image, shuffled
+from vispec.model.target import Target, load_target
+from vispec.train import main_mtp
+
+ROOT = Path(__file__).parents[1]
+IMAGE_COMMAND = "vispec.ge_data.allocation_llava_pretrain_gen"
+SLOW_DISK = """
+import os, time
+flush = os.fsync
+def fsync(file):
+    time.sleep(0.5)
+    flush(file)
+os.fsync = fsync
+"""
+
+
+def sample_files(folder):
+    return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight image rows, of which the second and the sixth in shuffled order are bad."""
+    folder = write_rows(tmp_path_factory.mktemp("data"), images=8)
+    rows = load_image(str(folder))
+    questions = read_questions(folder)
+    questions[rows.order[1]]["image"] = "gone.png"
+    questions[rows.order[5]]["conversations"][0]["value"] = "no tag"
+    write_questions(folder, questions)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert generate("image", "llava", data, out) == 0
+    return out
+
+
+# --- killed ---
+
+
+def start(folder, data, slow_disk=None):
+    """The command line as a process of its own; `slow_disk` is a folder with a module that Python loads first."""
+    arguments = ["--outdir", "out", "--model", TARGETS["llava"], "--data-folder", str(data)]
+    arguments += ["--batch-size", "3", "--max-new-tokens", "12"]
+    paths = [str(path) for path in (slow_disk, ROOT) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log", "ab") as log:
+        command = [sys.executable, "-m", IMAGE_COMMAND, *arguments]
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def kill_when(process, ready, delay):
+    while not ready():
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_run_ends_with_the_same_files(data, tmp_path):
+    """kill -9 while the manifest is written, while samples are written, and at moments that a coin decides."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "sitecustomize.py").write_text(SLOW_DISK)
+    assert start(tmp_path / "whole", data).wait() == 0
+    out, coin = tmp_path / "killed" / "out", random.Random(0)
+
+    def writing(pattern, done):
+        return lambda: any(out.glob(pattern)) and len(list(out.glob("0*.safetensors"))) >= done
+
+    moments = [
+        writing(".manifest.json.*", 0),
+        writing(".0*.safetensors.*", 0),
+        writing(".0*.safetensors.*", 2),
+        writing("manifest.json", 4),
+    ]
+    halves = 0
+    for ready in moments:
+        kill_when(start(tmp_path / "killed", data, tmp_path / "disk"), ready, coin.uniform(0, 0.3))
+        halves += any(out.glob(".*"))
+        assert not (out / "manifest.json").is_file() or not manifest_of(out)["complete"]
+    assert halves >= 1
+    assert start(tmp_path / "killed", data).wait() == 0
+    assert contents(out) == contents(tmp_path / "whole" / "out")
+    assert manifest_of(out)["complete"] and manifest_of(out)["samples"] == 6
+
+
+# --- workers ---
+
+WORKER = """
+import os, sys, time
+worker = sys.argv[sys.argv.index("--worker") + 1]
+if worker == "1/3":
+    print("one line\\n" * 40 + "no memory left", flush=True)
+    {ending}
+time.sleep(0.3)
+with open(os.path.join(sys.argv[1], worker.replace("/", "_of_")), "w") as file:
+    file.write(os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137), ("1 / 0", 1)])
+def test_a_worker_that_dies_is_reported_and_the_others_finish(tmp_path, monkeypatch, capsys, ending, code):
+    (tmp_path / "fake_worker.py").write_text(WORKER.format(ending=ending))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    groups = ["0,1", "2,3", "4,5"]
+    assert workers.run_workers("fake_worker", [str(tmp_path)], groups, tmp_path / "logs") == code
+    assert (tmp_path / "0_of_3").read_text() == "0,1"
+    assert (tmp_path / "2_of_3").read_text() == "4,5"
+    errors = capsys.readouterr().err
+    assert f"worker 1 ended with exit code {code}" in errors
+    assert str(tmp_path / "logs" / "worker_1.log") in errors
+    assert "no memory left" in errors
+    assert errors.count("one line") < 20
+
+
+def test_workers_make_the_files_of_one_process(data, unbroken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert generate("image", "llava", data, tmp_path / "out") == 0
+    assert sample_files(tmp_path / "out") == sample_files(unbroken)
+    for worker in range(2):
+        assert "image samples: 100%" in (tmp_path / "out" / "logs" / f"worker_{worker}.log").read_text()
+    skipped = manifest_of(tmp_path / "out")["skipped"]
+    assert skipped == manifest_of(unbroken)["skipped"]
+    assert skipped == {
+        "image tag missing": {"count": 1, "rows": [5]},
+        "unreadable image": {"count": 1, "rows": [1]},
+    }
+    assert "skipped, image tag missing: 1 (rows 5)" in capsys.readouterr().out
+
+
+def test_a_failed_worker_leaves_the_run_unfinished(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(workers, "run_workers", lambda *arguments: 7)
+    assert generate("image", "llava", data, tmp_path / "out") == 7
+    assert not manifest_of(tmp_path / "out")["complete"]
+
+
+# --- shards ---
+
+
+def test_shards_of_several_machines_are_trained_on_together(data, unbroken, tmp_path):
+    assert generate("image", "llava", data, tmp_path / "a", "--end", "2") == 0
+    assert generate("image", "llava", data, tmp_path / "b", "--start", "3") == 0
+    a, b = sample_files(tmp_path / "a"), sample_files(tmp_path / "b")
+    assert a and b and not a.keys() & b.keys()
+    assert {**a, **b} == sample_files(unbroken)
+    weights = []
+    for name, folders in (("together", [tmp_path / "a", tmp_path / "b"]), ("whole", [unbroken])):
+        arguments = ["--basepath", TARGETS["llava"], "--configpath", CONFIGS["llava"], "--num-epochs", "1"]
+        arguments += ["--lr", "1e-3", "--tmpdir", *map(str, folders), "--cpdir", str(tmp_path / name)]
+        assert main_mtp.main(arguments) == 0
+        weights.append(load_file(tmp_path / name / "state_1" / "model.safetensors"))
+    for key, value in weights[1].items():
+        assert torch.equal(weights[0][key], value), key
+
+
+# --- the report ---
+
+
+def test_the_report_compares_with_full_matrices(data, unbroken, tmp_path, capsys):
+    manifest = manifest_of(unbroken)
+    lengths = [read_length(path) for path in unbroken.glob("*.safetensors")]
+    # features and embeddings of 64 float32 numbers, an id of eight bytes, two masks of one
+    assert manifest["reference_bytes"] == sum(length * (2 * 64 * 4 + 8 + 2) for length in lengths)
+    assert manifest["bytes"] == sum(map(len, sample_files(unbroken).values()))
+    assert 0.3 < manifest["bytes"] / manifest["reference_bytes"] < 0.8
+    assert generate("text", "llava", data, tmp_path / "text", "--store", "tokens") == 0
+    manifest = manifest_of(tmp_path / "text")
+    assert manifest["reference_bytes"] == manifest["tokens"] * (64 * 4 + 8 + 1)
+    printed = capsys.readouterr().out
+    assert f"{manifest['reference_bytes'] / manifest['samples']:,.0f} bytes each" in printed
+    assert f"ratio {manifest['bytes'] / manifest['reference_bytes']:.3g}" in printed
+
+
+def test_full_matrices_follow_the_dtype():
+    for dtype, size in (("auto", 4), ("float32", 4), ("bfloat16", 2)):
+        full = full_matrices("image", TARGETS["qwen"], dtype)
+        assert (full.item, full.bytes(10)) == (size, 10 * (2 * 64 * size + 8 + 2))
+
+
+def turn(who, value):
+    return {"from": who, "value": value}
+
+
+def test_bad_conversations_are_counted_and_listed(tmp_path, capsys):
+    good = [turn("human", "what?"), turn("gpt", "a dog.")]
+    bad = {
+        "no conversation": [],
+        "malformed turn": [turn("human", 3), turn("gpt", "a")],
+        "roles do not alternate": [*good, turn("gpt", "b")],
+        "no human turn": [turn("gpt", "a")],
+        "no answer": [turn("human", "a")],
+        "no answer within the length limit": [turn("human", "a" * 300), turn("gpt", "b")],
+        "image tag in a text conversation": [turn("human", "<image> a"), turn("gpt", "b")],
+    }
+    rows = [{"id": reason, "conversations": turns} for reason, turns in [*bad.items(), ("good", good), *bad.items()]]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    assert generate("text", "llava", tmp_path, out, "--store", "tokens", "--max-len", "250") == 0
+    order = [row["id"] for row in (shuffled(rows)[i] for i in range(len(rows)))]
+    skipped = manifest_of(out)["skipped"]
+    assert skipped.keys() == bad.keys()
+    for reason, entry in skipped.items():
+        assert entry == {"count": 2, "rows": [i for i, found in enumerate(order) if found == reason]}
+    assert manifest_of(out)["samples"] == 1
+    assert "skipped, no human turn: 2 (rows " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(load_target(TARGETS["llava"]))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(TARGETS["llava"])
+
+
+def reasons(target, processor, rows, **settings):
+    job = ImageJob(target, processor, rows, Settings("llava", max_new_tokens=4, **settings))
+    return {index: str(found) for index, found in job.samples(range(len(rows)), range(len(rows)))}
+
+
+def test_bad_image_rows_have_reasons(data, target, processor, tmp_path):
+    shutil.copy(data / "text.json", tmp_path / "text.png")
+    question = [turn("human", "<image>\nname it")]
+    cases = [
+        ({"image": "0.png"}, "no human turn"),
+        ({"image": "0.png", "conversations": [turn("gpt", "<image>")]}, "no human turn"),
+        ({"image": "0.png", "conversations": [turn("human", None)]}, "no human turn"),
+        ({"image": "0.png", "conversations": [turn("human", "name it")]}, "image tag missing"),
+        ({"image": "0.png", "conversations": [turn("human", "<image><image>")]}, "more than one image tag"),
+        ({"conversations": question}, "no image"),
+        ({"image": "gone.png", "conversations": question}, "unreadable image"),
+        ({"image": "text.png", "conversations": question}, "unreadable image"),
+    ]
+    rows = Rows([row for row, _ in cases], range(len(cases)), tmp_path)
+    assert reasons(target, processor, rows) == {i: reason for i, (_, reason) in enumerate(cases)}
+
+
+def test_rows_without_room_or_answer_have_reasons(data, target, processor, monkeypatch):
+    rows = load_image(str(data))
+    rows.order = rows.order[:1]
+    assert reasons(target, processor, rows, max_len=60) == {0: "prompt exceeds the length limit"}
+    end = torch.tensor(target.eos_token_ids[:1])
+    monkeypatch.setattr(jobs, "generate_answers", lambda *arguments, **seeds: [end])
+    assert reasons(target, processor, rows) == {0: "empty answer"}
+    assert isinstance(next(ImageJob(target, processor, rows, Settings("llava")).samples([0], [0]))[1], SkipRow)
