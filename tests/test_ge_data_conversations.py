@@ -161,7 +161,7 @@ def test_masks_of_tokens_of_several_characters(make_tokenizer, family):
         turns = random_turns(rng)
         pieces = list((qwen_pieces if qwen else vicuna_pieces)(turns))
         text = "".join(piece for piece, _ in pieces)
-        is_answer = [answer for piece, answer in pieces for _ in piece]
+        is_answer = [*(answer for piece, answer in pieces for _ in piece), False]
         limit = rng.choice([10_000, rng.randint(50, 150)])
         try:
             ids, mask = tokenize(tokenizer, *render(turns), limit, add_special_tokens=not qwen)

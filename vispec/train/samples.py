@@ -4,7 +4,7 @@ Shapes: B samples, L tokens of the longest, H hidden size, S scored pairs, N ima
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -138,6 +138,16 @@ def collate(items: Sequence[tuple[Sample, torch.Tensor]]) -> Batch:
         lengths,
         [sample.name for sample in samples],
     )
+
+
+def without_tracebacks(batches: Iterable) -> Iterator:
+    """The batches of a loader; an error of one of its processes is raised as that process said it, in one line."""
+    try:
+        yield from batches
+    except ValueError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def find_samples(folders: Sequence[str]) -> list[Path]:

@@ -24,7 +24,7 @@ from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
-from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches
+from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
 from vispec.train.states import prune_states, remove_leftovers, write_state
 
 if TYPE_CHECKING:  # the target's code takes seconds to import, and training on stored features does without
@@ -309,7 +309,8 @@ class Trainer:
             num_workers=self.recipe.workers,
             pin_memory=self.processes.device.type == "cuda",
         )
-        return map(self.online.batch, loader) if self.online else loader
+        read = without_tracebacks(loader)
+        return map(self.online.batch, read) if self.online else read
 
     # --- interruption ---
 
