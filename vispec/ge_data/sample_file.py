@@ -199,7 +199,7 @@ def _read(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[st
     try:
         with safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {}).get("vispec", "{}"))
-            return {name: file.get_tensor(name) for name in names or file.keys()}, note
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}, note
     except SafetensorError as error:
         raise ValueError(f"{path}: not a training sample ({error})") from None
 

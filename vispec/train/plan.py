@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 
 from vispec.ge_data.sample_file import Sample
 from vispec.train.losses import CHUNK_ELEMENTS
-from vispec.train.samples import SampleFolder
+from vispec.train.samples import SampleFolder, without_tracebacks
 from vispec.train.trainer import Trainer
 
 LOGIT_TENSORS = 6
@@ -98,7 +98,7 @@ def _count(samples: SampleFolder, workers: int) -> list[int]:
 
     keys = [(index, None) for index in range(len(samples))]
     loader = DataLoader(samples, sampler=keys, batch_size=None, collate_fn=_numbers, num_workers=workers)
-    bar = tqdm(loader, total=len(keys), desc="samples", leave=False)
+    bar = tqdm(without_tracebacks(loader), total=len(keys), desc="samples", leave=False)
     return sum(bar, torch.zeros(3, dtype=torch.long)).tolist()
 
 
