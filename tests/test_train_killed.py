@@ -10,7 +10,7 @@ from launching import command, finish, kill, start
 from test_train_steps import EIGHT_SHAPES, write_data
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_next"
-EPOCHS = 12
+EPOCHS = 8
 
 
 def epochs_done(cpdir: Path) -> int:
