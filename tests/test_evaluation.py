@@ -12,6 +12,8 @@ from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_comma
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
 from vispec.evaluation import runner
 from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
+from vispec.model.checkpoints import load_draft, read_config, save_draft
+from vispec.model.medusa import MedusaHead
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
@@ -179,8 +181,20 @@ def test_neither_flag_means_eagle2(coco, tmp_path):
     assert read(tmp_path / "coco_caption" / "tiny-ours-temperature-0.0.jsonl")[0]["method"] == "eagle2"
 
 
-def test_medusa_is_refused_and_unused_flags_are_noticed(coco, tmp_path, capsys):
-    with pytest.raises(ValueError, match="--use-medusa=True"):
+def test_medusa_answers_as_the_baseline(finished, coco, tmp_path):
+    head = MedusaHead(read_config(Path(EAGLE2) / "config.json"))
+    head.embed_tokens = load_draft(EAGLE2).embed_tokens
+    save_draft(head, tmp_path / "medusa")
+    flags = ["--use-ours=False", "--use-medusa=True", "--spec-model-path", str(tmp_path / "medusa")]
+    run_spec(coco, tmp_path, *flags, "--question-end", "2")
+    lines = read(tmp_path / "coco_caption" / "tiny-ours-temperature-0.0.jsonl")
+    plain = {line["question_id"]: line["choices"][0]["output_ids"] for line in read(finished[0])}
+    assert len(lines) == 2 and {line["method"] for line in lines} == {"medusa"}
+    assert all(line["choices"][0]["output_ids"] == plain[line["question_id"]] for line in lines)
+
+
+def test_two_methods_are_refused_and_unused_flags_are_noticed(coco, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--use-ours=True and --use-medusa=True: found both"):
         run_spec(coco, tmp_path, "--use-medusa=True", "--image-fc", "--tree-choices", "mc_sim")
     with pytest.raises(ValueError, match="dataset_coco.json is missing"):
         run_spec(tmp_path, tmp_path, "--image-fc", "--tree-choices", "mc_sim", "--load-in-8bit")

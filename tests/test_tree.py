@@ -136,7 +136,7 @@ def unequal_states(head: DraftHead, seed: int) -> tuple[DraftState, list[Row]]:
             row.global_feature = state.global_feature[b]
     counts = torch.tensor([1, 4, 2])
     hidden, tokens = features(3, 4), ids(3, 4)
-    head.extend(state, hidden, tokens, counts, used=state.cache.used + 4)
+    head.extend(state, hidden, tokens, counts, longest=4)
     for b, row in enumerate(rows):
         for step in range(int(counts[b])):
             row.commit(int(tokens[b, step]), hidden[b, step])

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
 from vispec import SpecModel
-from vispec.model.draft import DraftHead, ViSpecHead
+from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
 from vispec.model.families import image_token_id
+from vispec.model.medusa import MedusaHead
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = [(family, method) for family in ("llava_next", "qwen2_5_vl") for method in ("vispec", "eagle2")]
@@ -111,7 +112,7 @@ def randomize(module: torch.nn.Module, seed: int, std: float) -> None:
                 parameter.normal_(0, 0.1, generator=generator)
 
 
-def random_head(target: PreTrainedModel, method: str, seed: int, num_q: int = 2, **config) -> DraftHead:
+def random_head(target: PreTrainedModel, method: str, seed: int, num_q: int = 2, **config) -> BaseHead:
     """A draft head with random weights, and the target's embeddings."""
     embedding = target.get_input_embeddings().weight
     sizes = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}
@@ -121,8 +122,9 @@ def random_head(target: PreTrainedModel, method: str, seed: int, num_q: int = 2,
     return head
 
 
-def bare_head(config: DraftConfig, method: str, seed: int, num_q: int = 2) -> DraftHead:
-    head = ViSpecHead(config, num_q) if method == "vispec" else DraftHead(config)
+def bare_head(config: DraftConfig, method: str, seed: int, num_q: int = 2) -> BaseHead:
+    classes = {"eagle2": DraftHead, "medusa": MedusaHead}
+    head = ViSpecHead(config, num_q) if method == "vispec" else classes[method](config)
     randomize(head, seed, 0.2)
     return head.eval()
 

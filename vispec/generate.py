@@ -79,7 +79,7 @@ def _make_parser() -> Parser:
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
     add("--spec-model-path", help="its draft head: a folder or a hub id")
-    add("--method", choices=("vispec", "eagle2"), help="read from the weights, checked when given")
+    add("--method", choices=("vispec", "eagle2", "medusa"), help="read from the weights, checked when given")
     add("--compare", action="store_true", help="answer by plain decoding too, and compare")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")

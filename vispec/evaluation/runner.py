@@ -87,7 +87,7 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
         add("--top-k", type=count, default=8, help="nodes expanded a level")
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
-        parser.add_bool("--use-medusa", "the draft heads are Medusa's (not offered yet)")
+        parser.add_bool("--use-medusa", "the draft head is Medusa's; --depth is not used")
         add(
             "--check-lossless",
             type=parse_bool,
@@ -208,9 +208,9 @@ def _absolute(path: str) -> str:
 def _method(args: argparse.Namespace, arm: Arm) -> str:
     if arm == "baseline":
         return "baseline"
-    if args.use_medusa:
-        raise UserError("--use-medusa=True: Medusa's heads are not offered yet; give --use-ours=True or neither")
-    return "vispec" if args.use_ours else "eagle2"
+    if args.use_ours and args.use_medusa:
+        raise UserError("--use-ours=True and --use-medusa=True: found both, expected at most one of them")
+    return "vispec" if args.use_ours else "medusa" if args.use_medusa else "eagle2"
 
 
 def _model_id(args: argparse.Namespace, method: str) -> str:

@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save
 
 from vispec.cli import write_atomic, write_json_atomic
-from vispec.model.draft import DraftHead, ViSpecHead
+from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
+from vispec.model.medusa import HEADS, MedusaHead
 
 logger = logging.getLogger("vispec")
 
 CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 EMBEDDING = "embed_tokens.weight"
+METHODS = ("vispec", "eagle2", "medusa")
 
 
 def load_draft(
@@ -24,12 +26,12 @@ def load_draft(
     num_q: int | None = None,
     dtype: torch.dtype | None = None,
     embedding: torch.Tensor | None = None,
-) -> DraftHead:
+) -> BaseHead:
     """Load a draft head from a folder or a hub id.
 
     Args:
         path: folder with config.json and model.safetensors or pytorch_model.bin, or the hub id of such a repository.
-        method: "vispec" or "eagle2"; checked against the weights when given.
+        method: one of METHODS; checked against the weights when given.
         num_q: queries of the vision adaptor; checked against the weights when given.
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
@@ -44,7 +46,7 @@ def load_draft(
         if embedding is None:
             raise ValueError(f"{weights_file}: no {EMBEDDING}, and no target to take it from")
         weights[EMBEDDING] = embedding
-    head = build_head(config, *_identify(weights, weights_file, method, num_q))
+    head = build_head(config, **_identify(weights, weights_file, method, num_q))
     if embedding is not None:
         _compare_embedding(weights[EMBEDDING], embedding, weights_file)
     _check_tensors(head, weights, weights_file)
@@ -56,17 +58,19 @@ def load_draft(
     return head.eval()
 
 
-def build_head(config: DraftConfig, method: str, num_q: int | None = None) -> DraftHead:
+def build_head(config: DraftConfig, method: str, num_q: int | None = None, heads: int = HEADS) -> BaseHead:
     """A head without memory for its weights (meta device), to be filled by `load_state_dict(assign=True)`."""
     with torch.device("meta"):
         if method == "eagle2":
             return DraftHead(config)
         if method == "vispec":
             return ViSpecHead(config, num_q or 2)
-    raise ValueError(f"method {method!r} is not one of vispec, eagle2")
+        if method == "medusa":
+            return MedusaHead(config, heads)
+    raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
 
 
-def save_draft(head: DraftHead, folder: str | Path) -> None:
+def save_draft(head: BaseHead, folder: str | Path) -> None:
     """Write config.json and model.safetensors into `folder`; each file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
@@ -148,20 +152,21 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _identify(
     weights: Mapping[str, torch.Tensor], path: Path, method: str | None, num_q: int | None
-) -> tuple[str, int | None]:
-    """Method and num_q as the weights have them, checked against what was asked."""
+) -> dict[str, str | int]:
+    """Method, and num_q or the number of Medusa's heads, as the weights have them, checked against what was asked."""
     queries = weights.get("imadpt.q")
-    found = "eagle2" if queries is None else "vispec"
+    medusa = {name.split(".")[1] for name in weights if name.startswith("medusa_head.")}
+    found = "vispec" if queries is not None else "medusa" if medusa else "eagle2"
     if method is not None and method != found:
         raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")
     if queries is None:
-        return found, None
+        return {"method": found, "heads": len(medusa)} if medusa else {"method": found}
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
-    return found, queries.shape[0]
+    return {"method": found, "num_q": queries.shape[0]}
 
 
-def _check_tensors(head: DraftHead, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+def _check_tensors(head: BaseHead, weights: Mapping[str, torch.Tensor], path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:

@@ -13,6 +13,7 @@ import torch
 from vispec.model.acceptance import Accepted, Sampling, accept
 from vispec.model.cache import TreeCache
 from vispec.model.draft import DraftHead, DraftState
+from vispec.model.medusa import MedusaHead, MedusaState
 from vispec.model.target import Prompt, Target
 from vispec.model.tree import Tree, TreeShape, grow_tree
 
@@ -54,7 +55,7 @@ class _Generation:
     rope_delta: torch.Tensor | None
     root: torch.Tensor
     """(B,) the newest token, whose key is not in the cache yet."""
-    draft: DraftState | None = None
+    draft: DraftState | MedusaState | None = None
     tree: Tree | None = None
 
     def positions(self, depths: torch.Tensor) -> torch.Tensor:
@@ -66,9 +67,9 @@ class _Generation:
 class SpeculativeDecoder:
     """Draft a tree, verify it in one pass of the target, keep one path (paper, section 3.1)."""
 
-    def __init__(self, target: Target, draft: DraftHead, shape: TreeShape, sampling: Sampling):
+    def __init__(self, target: Target, draft: DraftHead | MedusaHead, shape: TreeShape, sampling: Sampling):
         self.target, self.draft, self.sampling = target, draft, sampling
-        self.shape = shape.fitted(draft.config.vocab_size)
+        self.shape = shape.fitted(draft.config.vocab_size, draft.fixed_depth)
 
     def rounds(self, input_ids: torch.Tensor, inputs: Mapping, stop: Stop) -> Iterator[Round]:
         """Answer one prompt; `input_ids` (1, L), `inputs` the processor's other outputs."""
@@ -105,12 +106,12 @@ class SpeculativeDecoder:
     @torch.inference_mode()
     def _advance(self, generation: _Generation, hidden: torch.Tensor, accepted: Accepted, longest: int) -> None:
         """Commit the kept path in both caches and draft the next tree; `longest` is the batch's largest count."""
-        cache, draft = generation.cache, generation.draft
+        cache = generation.cache
         kept = accepted.count + 1
         cache.keep(accepted.path)
         cache.commit(kept, used=cache.used + longest + 1)
         features = hidden.gather(1, accepted.path[..., None].expand(-1, -1, hidden.shape[2]))
-        self.draft.extend(draft, features, accepted.tokens, kept, used=draft.cache.used + longest + 1)
+        self.draft.extend(generation.draft, features, accepted.tokens, kept, longest + 1)
         generation.root = accepted.root
         self._grow(generation)
 

@@ -32,20 +32,39 @@ class DraftState:
     global_feature: torch.Tensor | None = None
     """(B, H) g of the last image, zeros without an image; None for EAGLE-2."""
 
+    @property
+    def estimates(self) -> torch.Tensor:
+        """(B, 1, H) what a tree starts from: one level's estimate, the next ones take a pass of the head each."""
+        return self.hidden[:, None]
 
-class DraftHead(nn.Module):
-    """The EAGLE-2 head, and the base of the others. Parameter names are those of the published checkpoints."""
+
+class BaseHead(nn.Module):
+    """What all draft heads share: their config and the frozen copy of the target's embedding table."""
+
+    method: str
+    fixed_depth: int | None = None
+    """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens.weight.requires_grad_(False)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(tokens)
+
+
+class DraftHead(BaseHead):
+    """The EAGLE-2 head, and the base of ViSpec's. Parameter names are those of the published checkpoints."""
 
     method = "eagle2"
     compressed_per_image: int | None = None
     """Vectors that stand for one image in the draft sequence; None keeps every image row as an ordinary pair."""
 
     def __init__(self, config: DraftConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         size = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        self.embed_tokens.weight.requires_grad_(False)
         self.fc = nn.Linear(2 * size, size, bias=config.bias)
         self.layers = nn.ModuleList([DraftLayer(config) for _ in range(config.num_hidden_layers)])
 
@@ -112,7 +131,7 @@ class DraftHead(nn.Module):
     # --- inside the decoding loop ---
 
     def extend(
-        self, state: DraftState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, used: int
+        self, state: DraftState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, longest: int
     ) -> None:
         """Commit the pairs of a verified path, with the target's features.
 
@@ -121,7 +140,7 @@ class DraftHead(nn.Module):
             hidden: (B, R, H) the target's features of the root and the kept nodes; surplus rows are ignored.
             tokens: (B, R) the token after each of them.
             counts: (B,) how many of the R pairs are real in each row.
-            used: host-side bound of the draft cache's lengths after this call.
+            longest: the largest of the counts, known on the host.
         """
         batch, rows = tokens.shape
         state.cache.reserve(rows)
@@ -130,7 +149,7 @@ class DraftHead(nn.Module):
         x = self.fuse(self.embed(tokens), hidden, state.global_feature)
         out = self._layers(x, state.position[:, None] + steps, mask, state.cache)
         state.hidden = out.gather(1, (counts - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
-        state.cache.commit(counts, used)
+        state.cache.commit(counts, used=state.cache.used + longest)
         state.position = state.position + counts
 
     def expand(
@@ -158,9 +177,6 @@ class DraftHead(nn.Module):
     ) -> torch.Tensor:
         """Layer input of text pairs, (B, R, H): fc([embedding of token i+1; feature of token i])."""
         return self.fc(torch.cat([next_embeds, hidden], dim=-1))
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.embed_tokens(tokens)
 
     def _layers(self, x, positions, mask, cache):
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, x.dtype)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vispec.model.acceptance import Sampling
 from vispec.model.checkpoints import load_draft
 from vispec.model.decoding import BaselineDecoder, Round, SpeculativeDecoder, Stop
-from vispec.model.draft import DraftHead
+from vispec.model.draft import BaseHead
 from vispec.model.target import VIDEO_INPUTS, Target, load_target
 from vispec.model.tree import TreeShape
 
@@ -36,23 +36,24 @@ class SpecModel:
         target: a vision-language model of transformers.
         draft: its draft head, on the device of the target's last layer; None for a model that only runs the baseline.
         total_token: nodes of the tree, root included.
-        depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round.
+        depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
+            not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
     """
 
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: DraftHead | None = None,
+        draft: BaseHead | None = None,
         total_token: int = 30,
         depth: int = 3,
         top_k: int = 8,
     ):
         self.target = Target(target)
-        self.draft = draft
-        self.shape = _fitted(TreeShape(total_token, depth, top_k), self.target.embed_tokens.weight.shape[0])
+        self.draft: BaseHead | None = None
+        self.shape = TreeShape(total_token, depth, top_k)
         if draft is not None:
-            _check_pair(self.target, draft)
+            self._attach(draft)
 
     @classmethod
     def from_pretrained(
@@ -73,7 +74,7 @@ class SpecModel:
         Args:
             base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads.
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
-            method: "vispec" or "eagle2"; read from the weights, and checked against them when given.
+            method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given.
             total_token, depth, top_k: size of the tree, see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it.
@@ -86,10 +87,14 @@ class SpecModel:
         model = cls(target, None, total_token, depth, top_k)
         if spec_model_path is not None:
             embedding = model.target.embed_tokens.weight
-            draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding)
-            _check_pair(model.target, draft)
-            model.draft = draft.to(model.target.device)
+            model._attach(load_draft(spec_model_path, method, num_q, model.target.dtype, embedding))
+            model.draft.to(model.target.device)
         return model
+
+    def _attach(self, draft: BaseHead) -> None:
+        _check_pair(self.target, draft)
+        self.shape = _fitted(self.shape, draft)
+        self.draft = draft
 
     @property
     def device(self) -> torch.device:
@@ -148,9 +153,7 @@ class SpecModel:
         **inputs,
     ):
         """Answer by plain autoregressive decoding; arguments and returns are those of `specgenerate`."""
-        rounds = self._rounds(
-            input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False
-        )
+        rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
         return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
 
     def stream(
@@ -193,9 +196,7 @@ class SpecModel:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         if length > self.target.max_positions:
-            raise ValueError(
-                f"the prompt has {length} tokens, the target has {self.target.max_positions} positions"
-            )
+            raise ValueError(f"the prompt has {length} tokens, the target has {self.target.max_positions} positions")
         # the last new token is never fed back, so it needs no position
         limit = min(max_new_tokens, self.target.max_positions - length + 1)
         if limit < max_new_tokens and max_length is None:
@@ -264,18 +265,18 @@ def _without_padding(input_ids: torch.Tensor, inputs: Mapping) -> tuple[torch.Te
     return input_ids[:, padding:], trimmed
 
 
-def _fitted(shape: TreeShape, vocabulary: int) -> TreeShape:
-    """The tree that a vocabulary of that size can fill; says so where it is smaller than what was asked for."""
-    fitted = shape.fitted(vocabulary)
-    if fitted != shape:
+def _fitted(shape: TreeShape, draft: BaseHead) -> TreeShape:
+    """The tree that a head can fill; says so where it is smaller than what was asked for."""
+    fitted = shape.fitted(draft.config.vocab_size, draft.fixed_depth)
+    if (fitted.total_token, fitted.top_k) != (shape.total_token, shape.top_k):
         logger.warning(
             "a tree with total_token %d, depth %d and top_k %d cannot be filled, it is cut to total_token %d, top_k %d",
-            *(shape.total_token, shape.depth, shape.top_k, fitted.total_token, fitted.top_k),
+            *(shape.total_token, fitted.depth, shape.top_k, fitted.total_token, fitted.top_k),
         )
     return fitted
 
 
-def _check_pair(target: Target, draft: DraftHead) -> None:
+def _check_pair(target: Target, draft: BaseHead) -> None:
     """A draft head reads the target's features and embeddings, so sizes have to agree."""
     vocabulary, hidden = target.embed_tokens.weight.shape
     found = draft.config.hidden_size, draft.config.vocab_size

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from vispec.model.draft import DraftHead, DraftState
+from vispec.model.medusa import MedusaHead, MedusaState
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class TreeShape:
         """Levels below the root: at most so many draft tokens are accepted in a round."""
         return self.depth + 1
 
-    def fitted(self, vocabulary: int) -> "TreeShape":
-        """The largest tree not above this one that a vocabulary of that size can fill."""
-        shape = TreeShape(self.total_token, self.depth, min(self.top_k, vocabulary))
+    def fitted(self, vocabulary: int, depth: int | None = None) -> "TreeShape":
+        """The largest tree not above this one that a vocabulary of that size can fill; `depth` replaces its own."""
+        depth = self.depth if depth is None else depth
+        shape = TreeShape(self.total_token, depth, min(self.top_k, vocabulary))
         return TreeShape(min(self.total_token, shape.candidates + 1), shape.depth, shape.top_k)
 
 
@@ -67,8 +69,8 @@ class Tree:
 
 
 def grow_tree(
-    draft: DraftHead,
-    state: DraftState,
+    draft: DraftHead | MedusaHead,
+    state: DraftState | MedusaState,
     root: torch.Tensor,
     shape: TreeShape,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
@@ -76,9 +78,10 @@ def grow_tree(
     """Draft a tree under the last committed pair.
 
     Args:
-        draft, state: the head and its memory; `state.hidden` estimates the root's feature.
+        draft, state: the head and its memory; `state.estimates` (B, A, H) are the outputs that the first A levels are
+            read from. Below that the head is run on the nodes of a level.
         root: (B,) token at the root.
-        shape: must be `fitted` to the vocabulary.
+        shape: must be `fitted` to the vocabulary, and to the head's `fixed_depth`.
         lm_head: (…, H) -> (…, V), the target's output head.
 
     A node's score is the sum of the log-probabilities on its path. Each level expands its k best nodes; of all M
@@ -86,18 +89,23 @@ def grow_tree(
     """
     k = shape.top_k
     batch, device = root.shape[0], root.device
-    log_probs, tokens = _top_k(lm_head(state.hidden), k)
-    all_scores, all_tokens = [log_probs], [tokens]
+    known_log_probs, known_tokens = _top_k(lm_head(state.estimates), k)
+    known = known_tokens.shape[1]
+    scores, tokens = known_log_probs[:, 0], known_tokens[:, 0]
+    all_scores, all_tokens = [scores], [tokens]
     all_parents = [torch.full_like(tokens, -1)]
 
-    scores, frontier = log_probs, torch.arange(k, device=device).expand(batch, k)
-    hidden = state.hidden[:, None].expand(-1, k, -1)
+    frontier = torch.arange(k, device=device).expand(batch, k)
+    hidden = state.estimates[:, -1:].expand(-1, k, -1)
     seen = torch.zeros(batch, k, 0, dtype=torch.bool, device=device)
     itself = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
     for level in range(1, shape.depth + 1):
-        seen = torch.cat([seen, itself], dim=2)
-        out = draft.expand(state, level, hidden, tokens, seen)
-        log_probs, children = _top_k(lm_head(out), k)
+        if level < known:
+            log_probs, children = (x[:, level, None].expand(-1, k, -1) for x in (known_log_probs, known_tokens))
+        else:
+            seen = torch.cat([seen, itself], dim=2)
+            out = draft.expand(state, level, hidden, tokens, seen)
+            log_probs, children = _top_k(lm_head(out), k)
         child_scores = (scores[:, :, None] + log_probs).flatten(1)
         all_scores.append(child_scores)
         all_tokens.append(children.flatten(1))
@@ -108,8 +116,9 @@ def grow_tree(
         parent = best // k
         frontier = k + (level - 1) * k * k + best
         tokens = all_tokens[-1].gather(1, best)
-        hidden = out.gather(1, parent[..., None].expand(-1, -1, out.shape[2]))
-        seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
+        if level >= known:
+            hidden = out.gather(1, parent[..., None].expand(-1, -1, out.shape[2]))
+            seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
     return choose_nodes(root, torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), shape)
 
 
