@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from vispec.cli import write_atomic, write_json_atomic
 from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
+from vispec.model.hub import CARD
 from vispec.model.medusa import HEADS, MedusaHead
 
 logger = logging.getLogger("vispec")
@@ -71,10 +72,15 @@ def build_head(config: DraftConfig, method: str, num_q: int | None = None, heads
 
 
 def save_draft(head: BaseHead, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into `folder`; each file appears whole or not at all."""
+    """Write config.json, model.safetensors and the head's model card, if it has one, into `folder`.
+
+    Each file appears whole or not at all.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     write_json_atomic(Path(folder) / CONFIG, head.config.to_dict())
+    if head.card is not None:
+        write_atomic(Path(folder) / CARD, lambda file: file.write(head.card.encode()))
 
 
 def read_config(path: str | Path) -> DraftConfig:
@@ -87,6 +93,13 @@ def read_config(path: str | Path) -> DraftConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     return DraftConfig.from_dict(values, source=str(path))
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A file of a folder or of a hub repository; None where it is not there."""
+    if Path(path).is_dir():
+        return Path(path, name) if Path(path, name).is_file() else None
+    return _from_hub(path, name)
 
 
 def _find_files(path: str) -> tuple[Path, Path]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from vispec.model.cache import TreeCache
 from vispec.model.draft_config import DraftConfig
+from vispec.model.hub import HubMixin
 from vispec.model.pairs import PairLayout, Span, plan_pairs
 
 
@@ -38,7 +39,7 @@ class DraftState:
         return self.hidden[:, None]
 
 
-class BaseHead(nn.Module):
+class BaseHead(HubMixin, nn.Module):
     """What all draft heads share: their config and the frozen copy of the target's embedding table."""
 
     method: str

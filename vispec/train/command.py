@@ -1,8 +1,9 @@
-"""What the two training commands share: arguments, start weights, data, processes."""
+"""What the training commands share: arguments, start weights, data, processes."""
 
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,11 @@ import torch
 
 from vispec.cli import parse_bool, provenance, write_json_atomic
 from vispec.model.checkpoints import load_draft, read_config
-from vispec.model.draft import DraftHead, ViSpecHead
+from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
+from vispec.model.hub import model_card
+from vispec.model.medusa import MedusaHead
+from vispec.train.medusa import MedusaTrainer
 from vispec.train.plan import print_plan
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths
 from vispec.train.target_weights import read_tables
@@ -26,7 +30,7 @@ logger = logging.getLogger("vispec")
 
 
 def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: float) -> None:
-    """The flags of both stages."""
+    """The flags of all training commands."""
     add = parser.add_argument
     add("--basepath", required=True, help="target, folder or hub id: its embedding and output head are read")
     add("--configpath", help="config.json of the draft head")
@@ -87,7 +91,7 @@ def recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
     )
 
 
-def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, num_q: int | None = None) -> DraftHead:
+def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, num_q: int | None = None) -> BaseHead:
     """The head to train: from --loadpath, or random from --configpath.
 
     An EAGLE-2 head can become a ViSpec head: the adaptor and img_fc, and only these, then begin as they do in training.
@@ -97,7 +101,8 @@ def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, n
     if args.loadpath is None:
         if config is None:
             raise ValueError("--configpath is needed where there is no --loadpath to start from")
-        head = ViSpecHead(config, num_q or 2) if method == "vispec" else DraftHead(config)
+        classes = {"eagle2": DraftHead, "medusa": MedusaHead}
+        head = ViSpecHead(config, num_q or 2) if method == "vispec" else classes[method](config)
         if method == "vispec":
             logger.warning("no --loadpath: the head starts from random weights")
             head.reset_image_parameters()
@@ -160,9 +165,11 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     }
     identity.pop("accumulation")
     head_dtype = torch.bfloat16 if processes.autocast else torch.float32
-    trainer = Trainer(
+    trainer_class = MedusaTrainer if method == "medusa" else Trainer
+    trainer = trainer_class(
         head, lm_head.to(head_dtype), train_set, held_out_set, lengths, recipe, folder, processes, identity, online
     )
+    trainer.describe = partial(_describe, args, identity)
     resumed = trainer.resume()
     if args.begin_epoch is not None and args.begin_epoch != trainer.epoch:
         raise ValueError(f"--begin-epoch {args.begin_epoch}: --cpdir {folder} is at epoch {trainer.epoch}")
@@ -200,6 +207,12 @@ def _online_data(
     return TokenFolder(train_paths, pictures), TokenFolder(held_out_paths, pictures), online
 
 
+def _describe(args: argparse.Namespace, identity: dict, head: BaseHead, epoch: int, line: dict) -> str:
+    """The model card of a head after an epoch."""
+    told = {name: value for name, value in identity.items() if value is not None and name not in ("tmpdir", "loadpath")}
+    return model_card(head, args.basepath, args.tmpdir, {"epoch": epoch, **told}, line["held_out"])
+
+
 def _processes() -> Processes:
     """As `accelerate launch` started us, or a single process."""
     from accelerate import Accelerator
@@ -215,7 +228,7 @@ def _processes() -> Processes:
     )
 
 
-def _put_embedding(head: DraftHead, embedding: torch.Tensor) -> None:
+def _put_embedding(head: BaseHead, embedding: torch.Tensor) -> None:
     if embedding.shape != head.embed_tokens.weight.shape:
         return  # reported with the other sizes
     with torch.no_grad():

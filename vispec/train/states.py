@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from vispec.model.checkpoints import save_draft
-from vispec.model.draft import DraftHead
+from vispec.model.draft import BaseHead
 
 STATE = re.compile(r"state_(\d+)")
 
 
-def write_state(head: DraftHead, folder: Path, epoch: int) -> None:
+def write_state(head: BaseHead, folder: Path, epoch: int) -> None:
     """Write `folder`/state_<epoch>; one that is there already, of a run killed before it could note it, is replaced."""
     final = folder / f"state_{epoch}"
     unfinished = folder / f".{final.name}.unfinished"

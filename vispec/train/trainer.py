@@ -7,7 +7,7 @@ gradients are summed.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from vispec.cli import write_atomic
-from vispec.model.draft import DraftHead
+from vispec.model.draft import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
@@ -109,7 +109,7 @@ class Trainer:
 
     def __init__(
         self,
-        head: DraftHead,
+        head: BaseHead,
         lm_head: torch.Tensor,
         train: "SampleFolder | TokenFolder",
         held_out: "SampleFolder | TokenFolder",
@@ -131,6 +131,8 @@ class Trainer:
         self.group_size = recipe.batch_size * recipe.accumulation * processes.count
         self.steps_per_epoch = math.ceil(len(train) / self.group_size)
         self.epoch, self.step_in_epoch, self.sums = 0, 0, Sums()
+        self.describe: Callable[[BaseHead, int, dict], str] | None = None
+        """Writes the model card of a head after an epoch, given that epoch's line of metrics."""
 
     # --- one optimizer step ---
 
@@ -216,6 +218,8 @@ class Trainer:
                 "seconds": round(seconds, 2),
                 "samples_per_second": round(samples / seconds, 2),
             }
+            if self.describe:
+                self.head.card = self.describe(self.head, self.epoch, line)
             if self.epoch % self.recipe.save_every == 0 or self.epoch == self.recipe.epochs:
                 write_state(self.head, self.folder, self.epoch)
                 prune_states(self.folder, self.recipe.keep, self.epoch)
@@ -280,14 +284,18 @@ class Trainer:
         self.head.train()
         return Sums(self.processes.sum(sums.values).tolist())
 
-    def _drafts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def drafted(self, batch: Batch) -> list[torch.Tensor]:
+        """Up to DEPTH outputs (S, H): the m-th at a scored pair is that of the draft whose m-th token it predicts."""
         embeds = batch.embeds(self._table)
         outs = drafted_in_a_row(self.head, batch.hidden, embeds, batch.images, batch.lengths, DEPTH)
+        return [out.flatten(0, 1)[batch.scored] for out in outs]
+
+    def _drafts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         shape = batch.ids.shape
         choice = self._tokens(batch.targets)
         right = torch.zeros(DEPTH, shape.numel(), dtype=torch.bool, device=choice.device)
-        for m, out in enumerate(outs):
-            right[m, batch.scored] = self._tokens(out.flatten(0, 1)[batch.scored]) == choice
+        for m, out in enumerate(self.drafted(batch)):
+            right[m, batch.scored] = self._tokens(out) == choice
         along, scored = torch.zeros_like(right[0]), torch.zeros_like(right[0])
         scored[batch.scored] = True
         along[batch.scored] = batch.ids.flatten()[batch.scored + 2] == choice

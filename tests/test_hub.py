@@ -1,0 +1,86 @@
+"""Draft heads on the hub, with huggingface_hub's API replaced where it would reach the network."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from test_tree import CONFIG
+from tiny_models import GOLDEN, bare_head
+
+from vispec.model.checkpoints import load_draft
+from vispec.model.draft import BaseHead, DraftHead
+from vispec.model.hub import model_card
+from vispec.model.medusa import MedusaHead
+
+FILES = ["README.md", "config.json", "model.safetensors"]
+
+
+def same_tensors(a: BaseHead, b: BaseHead) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("method", ["eagle2", "vispec", "medusa"])
+def test_round_trip(method, tmp_path):
+    head = bare_head(CONFIG, method, seed=1)
+    head.card = model_card(head, "someone/target", held_out={"loss": 1.25})
+    head.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    again = type(head).from_pretrained(tmp_path)
+    assert same_tensors(head, again) and again.config == head.config and again.card == head.card
+    assert same_tensors(head, load_draft(tmp_path))
+
+
+def test_another_class_is_refused(tmp_path):
+    bare_head(CONFIG, "medusa", seed=1).save_pretrained(tmp_path)
+    assert MedusaHead.from_pretrained(tmp_path).method == "medusa"
+    with pytest.raises(ValueError, match="these are medusa weights, found where a DraftHead is expected"):
+        DraftHead.from_pretrained(tmp_path)
+    assert DraftHead.from_pretrained(GOLDEN / "llava_next" / "draft_vispec").method == "vispec"
+
+
+def test_card(tmp_path):
+    head = bare_head(CONFIG, "eagle2", seed=1)
+    text = model_card(head, "llava-hf/llava", [str(tmp_path)], {"lr": 3e-5}, {"loss": 1.23456, "top1": 0.5, "pairs": 7})
+    card = ModelCard(text)
+    card_data = card.data.to_dict()
+    assert card_data["base_model"] == "llava-hf/llava" and "eagle2" in card_data["tags"]
+    assert "# EAGLE-2 draft head for llava-hf/llava" in card.text
+    assert "| lr | 3e-05 |" in card.text and "| loss | 1.235 |" in card.text and "pairs" not in card.text
+    assert tmp_path.name in card.text and str(tmp_path) not in card.text, "local folders are told by name only"
+    local = ModelCard(model_card(head, str(tmp_path)))
+    assert "base_model" not in local.data.to_dict() and str(tmp_path) not in local.content
+
+
+def test_push(tmp_path, monkeypatch):
+    calls = {}
+
+    def create_repo(self, repo_id, **options):
+        calls["create"] = {"repo_id": repo_id, "token": self.token, **options}
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def upload_folder(self, *, folder_path, **options):
+        calls["upload"] = options
+        calls["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    head = bare_head(CONFIG, "medusa", seed=1)
+    head.card = model_card(head, "llava-hf/llava", settings={"lr": 0.5})
+    head.save_pretrained(tmp_path / "state")
+    loaded = MedusaHead.from_pretrained(tmp_path / "state")
+    assert loaded.push_to_hub("head", private=True, token="secret", revision="r") == "https://hub/commit/1"
+
+    assert calls["create"] == {"repo_id": "head", "token": "secret", "private": True, "exist_ok": True}
+    assert calls["upload"]["repo_id"] == "someone/head" and calls["upload"]["revision"] == "r"
+    assert sorted(calls["files"]) == FILES
+    for name, content in calls["files"].items():
+        (tmp_path / name).write_bytes(content)
+    assert same_tensors(head, load_draft(tmp_path)) and json.loads(calls["files"]["config.json"])["hidden_size"] == 32
+    card = ModelCard(calls["files"]["README.md"].decode())
+    assert 'SpecModel.from_pretrained("llava-hf/llava", "someone/head")' in card.text and "| lr | 0.5 |" in card.text

@@ -1,0 +1,29 @@
+"""Training Medusa's heads on the data of stage 1.
+
+accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_medusa --basepath TARGET --configpath CONFIG \
+    --tmpdir SAMPLES --cpdir CHECKPOINTS
+"""
+
+import argparse
+import logging
+
+from vispec.cli import run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    from vispec.model.medusa import HEADS
+    from vispec.train import command
+    from vispec.train.losses import Objective
+
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(
+        prog="vispec.train.main_medusa", description=f"Medusa's {HEADS} heads, on the data of stage 1."
+    )
+    command.add_arguments(parser, lr=3e-5, token_weight=0.1)
+    args = parser.parse_args(argv)
+    objective = Objective(feature_weight=1.0, token_weight=args.pw, token_loss="ce", ranking_weight=0.0)
+    return command.train(args, "medusa", command.recipe_of(args, objective, mtp_steps=HEADS - 1))
+
+
+if __name__ == "__main__":
+    run_cli(main)
