@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from test_train_steps import make_trainer
 
+from vispec.train.processes import Processes
 from vispec.train.samples import collate, micro_batches
-from vispec.train.trainer import RESUME_FILE, Processes, Trainer
+from vispec.train.trainer import RESUME_FILE, Trainer
 
 STAGES = {"stage 1": "eagle2", "stage 2": "vispec"}
 

@@ -16,8 +16,9 @@ from vispec.model.target import Target, load_target
 from vispec.train import main_medusa
 from vispec.train.losses import Objective
 from vispec.train.medusa import MedusaTrainer
+from vispec.train.processes import Processes
 from vispec.train.samples import SampleFolder
-from vispec.train.trainer import Processes, Recipe
+from vispec.train.trainer import Recipe
 
 SIZE, VOCABULARY, HEADS = 16, 30, 5
 CONFIG = DraftConfig(SIZE, 24, 4, 4, VOCABULARY, 1e-5)

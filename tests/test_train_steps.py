@@ -12,6 +12,7 @@ from vispec.model.draft import DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
 from vispec.train.losses import Objective
 from vispec.train.nonfinite import one_row
+from vispec.train.processes import Processes
 from vispec.train.samples import (
     SampleFolder,
     collate,
@@ -22,7 +23,7 @@ from vispec.train.samples import (
     read_lengths,
 )
 from vispec.train.states import prune_states
-from vispec.train.trainer import RESUME_FILE, Processes, Recipe, Trainer, schedule
+from vispec.train.trainer import RESUME_FILE, Recipe, Trainer, schedule
 
 SIZE, VOCABULARY = 16, 40
 CONFIG = DraftConfig(SIZE, 24, 2, 2, VOCABULARY, 1e-5)

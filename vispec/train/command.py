@@ -17,9 +17,10 @@ from vispec.model.hub import model_card
 from vispec.model.medusa import MedusaHead
 from vispec.train.medusa import MedusaTrainer
 from vispec.train.plan import print_plan
+from vispec.train.processes import Processes, launched_processes
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths
 from vispec.train.target_weights import read_tables
-from vispec.train.trainer import Processes, Recipe, Trainer, recipe_identity
+from vispec.train.trainer import Recipe, Trainer, recipe_identity
 
 if TYPE_CHECKING:
     from vispec.train.online import OnlineFeatures, TokenFolder
@@ -127,7 +128,7 @@ def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, n
 
 def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None = None) -> int:
     """Everything behind a training command once its arguments are read."""
-    processes = _processes()
+    processes = launched_processes()
     embedding, lm_head = read_tables(args.basepath)
     head = start_head(args, embedding, method, num_q)
     blind = getattr(args, "blind", False)
@@ -211,21 +212,6 @@ def _describe(args: argparse.Namespace, identity: dict, head: BaseHead, epoch: i
     """The model card of a head after an epoch."""
     told = {name: value for name, value in identity.items() if value is not None and name not in ("tmpdir", "loadpath")}
     return model_card(head, args.basepath, args.tmpdir, {"epoch": epoch, **told}, line["held_out"])
-
-
-def _processes() -> Processes:
-    """As `accelerate launch` started us, or a single process."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"--mixed_precision={accelerator.mixed_precision} is not supported; choose bf16 or no")
-    return Processes(
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.autocast if accelerator.mixed_precision == "bf16" else None,
-    )
 
 
 def _put_embedding(head: BaseHead, embedding: torch.Tensor) -> None:

@@ -8,14 +8,12 @@ gradients are summed.
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from vispec.cli import write_atomic
@@ -24,6 +22,7 @@ from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
+from vispec.train.processes import Processes
 from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
 from vispec.train.states import prune_states, remove_leftovers, write_state
 
@@ -59,39 +58,6 @@ class Recipe:
     keep: int = 0
     workers: int = 0
     report_to: str = "none"
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Where this process computes and how many there are."""
-
-    device: torch.device
-    index: int = 0
-    count: int = 1
-    autocast: type[AbstractContextManager] | None = None
-    """A context manager's factory for mixed precision."""
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Over all processes; the result may or may not be the tensor itself, changed."""
-        if self.count > 1:
-            tensor = tensor.to(self.device)
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, values: list) -> list:
-        """The lists of all processes as one."""
-        if self.count == 1:
-            return values
-        found: list = [None] * self.count
-        dist.all_gather_object(found, values)
-        return [value for part in found for value in part]
-
-    def precision(self) -> AbstractContextManager:
-        return self.autocast() if self.autocast else torch.autocast(self.device.type, enabled=False)
 
 
 class Trainer:

@@ -1,0 +1,55 @@
+"""The processes that train together: which one this is, and what they have to tell each other."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process computes and how many there are."""
+
+    device: torch.device
+    index: int = 0
+    count: int = 1
+    autocast: type[AbstractContextManager] | None = None
+    """A context manager's factory for mixed precision."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over all processes; the result may or may not be the tensor itself, changed."""
+        if self.count > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, values: list) -> list:
+        """The lists of all processes as one."""
+        if self.count == 1:
+            return values
+        found: list = [None] * self.count
+        dist.all_gather_object(found, values)
+        return [value for part in found for value in part]
+
+    def precision(self) -> AbstractContextManager:
+        return self.autocast() if self.autocast else torch.autocast(self.device.type, enabled=False)
+
+
+def launched_processes() -> Processes:
+    """As `accelerate launch` started us, or a single process."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"--mixed_precision={accelerator.mixed_precision} is not supported; choose bf16 or no")
+    return Processes(
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.autocast if accelerator.mixed_precision == "bf16" else None,
+    )
