@@ -10,7 +10,7 @@ from pathlib import Path
 import benchmark_rows
 import pytest
 
-from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.benchmarks import BENCHMARKS, Question
 from vispec.prompts import chat_messages, load_processor
 
 HERE = Path(__file__).parent
@@ -28,6 +28,7 @@ def snapshot() -> dict[tuple[str, str], str]:
 
 
 PROMPTS = snapshot()
+WITH_EXAMPLE = "sqa with a worked example"
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,7 @@ def processor():
     return load_processor(str(HERE / "golden" / "llava_next" / "target"))
 
 
-def prompt(processor, benchmark: str, target: str, folder: Path) -> str:
-    benchmark_rows.write_one(benchmark, folder)
-    (question,), _ = BENCHMARKS[benchmark].questions(str(folder))
+def prompt(processor, question: Question, target: str) -> str:
     messages = chat_messages(question.turns)
     return processor.apply_chat_template(
         messages, chat_template=TEMPLATES[target], add_generation_prompt=True, tokenize=False
@@ -45,10 +44,24 @@ def prompt(processor, benchmark: str, target: str, folder: Path) -> str:
 
 
 def test_the_snapshot_has_every_benchmark_and_target():
-    assert PROMPTS.keys() == {(benchmark, target) for benchmark in BENCHMARKS for target in TEMPLATES}
+    names = [*BENCHMARKS, WITH_EXAMPLE]
+    assert PROMPTS.keys() == {(name, target) for name in names for target in TEMPLATES}
 
 
 @pytest.mark.parametrize("target", TEMPLATES)
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_prompts_are_as_pinned(processor, benchmark, target, tmp_path):
-    assert prompt(processor, benchmark, target, tmp_path) == PROMPTS[benchmark, target]
+    benchmark_rows.write_one(benchmark, tmp_path)
+    (question,), _ = BENCHMARKS[benchmark].questions(str(tmp_path))
+    assert prompt(processor, question, target) == PROMPTS[benchmark, target]
+
+
+@pytest.mark.parametrize("target", TEMPLATES)
+def test_prompts_with_a_worked_example_are_as_pinned(processor, target, tmp_path):
+    bird = {"question": "Which animal is a bird?", "choices": ["a gull", "a cow"], "answer": 0, "hint": ""}
+    bird |= {"lecture": "Birds lay eggs.", "solution": "A gull has wings."}
+    problems = {"3": benchmark_rows.problem(**bird), "7": benchmark_rows.problem()}
+    benchmark_rows.write_scienceqa(tmp_path, problems, {"train": ["3"], "test": ["7"]})
+    (tmp_path / "images").mkdir()
+    (question,), _ = BENCHMARKS["sqa"].questions(str(tmp_path), shot_number=1)
+    assert prompt(processor, question, target) == PROMPTS[WITH_EXAMPLE, target]

@@ -164,6 +164,7 @@ def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
     assert [line["question_id"] for line in read(path)] == [20, 50, 70]
     printed = capsys.readouterr()
     assert "3 of 5 questions answered" in printed.out and "left out" in printed.err
+    assert "the files of coco_caption can be had from https://" in printed.out
     left_out = json.loads(path.with_name(path.name + ".meta.json").read_text())["left_out"]
     assert {row["question_id"] for row in left_out} == {10, 40}
 
