@@ -1,6 +1,7 @@
 """The comparison of output ids between two arms' answer files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,9 @@ def test_the_baseline_has_the_same_settings(tmp_path):
         check_lossless(AnswerFile(spec), required=True, rerun=no_rerun)
     assert check_lossless(AnswerFile(spec), required=False, rerun=no_rerun)
     right = write(tmp_path / "right", {1: [[5]]}, "baseline")
+    assert find_baseline(spec, settings) == right
+    older = write(tmp_path / "older", {1: [[5]]}, "baseline")
+    os.utime(older, (1, 1))
     assert find_baseline(spec, settings) == right
 
 
