@@ -37,6 +37,13 @@ def test_answer_and_comparison(family, method, picture, capsys):
     assert "\x1b[" not in printed
 
 
+def test_lookup_needs_no_draft_head(picture, capsys):
+    flags = ["--method", "lookup", "--image", picture, "--max-new-tokens", "30", "--compare", "what is this?"]
+    assert generate.main([*pair("llava_next", "vispec")[:2], *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "lookup " in printed and "outputs identical: yes" in printed
+
+
 def test_embedded_default(picture, capsys, monkeypatch):
     monkeypatch.setattr(embedded, "TARGET", GOLDEN / "llava_next" / "target")
     monkeypatch.setattr(embedded, "DRAFT", GOLDEN / "llava_next" / "draft_vispec")
@@ -62,6 +69,7 @@ def test_terminal_gets_colours(picture, capsys, monkeypatch):
         (["--temperature", "-1", "what?"], "temperature must not be negative"),
         (["--spec-model-path", "nowhere/at/all", "what?"], "nowhere/at/all"),
         (["--method", "eagle2", "what?"], "eagle2"),
+        (["--method", "lookup", "what?"], "--spec-model-path .*draft_vispec: --method lookup has no draft head"),
     ],
 )
 def test_user_errors(flags, message):

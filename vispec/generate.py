@@ -79,7 +79,11 @@ def _make_parser() -> Parser:
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
     add("--spec-model-path", help="its draft head: a folder or a hub id")
-    add("--method", choices=("vispec", "eagle2", "medusa"), help="read from the weights, checked when given")
+    add(
+        "--method",
+        choices=("vispec", "eagle2", "medusa", "lookup"),
+        help="read from the weights; lookup drafts from the text",
+    )
     add("--compare", action="store_true", help="answer by plain decoding too, and compare")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
@@ -91,15 +95,19 @@ def _make_parser() -> Parser:
     return parser
 
 
-def _pair(args: argparse.Namespace) -> tuple[str, str, dict[str, int], str]:
-    """Paths of target and draft head, the tree, and the dtype."""
+def _pair(args: argparse.Namespace) -> tuple[str, str | None, dict[str, int], str]:
+    """Paths of target and draft head (none for lookup), the tree, and the dtype."""
     base, spec = args.base_model_path, args.spec_model_path
-    if (base is None) != (spec is None):
+    if args.method == "lookup":
+        if spec is not None:
+            raise UserError(f"--spec-model-path {spec}: --method lookup has no draft head")
+    elif (base is None) != (spec is None):
         raise UserError("--base-model-path and --spec-model-path belong together, found only one of them")
     tree = {"total_token": args.total_token, "depth": args.depth, "top_k": args.top_k}
     dtype = args.dtype or "auto"
     if base is None:
         base, spec = embedded.require_weights()
+        spec = None if args.method == "lookup" else spec
         tree = {name: embedded.TREE[name] if value is None else value for name, value in tree.items()}
         dtype = args.dtype or embedded.DTYPE
     return base, spec, tree, dtype

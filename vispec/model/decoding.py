@@ -12,10 +12,11 @@ import torch
 
 from vispec.model.acceptance import Accepted, Sampling, accept
 from vispec.model.cache import TreeCache
-from vispec.model.draft import DraftHead, DraftState
-from vispec.model.medusa import MedusaHead, MedusaState
+from vispec.model.draft import BaseHead, DraftState
+from vispec.model.lookup import LookupState, PromptLookup
+from vispec.model.medusa import MedusaState
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Tree, TreeShape, grow_tree
+from vispec.model.tree import Tree, TreeShape
 
 CAPACITY_AHEAD = 512
 """Slots a target cache has for new tokens before it grows."""
@@ -55,7 +56,7 @@ class _Generation:
     rope_delta: torch.Tensor | None
     root: torch.Tensor
     """(B,) the newest token, whose key is not in the cache yet."""
-    draft: DraftState | MedusaState | None = None
+    draft: DraftState | MedusaState | LookupState | None = None
     tree: Tree | None = None
 
     def positions(self, depths: torch.Tensor) -> torch.Tensor:
@@ -67,9 +68,9 @@ class _Generation:
 class SpeculativeDecoder:
     """Draft a tree, verify it in one pass of the target, keep one path (paper, section 3.1)."""
 
-    def __init__(self, target: Target, draft: DraftHead | MedusaHead, shape: TreeShape, sampling: Sampling):
+    def __init__(self, target: Target, draft: BaseHead | PromptLookup, shape: TreeShape, sampling: Sampling):
         self.target, self.draft, self.sampling = target, draft, sampling
-        self.shape = shape.fitted(draft.config.vocab_size, draft.fixed_depth)
+        self.shape = draft.fit(shape)
 
     def rounds(self, input_ids: torch.Tensor, inputs: Mapping, stop: Stop) -> Iterator[Round]:
         """Answer one prompt; `input_ids` (1, L), `inputs` the processor's other outputs."""
@@ -92,14 +93,15 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def _begin(self, generation: _Generation, prompt: Prompt) -> None:
-        generation.draft = self.draft.begin(prompt.hidden, prompt.embeds, generation.root, prompt.images)
+        generation.draft = self.draft.start(prompt, generation.root)
         self._grow(generation)
 
     @torch.inference_mode()
     def _verify(self, generation: _Generation) -> tuple[torch.Tensor, Accepted]:
         """The target's pass over the tree: features (B, N, H) of its nodes, and what is kept of it."""
         tree = generation.tree
-        hidden = self.target.forward(generation.cache, tree.tokens, generation.positions(tree.depths), tree.mask)
+        tokens = tree.tokens.clamp(min=0)  # empty nodes go along as any token, nobody reads what they say
+        hidden = self.target.forward(generation.cache, tokens, generation.positions(tree.depths), tree.mask)
         accepted = accept(tree, self.sampling.choose(self.target.logits(hidden)))
         return hidden, accepted
 
@@ -116,7 +118,7 @@ class SpeculativeDecoder:
         self._grow(generation)
 
     def _grow(self, generation: _Generation) -> None:
-        generation.tree = grow_tree(self.draft, generation.draft, generation.root, self.shape, self.target.logits)
+        generation.tree = self.draft.grow(generation.draft, generation.root, self.shape, self.target.logits)
 
 
 class BaselineDecoder:

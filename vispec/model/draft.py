@@ -9,7 +9,9 @@ pair that follows the image.
 Shapes: B rows, L tokens, H hidden size, R pairs of one pass, k nodes of one tree level.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,10 @@ from vispec.model.cache import TreeCache
 from vispec.model.draft_config import DraftConfig
 from vispec.model.hub import HubMixin
 from vispec.model.pairs import PairLayout, Span, plan_pairs
+from vispec.model.tree import Tree, TreeShape, grow_tree
+
+if TYPE_CHECKING:
+    from vispec.model.target import Prompt
 
 
 @dataclass
@@ -54,6 +60,20 @@ class BaseHead(HubMixin, nn.Module):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(tokens)
+
+    # --- what the decoding loop asks of any draft, beside `extend` ---
+
+    def fit(self, shape: TreeShape) -> TreeShape:
+        """The largest tree not above this one that the head can fill."""
+        return shape.fitted(self.config.vocab_size, self.fixed_depth)
+
+    def start(self, prompt: "Prompt", root: torch.Tensor):
+        """What the head remembers of a prompt that the target has read; `root` (B,) is the first new token."""
+        return self.begin(prompt.hidden, prompt.embeds, root, prompt.images)
+
+    def grow(self, state, root: torch.Tensor, shape: TreeShape, lm_head: Callable) -> Tree:
+        """The tree under the last committed pair, see `grow_tree`."""
+        return grow_tree(self, state, root, shape, lm_head)
 
 
 class DraftHead(BaseHead):

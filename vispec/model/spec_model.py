@@ -12,6 +12,7 @@ from vispec.model.acceptance import Sampling
 from vispec.model.checkpoints import load_draft
 from vispec.model.decoding import BaselineDecoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
+from vispec.model.lookup import PromptLookup
 from vispec.model.target import VIDEO_INPUTS, Target, load_target
 from vispec.model.tree import TreeShape
 
@@ -34,7 +35,8 @@ class SpecModel:
 
     Args:
         target: a vision-language model of transformers.
-        draft: its draft head, on the device of the target's last layer; None for a model that only runs the baseline.
+        draft: its draft head, on the device of the target's last layer, or a `PromptLookup`; None for a model that only
+            runs the baseline.
         total_token: nodes of the tree, root included.
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
@@ -44,13 +46,13 @@ class SpecModel:
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: BaseHead | None = None,
+        draft: BaseHead | PromptLookup | None = None,
         total_token: int = 30,
         depth: int = 3,
         top_k: int = 8,
     ):
         self.target = Target(target)
-        self.draft: BaseHead | None = None
+        self.draft: BaseHead | PromptLookup | None = None
         self.shape = TreeShape(total_token, depth, top_k)
         if draft is not None:
             self._attach(draft)
@@ -74,7 +76,8 @@ class SpecModel:
         Args:
             base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads.
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
-            method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given.
+            method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given. "lookup"
+                drafts from the text so far and takes no spec_model_path.
             total_token, depth, top_k: size of the tree, see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it.
@@ -82,17 +85,22 @@ class SpecModel:
         Raises:
             ValueError, OSError: something is missing or does not fit; the message names it.
         """
-        TreeShape(total_token, depth, top_k)  # what is wrong with it is said before minutes of loading
+        TreeShape(total_token, depth, top_k)  # what is wrong is said before minutes of loading
+        if method == "lookup" and spec_model_path is not None:
+            raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
         target = load_target(base_model_path, torch_dtype, device_map, **kwargs)
         model = cls(target, None, total_token, depth, top_k)
-        if spec_model_path is not None:
+        if method == "lookup":
+            model._attach(PromptLookup())
+        elif spec_model_path is not None:
             embedding = model.target.embed_tokens.weight
             model._attach(load_draft(spec_model_path, method, num_q, model.target.dtype, embedding))
             model.draft.to(model.target.device)
         return model
 
-    def _attach(self, draft: BaseHead) -> None:
-        _check_pair(self.target, draft)
+    def _attach(self, draft: BaseHead | PromptLookup) -> None:
+        if isinstance(draft, BaseHead):
+            _check_pair(self.target, draft)
         self.shape = _fitted(self.shape, draft)
         self.draft = draft
 
@@ -265,9 +273,9 @@ def _without_padding(input_ids: torch.Tensor, inputs: Mapping) -> tuple[torch.Te
     return input_ids[:, padding:], trimmed
 
 
-def _fitted(shape: TreeShape, draft: BaseHead) -> TreeShape:
-    """The tree that a head can fill; says so where it is smaller than what was asked for."""
-    fitted = shape.fitted(draft.config.vocab_size, draft.fixed_depth)
+def _fitted(shape: TreeShape, draft: BaseHead | PromptLookup) -> TreeShape:
+    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
+    fitted = draft.fit(shape)
     if (fitted.total_token, fitted.top_k) != (shape.total_token, shape.top_k):
         logger.warning(
             "a tree with total_token %d, depth %d and top_k %d cannot be filled, it is cut to total_token %d, top_k %d",

@@ -32,6 +32,8 @@ VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 class Prompt:
     """What the target's pass over a prompt leaves behind. B rows, L tokens, H hidden size, V vocabulary."""
 
+    input_ids: torch.Tensor
+    """(B, L) the prompt itself."""
     hidden: torch.Tensor
     """(B, L, H) features: last hidden states after the final norm."""
     embeds: torch.Tensor
@@ -113,6 +115,7 @@ class Target:
         elif self._rope_owner is not None:
             rope_delta = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         return Prompt(
+            input_ids.to(self.device),
             seen["hidden"].to(self.device),
             seen["embeds"].to(self.device),
             logits[:, -1].to(self.device),

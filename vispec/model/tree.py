@@ -6,11 +6,16 @@ root. Everything is a tensor of fixed shape, so that a round makes no decision o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from vispec.model.draft import DraftHead, DraftState
-from vispec.model.medusa import MedusaHead, MedusaState
+if TYPE_CHECKING:  # the heads import this module
+    from vispec.model.draft import DraftHead, DraftState
+    from vispec.model.medusa import MedusaHead, MedusaState
+
+EMPTY = -1
+"""The token of a node that drafts nothing; it is never accepted."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Tree:
     """A drafted tree; node 0 is the root, parents come before their children."""
 
     tokens: torch.Tensor
-    """(B, N)"""
+    """(B, N), EMPTY where a draft had no more to say."""
     parents: torch.Tensor
     """(B, N) index of each node's parent; 0 for the root itself."""
     mask: torch.Tensor
@@ -69,8 +74,8 @@ class Tree:
 
 
 def grow_tree(
-    draft: DraftHead | MedusaHead,
-    state: DraftState | MedusaState,
+    draft: "DraftHead | MedusaHead",
+    state: "DraftState | MedusaState",
     root: torch.Tensor,
     shape: TreeShape,
     lm_head: Callable[[torch.Tensor], torch.Tensor],

@@ -1,0 +1,106 @@
+"""Prompt lookup: the tree of plain Python, and lossless like the other methods."""
+
+import pytest
+import torch
+from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from tiny_models import FAMILIES, generate, image_prompt, random_target
+
+from vispec import SpecModel
+from vispec.model import lookup
+from vispec.model.lookup import LookupState, PromptLookup
+from vispec.model.target import Prompt
+from vispec.model.tree import EMPTY, Tree, TreeShape
+
+
+def drafted_by_hand(text: list[int], total_token: int, k: int, levels: int) -> list[list[int]]:
+    """The tokens on the way to each drafted node, in the order of the nodes."""
+    matches = []
+    for end in range(len(text) - 1):
+        length = 0
+        while length <= min(end, 7) and text[end - length] == text[len(text) - 1 - length] != EMPTY:
+            length += 1
+        if length:
+            matches.append((length, end))
+    nodes = {}
+    for branch, (_, end) in enumerate(sorted(matches, reverse=True)[:k]):
+        for level, token in enumerate(text[end + 1 : end + 1 + levels]):
+            if token == EMPTY:
+                break
+            path = tuple(text[end + 1 : end + 2 + level])
+            nodes.setdefault(path, (branch + level, branch * levels + level))
+    best = sorted(nodes, key=lambda path: nodes[path])[: total_token - 1]
+    return [list(path) for path in sorted(best, key=lambda path: nodes[path][1])]
+
+
+def drafted(tree: Tree, row: int) -> list[list[int]]:
+    paths = [[int(tree.tokens[row, node]) for node in path if node > 0] for path in tree.paths[row]]
+    return [path for path in paths[1:] if EMPTY not in path]
+
+
+@pytest.mark.parametrize("shape", [TreeShape(2, 0, 1), TreeShape(9, 2, 4), TreeShape(30, 3, 8), TreeShape(60, 1, 20)])
+@pytest.mark.parametrize("seed", range(3))
+def test_trees_equal_the_oracle(seed, shape):
+    """Three texts that go on at different speeds, the first with an image; few tokens, so that much repeats itself."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(*size):
+        return torch.randint(3 + seed, size, generator=generator)
+
+    draft = PromptLookup()
+    shape = draft.fit(shape)
+    prompt, root = ids(3, 9), ids(3)
+    state = draft.start(Prompt(prompt, None, None, None, [[(2, 5)], [], []], None), root)
+    texts = [[*row, last] for row, last in zip(prompt.tolist(), root.tolist(), strict=True)]
+    texts[0][2:5] = [EMPTY] * 3
+    for _ in range(6):
+        tree = draft.grow(state, root, shape, lm_head=None)
+        assert tree.tokens.shape == (3, shape.total_token)
+        for row, text in enumerate(texts):
+            expected = drafted_by_hand(text, shape.total_token, shape.top_k, shape.levels)
+            assert drafted(tree, row) == expected
+            assert (tree.tokens[row] == EMPTY).sum() == shape.total_token - 1 - len(expected)
+        tokens, counts = ids(3, 4), torch.tensor([1, 4, 2])
+        draft.extend(state, None, tokens, counts, longest=4)
+        for text, new, count in zip(texts, tokens.tolist(), counts.tolist(), strict=True):
+            text += new[:count]
+        root = tokens.gather(1, counts[:, None] - 1)[:, 0]
+    assert isinstance(state, LookupState) and state.lengths.tolist() == [len(text) for text in texts]
+
+
+@pytest.mark.parametrize("tree", [(2, 0, 1), (30, 3, 8)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_the_targets(family, tree, monkeypatch):
+    monkeypatch.setattr(lookup, "GROWTH", 8)  # the text outgrows its buffer
+    target = random_target(family, 2, vocabulary=9)
+    model = SpecModel(target, PromptLookup(), *tree)
+    lengths = []
+    for seed, layout in enumerate((".", "a.bb.")):
+        inputs = image_prompt(target, seed, layout)
+        answer, accepted = model.specgenerate(**inputs, max_new_tokens=30, return_acceptance_len=True)
+        assert answer.tolist() == generate(target, inputs, max_new_tokens=30).tolist()
+        lengths += accepted
+    if tree[0] == 30:
+        assert max(lengths) >= 2, "nothing was accepted, so nothing was tested"
+
+
+def test_sampled_answers_follow_the_target():
+    target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
+    model = SpecModel(target, PromptLookup(), total_token=9, depth=1, top_k=4)
+    prompt = torch.randint(V - 1, (1, 30), generator=torch.Generator().manual_seed(1))  # every token but the image's
+    settings = {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
+    exact = enumerate_target(model, prompt, settings)
+    torch.manual_seed(5)
+    answers, lengths = [], []
+    for _ in range(600):
+        answer, accepted = model.specgenerate(prompt, **settings, max_new_tokens=3, return_acceptance_len=True)
+        answers.append(answer[0, -3:])
+        lengths += accepted
+    assert sum(lengths) > 150, "drafts were accepted"
+    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+
+
+def test_takes_no_draft_head():
+    with pytest.raises(ValueError, match="spec_model_path somewhere: method 'lookup' has no draft head"):
+        SpecModel.from_pretrained("nowhere", "somewhere", method="lookup")
+    shape = PromptLookup().fit(TreeShape(60, 1, 20))
+    assert shape == TreeShape(41, 1, 20), "20 branches of two tokens"
