@@ -191,13 +191,13 @@ def test_properties_of_a_token_are_those_of_its_place():
 
 
 def test_quizzes_come_first():
-    shares = [share for _, share in batches.QUIZZES]
+    shares = [share for _, share, _ in batches.QUIZZES]
     assert shares == sorted(shares, reverse=True) and batches.QUIZZES[-1][0] is None
 
 
 def test_a_quiz_is_true_and_scores_only_what_is_seen():
     for index in range(60):
-        talk = training_conversation("train", index, quiz_share=1.0)
+        talk = training_conversation("train", index, quiz_share=1.0, by_place_share=index % 3 / 2)
         ((asked, answer),) = [(turn.items[0], turn.answer) for turn in talk.turns]
         true = {(name, "nothing") for style in PLACES for name in style}
         for thing in talk.scene.things:
@@ -207,6 +207,7 @@ def test_a_quiz_is_true_and_scores_only_what_is_seen():
                 true |= {(f"{COLOURS[thing.colour]} {SHAPES[thing.shape]}", style[thing.place])}
         questions, replies = answer[0::2], answer[1::2]
         assert len(questions) == len(replies) >= 1 and "List the board" in asked
+        assert index % 3 == 1 or ("place by place" in asked) == (index % 3 == 2)
         for (question, question_scored), (reply, reply_scored) in zip(questions, replies, strict=True):
             assert (question.strip(), reply.strip(" ;")) in true
             assert reply_scored and not question_scored

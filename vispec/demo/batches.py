@@ -16,8 +16,9 @@ POOL = 256
 """Conversations that are sorted by length together."""
 IGNORED = -100
 """Label of a token that is not scored."""
-QUIZZES = ((48, 1.0), (None, 0.3))
-"""Share of quizzes: in the pools before this one; None is all the rest."""
+QUIZZES = ((48, 1.0, 0.5), (None, 0.3, 0.1))
+"""(pools before this one, share of quizzes in them, share of these that go from place to object); None is all the rest.
+From place to object is learned at once, the other way takes ten times as long."""
 
 
 @dataclass
@@ -72,9 +73,9 @@ class Stream:
 
     def _groups(self, pool: int) -> list[list[Row]]:
         """The rows of a pool of conversations, batch by batch."""
-        quiz_share = next(share for until, share in QUIZZES if until is None or pool < until)
+        shares = next(shares for until, *shares in QUIZZES if until is None or pool < until)
         indices = range(pool * POOL, (pool + 1) * POOL)
-        rows = [self.encode(training_conversation("train", i, quiz_share)) for i in indices]
+        rows = [self.encode(training_conversation("train", i, *shares)) for i in indices]
         rows.sort(key=lambda row: len(row.ids))
         groups: list[list[Row]] = [[]]
         for row in rows:

@@ -175,7 +175,7 @@ def text_conversation(scene: Scene, rng: random.Random) -> Conversation:
     return Conversation(tuple(full_turn((question,), reply) for question, reply in text_turns(scene, rng)), None)
 
 
-def quiz_conversation(scene: Scene, rng: random.Random) -> Conversation:
+def quiz_conversation(scene: Scene, rng: random.Random, by_place_share: float = 0.5) -> Conversation:
     """A bare list of what lies where, in any order: place after place, or object after object.
 
     In a full answer, what is seen hides behind the order of telling and the choice of words. Here it follows directly
@@ -183,7 +183,7 @@ def quiz_conversation(scene: Scene, rng: random.Random) -> Conversation:
     alone had not taught it after 20,000 of them, nor had questions with the answer in a turn of its own. There is no
     system turn, so that little else draws attention.
     """
-    by_place, style = rng.random() < 0.5, rng.randrange(len(ph.PLACES))
+    by_place, style = rng.random() < by_place_share, rng.randrange(len(ph.PLACES))
     looks = [(thing.colour, thing.shape) for thing in scene.things]
     notes: list[tuple[str, str]] = []
     for place in rng.sample(range(9), 9):
@@ -200,12 +200,12 @@ def quiz_conversation(scene: Scene, rng: random.Random) -> Conversation:
     return Conversation((Turn((question,), tuple(pieces) or (("nothing", True),)),), scene, has_system=False)
 
 
-def training_conversation(split: str, index: int, quiz_share: float = 0.0) -> Conversation:
+def training_conversation(split: str, index: int, quiz_share: float = 0.0, by_place_share: float = 0.5) -> Conversation:
     """The `index`-th conversation of a split: `quiz_share` are quizzes, of the others one in ten is text only."""
     scene = scene_of(split, index)
     rng = random.Random(f"conversation {scene.seed}")
     if random.Random(f"quiz {scene.seed}").random() < quiz_share:
-        return quiz_conversation(scene, rng)
+        return quiz_conversation(scene, rng, by_place_share)
     if rng.random() < 0.1:
         return text_conversation(scene, rng)
     return image_conversation(scene, 2 if rng.random() < 0.5 else 1, rng)
