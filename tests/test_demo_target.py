@@ -190,6 +190,40 @@ def test_properties_of_a_token_are_those_of_its_place():
             assert found["size"][0, token + offset] == (1 + thing.large if thing else 0)
 
 
+def test_an_image_token_is_the_sum_of_its_words(built, model_and_processor):
+    model, processor = model_and_processor
+    codes = tower.word_codes(processor.tokenizer, model.get_input_embeddings().weight.detach())
+    for name in ("colour", "shape", "size", "place"):
+        named = codes[name][1:] if name != "place" else codes[name]
+        assert named.square().mean().item() == pytest.approx(1.0, rel=1e-4)
+        assert named.sum(0).abs().max() < 1e-4
+        assert name == "place" or not codes[name][0].any()
+    scene = scene_of("train", 1)
+    targets = tower.properties([scene])
+    found = tower.token_codes(codes, targets)[0] * len(codes) ** 0.5
+    for token in range(36):
+        place = targets["place"][0, token]
+        thing = scene.at(int(place))
+        expected = codes["ground"][scene.ground] + (1.0 if thing else tower.EMPTY_PLACE_SHARE) * codes["place"][place]
+        if thing:
+            expected = expected + codes["colour"][thing.colour + 1] + codes["shape"][thing.shape + 1]
+            expected = expected + codes["size"][1 + thing.large]
+        assert torch.allclose(found[token], expected, atol=1e-5)
+
+
+def test_the_decoder_starts_with_queries_that_are_keys(built, model_and_processor):
+    """A token attends to what is like it: the query of a row meets its own key best, in every head."""
+    family, (model, _) = FAMILIES[built[0]](TINY), model_and_processor
+    build_target.start_decoder(family, model)
+    attention = family.decoder_layers(model)[0].self_attn
+    x = torch.nn.functional.normalize(torch.randn(5, TINY.width), dim=-1)
+    keys = x @ attention.k_proj.weight.T
+    queries = (x @ attention.q_proj.weight.T).unflatten(1, (-1, attention.head_dim))
+    for head in range(queries.shape[1]):
+        assert torch.allclose(queries[:, head], keys[:, : attention.head_dim], atol=1e-6)
+    assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+
+
 def test_quizzes_come_first():
     shares = [share for _, share, _ in batches.QUIZZES]
     assert shares == sorted(shares, reverse=True) and batches.QUIZZES[-1][0] is None

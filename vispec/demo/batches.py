@@ -16,7 +16,7 @@ POOL = 256
 """Conversations that are sorted by length together."""
 IGNORED = -100
 """Label of a token that is not scored."""
-QUIZZES = ((48, 1.0, 0.5), (None, 0.3, 0.1))
+QUIZZES = ((48, 1.0, 0.3), (None, 0.3, 0.1))
 """(pools before this one, share of quizzes in them, share of these that go from place to object); None is all the rest.
 From place to object is learned at once, the other way takes ten times as long."""
 
