@@ -7,11 +7,14 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
 import vispec
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of a target, as flags spell them; auto is the dtype of its files."""
 
 
 class UserError(ValueError):
@@ -41,6 +44,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print("interrupted; what was written is whole", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def changes(found: Mapping, asked: Mapping) -> str:
+    """What differs between the arguments of a run that is there and those asked for now; "" where nothing does."""
+    names = sorted(name for name in found.keys() | asked.keys() if found.get(name) != asked.get(name))
+    return ", ".join(f"{name} {found.get(name)!r} there, {asked.get(name)!r} now" for name in names)
 
 
 def provenance(args: argparse.Namespace | dict) -> dict:

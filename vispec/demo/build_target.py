@@ -35,7 +35,7 @@ from vispec.evaluation.loading import Parser, count, quiet_transformers
 CHECKPOINT, PROCESSOR, MODEL = "checkpoint.pt", "processor", "model"
 MATRIX_LR, OTHER_LR = 3e-3, 1.2e-3
 LAST_LR, WARMUP, RAMP_STEPS = 0.04, 0.02, 60
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Training:
         self.log(f"grown to {layers} layers at step {self.progress.step}")
 
     def _step(self, batch: Batch, rate: float) -> float:
-        with torch.autocast(self.model.device.type, DTYPES[self.recipe.dtype]):
+        with torch.autocast(self.model.device.type, PRECISIONS[self.recipe.dtype]):
             loss = batch_loss(self.family, self.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="wall time (default: %(default)g)")
     parser.add_argument("--steps", type=count, help="decoder steps instead of --minutes, for a repeatable run")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=defaults.dtype, help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default=defaults.dtype, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from vispec.cli import parse_bool
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from vispec.cli import DTYPES, parse_bool
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +48,7 @@ def load_model(
     """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, num_q).
 
     Args:
-        dtype: one of `DTYPES`.
+        dtype: one of `vispec.cli.DTYPES`.
         device_map: transformers' device_map; None takes the first GPU, all of them if `gpus` > 1, or the CPU.
     """
     import torch

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vispec.cli import write_json_atomic
+from vispec.cli import DTYPES, write_json_atomic
 from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_skipped, report, skip_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
@@ -15,7 +15,6 @@ from vispec.prompts import PIXEL_LIMITS
 
 LAST_ROW = 67999
 PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def make_parser(stage: str, family: str) -> argparse.ArgumentParser:

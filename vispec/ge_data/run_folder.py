@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vispec.cli import provenance, write_json_atomic
+from vispec.cli import changes, provenance, write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"
@@ -34,10 +34,8 @@ class RunFolder:
         if file.is_file():
             manifest = json.loads(file.read_text(encoding="utf-8"))
             found = manifest["arguments"]
-            differing = sorted(k for k in found.keys() | arguments.keys() if found.get(k) != arguments.get(k))
-            if differing:
-                pairs = ", ".join(f"{k} {found.get(k)!r} there, {arguments.get(k)!r} now" for k in differing)
-                raise ValueError(f"{path} was made with other arguments ({pairs}); choose another --outdir")
+            if differences := changes(found, arguments):
+                raise ValueError(f"{path} was made with other arguments ({differences}); choose another --outdir")
         elif any(path.glob(f"*{SUFFIX}")):
             raise ValueError(f"{path} holds sample files but no {MANIFEST}; choose another --outdir")
         else:

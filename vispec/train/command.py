@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vispec.cli import parse_bool, provenance, write_json_atomic
+from vispec.cli import DTYPES, parse_bool, provenance, write_json_atomic
 from vispec.model.checkpoints import load_draft, read_config
 from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
@@ -25,7 +25,6 @@ from vispec.train.trainer import Recipe, Trainer, recipe_identity
 if TYPE_CHECKING:
     from vispec.train.online import OnlineFeatures, TokenFolder
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 logger = logging.getLogger("vispec")
 

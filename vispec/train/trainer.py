@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from vispec.cli import write_atomic
+from vispec.cli import changes, write_atomic
 from vispec.model.draft import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, summed_loss
@@ -316,10 +316,10 @@ class Trainer:
         if state.get("format") != RESUME_FORMAT:
             raise ValueError(f"{path}: format {state.get('format')}, expected {RESUME_FORMAT}; choose another --cpdir")
         found = state["identity"]
-        differing = sorted(k for k in found.keys() | self.identity.keys() if found.get(k) != self.identity.get(k))
-        if differing:
-            pairs = ", ".join(f"{k} {found.get(k)!r} there, {self.identity.get(k)!r} now" for k in differing)
-            raise ValueError(f"--cpdir {self.folder} holds a run of other arguments ({pairs}); choose another folder")
+        if differences := changes(found, self.identity):
+            raise ValueError(
+                f"--cpdir {self.folder} holds a run of other arguments ({differences}); choose another folder"
+            )
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
