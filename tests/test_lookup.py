@@ -104,3 +104,12 @@ def test_takes_no_draft_head():
         SpecModel.from_pretrained("nowhere", "somewhere", method="lookup")
     shape = PromptLookup().fit(TreeShape(60, 1, 20))
     assert shape == TreeShape(41, 1, 20), "20 branches of two tokens"
+
+
+def test_a_tree_has_no_more_branches_than_a_text_has_slots():
+    draft = PromptLookup()
+    shape = draft.fit(TreeShape(4000, 1, 900))
+    assert (shape.total_token, shape.top_k) == (2 * lookup.GROWTH + 1, lookup.GROWTH)
+    root = torch.tensor([5])
+    state = draft.start(Prompt(torch.tensor([[5, 6, 7]]), None, None, None, [[]], None), root)
+    assert drafted(draft.grow(state, root, shape, lm_head=None), 0) == [[6], [6, 7]]

@@ -39,8 +39,9 @@ class PromptLookup:
     method = "lookup"
 
     def fit(self, shape: TreeShape) -> TreeShape:
-        """The largest tree not above this one: top_k branches of depth + 1 tokens each."""
-        return replace(shape, total_token=min(shape.total_token, shape.top_k * shape.levels + 1))
+        """The largest tree not above this one: top_k branches, not more than a text has slots, of depth + 1 tokens."""
+        k = min(shape.top_k, GROWTH)
+        return replace(shape, total_token=min(shape.total_token, k * shape.levels + 1), top_k=k)
 
     def start(self, prompt: Prompt, root: torch.Tensor) -> LookupState:
         """Read the prompt; `root` (B,) is the first new token."""
