@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from vispec.demo.conversations import EXPLAIN_SUFFIX, Conversation, full_turn, t
 from vispec.demo.families import FAMILIES, Sizes
 from vispec.demo.language import noun
 from vispec.demo.phrases import PLACES
+from vispec.demo.quiz_accuracy import quiz_accuracy
 from vispec.demo.scenes import COLOURS, SHAPES, render, scene_of
 from vispec.model.families import image_token_id
 from vispec.prompts import SYSTEM_TURN
@@ -36,6 +38,7 @@ RECIPE = Recipe(
     batch_tokens=1200,
     save_every=0,
     log_every=0,
+    look_every=1e9,
 )
 
 
@@ -245,6 +248,28 @@ def test_a_quiz_is_true_and_scores_only_what_is_seen():
         for (question, question_scored), (reply, reply_scored) in zip(questions, replies, strict=True):
             assert (question.strip(), reply.strip(" ;")) in true
             assert reply_scored and not question_scored
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+def test_quiz_accuracy_counts_answers_that_are_right_in_every_token(built, model_and_processor, by_place):
+    stream = batches.Stream(FAMILIES[built[0]](TINY), model_and_processor[1], 1000)
+    semicolon = stream.tokenizer.convert_tokens_to_ids(";")
+
+    class Teller:
+        """Says the token that comes next; or, when it is careless, never a semicolon, which ends every answer."""
+
+        device, careless = torch.device("cpu"), False
+
+        def __call__(self, input_ids, **_):
+            logits = torch.nn.functional.one_hot(input_ids.roll(-1, dims=1), len(stream.tokenizer)).float()
+            if self.careless:
+                logits[..., semicolon] = -1.0
+            return SimpleNamespace(logits=logits)
+
+    teller = Teller()
+    assert quiz_accuracy(stream, teller, by_place) == 1.0
+    teller.careless = True
+    assert quiz_accuracy(stream, teller, by_place) == 0.0
 
 
 # --- the check ---

@@ -29,6 +29,7 @@ from vispec.cli import UserError, run_cli, write_atomic, write_json_atomic
 from vispec.demo.batches import IGNORED, Batch, Stream
 from vispec.demo.conversations import training_conversation
 from vispec.demo.families import FAMILIES, Family
+from vispec.demo.quiz_accuracy import quiz_accuracy
 from vispec.demo.tower import fit_projector, train_tower
 from vispec.evaluation.loading import Parser, count, quiet_transformers
 
@@ -59,6 +60,8 @@ class Recipe:
     """Seconds."""
     log_every: float = 20.0
     """Seconds."""
+    look_every: float = 180.0
+    """Seconds after which it is tried what the decoder sees in new pictures."""
 
     def layers_at(self, fraction: float) -> int:
         return next((layers for layers, until in self.stages if fraction < until), self.stages[-1][0])
@@ -133,7 +136,7 @@ class Training:
         progress, recipe = self.progress, self.recipe
         stream = Stream(self.family, self.processor, recipe.batch_tokens)
         batches = stream.batches(progress.pool, progress.batch)
-        mark = last_log = last_save = time.monotonic()
+        mark = last_log = last_save = last_look = time.monotonic()
         average = None
         while (fraction := self._fraction()) < 1:
             if recipe.layers_at(fraction) > progress.layers:
@@ -156,7 +159,11 @@ class Training:
             if now - last_save >= recipe.save_every:
                 self._checkpoint()
                 last_save = now
+            if now - last_look >= recipe.look_every:
+                self._log_lookups(stream)
+                last_look = now
         self._checkpoint()
+        self._log_lookups(stream)
 
     def _fraction(self) -> float:
         """How much of the decoder's training is done."""
@@ -182,6 +189,12 @@ class Training:
             optimizer.step()
             optimizer.zero_grad()
         return loss.item()
+
+    def _log_lookups(self, stream: Stream) -> None:
+        by_place, by_name = (quiz_accuracy(stream, self.model, by_place) for by_place in (True, False))
+        self.log(
+            f"lists of new pictures: what lies in a place {by_place:.2f} right, where a thing lies {by_name:.2f}"
+        )
 
     def _checkpoint(self, with_optimizers: bool = True) -> None:
         state = {
