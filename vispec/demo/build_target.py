@@ -192,9 +192,7 @@ class Training:
 
     def _log_lookups(self, stream: Stream) -> None:
         by_place, by_name = (quiz_accuracy(stream, self.model, by_place) for by_place in (True, False))
-        self.log(
-            f"lists of new pictures: what lies in a place {by_place:.2f} right, where a thing lies {by_name:.2f}"
-        )
+        self.log(f"lists of new pictures: what lies in a place {by_place:.2f} right, where a thing lies {by_name:.2f}")
 
     def _checkpoint(self, with_optimizers: bool = True) -> None:
         state = {
