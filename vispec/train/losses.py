@@ -11,6 +11,8 @@ import torch.nn.functional as F
 RANKED = 10
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """Logits held at a time: what the CPU's cache takes, what a GPU computes efficiently."""
+LEAST_OUTPUTS = 256
+"""Outputs computed at a time at least, however large the vocabulary: each chunk reads the whole output head."""
 
 PARTS = ("loss", "feature", "token", "ranking", "top1", "top2", "top3")
 """What is summed over rows beside the loss."""
@@ -72,6 +74,11 @@ class Objective:
         return torch.stack([total, feature.detach(), token.detach(), ranking.detach(), *hits])
 
 
+def chunk_rows(device: str, vocabulary: int, steps: int) -> int:
+    """Rows computed at a time on a type of device, each of them `steps` outputs."""
+    return max(1, max(LEAST_OUTPUTS, CHUNK_ELEMENTS.get(device, 2**25) // vocabulary) // steps)
+
+
 def summed_loss(
     objective: Objective, outs: torch.Tensor, targets: torch.Tensor, head: torch.Tensor, chunk: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +94,7 @@ def summed_loss(
         loss, a scalar with gradient, and the detached parts by PARTS, (len(PARTS),).
     """
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS.get(outs.device.type, 2**25) // (head.shape[0] * outs.shape[1]))
+        chunk = chunk_rows(outs.device.type, head.shape[0], outs.shape[1])
     parts = _Chunked.apply(outs, objective, targets, head, chunk)
     return parts[0], parts.detach()
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vispec.ge_data.sample_file import Sample
-from vispec.train.losses import CHUNK_ELEMENTS
+from vispec.train.losses import chunk_rows
 from vispec.train.samples import SampleFolder, without_tracebacks
 from vispec.train.trainer import Trainer
 
@@ -52,7 +52,7 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
     # four products of the MLP
     kept = (12 if trainer.head.method == "vispec" else 10) * size + 4 * config.intermediate_size
     width = 2 if trainer.processes.autocast else 4
-    rows = max(1, CHUNK_ELEMENTS.get(trainer.processes.device.type, 2**25) // (config.vocab_size * steps))
+    rows = chunk_rows(trainer.processes.device.type, config.vocab_size, steps)
     logits = min(rows, pairs) * steps * config.vocab_size
     head = trainer.lm_head
     return {
