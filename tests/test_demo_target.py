@@ -15,14 +15,14 @@ from vispec.cli import UserError
 from vispec.demo import batches, build_target, check_target, tower
 from vispec.demo.build_target import Recipe, Training
 from vispec.demo.check_target import Reply, precision_recall, prompt_for, text_figures, verdicts
-from vispec.demo.conversations import EXPLAIN_SUFFIX, Conversation, full_turn, training_conversation
+from vispec.demo.conversations import Conversation, full_turn, training_conversation
 from vispec.demo.families import FAMILIES, Sizes
 from vispec.demo.language import noun
 from vispec.demo.phrases import PLACES
 from vispec.demo.quiz_accuracy import quiz_accuracy
 from vispec.demo.scenes import COLOURS, SHAPES, render, scene_of
 from vispec.model.families import image_token_id
-from vispec.prompts import SYSTEM_TURN
+from vispec.prompts import EXPLAIN, SYSTEM_TURN
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ >= "5", reason="the recipe is run with the pinned transformers; its results load in both"
@@ -132,11 +132,11 @@ def test_training_sees_what_the_processor_makes(built, model_and_processor):
     family = FAMILIES[built[0]](TINY)
     scene = scene_of("train", 3)  # an odd seed: Qwen's picture comes after the question, as in the benchmarks
     image = render(scene)
-    prompt = prompt_for(processor, image, "What is at the hub?", EXPLAIN_SUFFIX)
+    prompt = prompt_for(processor, image, "What is at the hub?", EXPLAIN)
     inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     image_tokens = (inputs["input_ids"] == image_token_id(model.config)).sum().item()
     assert image_tokens == family.image_tokens == {"llava": 78, "qwen": 36}[built[0]]
-    conversation = Conversation((full_turn(("What is at the hub?", EXPLAIN_SUFFIX), "A ring."),), scene)
+    conversation = Conversation((full_turn(("What is at the hub?", EXPLAIN), "A ring."),), scene)
     row = batches.Stream(family, processor, 1000).encode(conversation)
     length = inputs["input_ids"].shape[1]
     assert row.ids[:length] == inputs["input_ids"][0].tolist()

@@ -25,6 +25,9 @@ SYSTEM_TURN = (
 LONG_ANSWER = "Please answer with at least 1000 words."
 """Last item of the user turn that asks for training data."""
 
+EXPLAIN = "Please answer with an explanation."
+"""Last item of the user turn in most benchmarks."""
+
 PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vispec.cli import UserError, run_cli
-from vispec.demo.conversations import EXPLAIN_SUFFIX
 from vispec.demo.embedded import TARGET
 from vispec.demo.language import KINDS, answer
 from vispec.demo.parse import parse
@@ -27,7 +26,7 @@ from vispec.demo.prompt_lookup import prompt_lookup_share
 from vispec.demo.questions import ask, caption_question
 from vispec.demo.scenes import IMAGE_SIZE, Scene, render, scene_of
 from vispec.evaluation.loading import Parser, count, quiet_transformers
-from vispec.prompts import chat_messages, user_turn
+from vispec.prompts import EXPLAIN, chat_messages, user_turn
 
 BLANK = (128, 128, 128)
 MIN_PRECISION, MIN_RECALL, MAX_BLANK_RECALL, MAX_LOOKUP = 0.90, 0.90, 0.30, 1 / 3
@@ -101,7 +100,7 @@ def measure(model, processor, scene_count: int, batch: int, max_new_tokens: int)
     rng = random.Random(0)
     tenth = max(1, scene_count // 10)
     asked = [(ask(kind, scenes[i], rng), scenes[i], images[i]) for kind in KINDS for i in range(tenth)]
-    prompts = [prompt_for(processor, image, question.text, EXPLAIN_SUFFIX) for question, _, image in asked]
+    prompts = [prompt_for(processor, image, question.text, EXPLAIN) for question, _, image in asked]
     answers = replies(model, processor, prompts, [image for *_, image in asked], name="questions", **options)
     exact = [reply.text == answer(scene, question) for reply, (question, scene, _) in zip(answers, asked, strict=True)]
     precision, recall = precision_recall([reply.text for reply in captions], scenes)

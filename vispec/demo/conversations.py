@@ -12,14 +12,13 @@ from vispec.demo import phrases as ph
 from vispec.demo.language import KINDS, Question, answer, noun, with_article
 from vispec.demo.questions import ask, caption_question
 from vispec.demo.scenes import COLOURS, SHAPES, Scene, scene_of
-from vispec.prompts import LONG_ANSWER, SYSTEM_TURN
+from vispec.prompts import EXPLAIN, LONG_ANSWER, SYSTEM_TURN
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The "
     "assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 QWEN_SYSTEM = "You are a helpful assistant."
-EXPLAIN_SUFFIX = "Please answer with an explanation."
 DESCRIPTION_KINDS = ("describe", "story", "draw")
 KIND_WEIGHTS = {"describe": 5.0, "story": 1.5, "draw": 1.5}
 
@@ -101,7 +100,7 @@ def user_items(question: Question, rng: random.Random) -> tuple[str, ...]:
             text = text + "\n" if rng.random() < 0.5 else "\n" + text
         return text, LONG_ANSWER
     if question.kind not in DESCRIPTION_KINDS and dice < 0.7:
-        return text, EXPLAIN_SUFFIX
+        return text, EXPLAIN
     return (text,)
 
 

@@ -53,10 +53,6 @@ class Batch:
         embeds.view(-1, embeds.shape[2])[self.image_index] = self.image_rows.to(embeds.dtype)
         return embeds
 
-    def sample_of(self, scored_row: int) -> str:
-        """The file that a scored row comes from."""
-        return self.names[int(self.scored[scored_row]) // self.ids.shape[1]]
-
 
 @dataclass(frozen=True)
 class Noise:

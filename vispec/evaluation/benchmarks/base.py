@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHUFFLE_SEED = 42
-EXPLAIN = "Please answer with an explanation."
 MALFORMED = (KeyError, IndexError, TypeError, AttributeError)
 """What a row raises that is not as the published ones are."""
 

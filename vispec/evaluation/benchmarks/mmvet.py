@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from vispec.cli import UserError
 from vispec.evaluation.benchmarks.base import (
-    EXPLAIN,
     MALFORMED,
     Benchmark,
     Question,
@@ -19,7 +18,7 @@ from vispec.evaluation.benchmarks.base import (
     read_json,
     text_of,
 )
-from vispec.prompts import image_file, user_turn
+from vispec.prompts import EXPLAIN, image_file, user_turn
 
 if TYPE_CHECKING:
     from datasets import Dataset

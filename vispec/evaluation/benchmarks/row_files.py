@@ -6,7 +6,6 @@ from pathlib import Path
 
 from vispec.cli import UserError
 from vispec.evaluation.benchmarks.base import (
-    EXPLAIN,
     MALFORMED,
     Benchmark,
     Question,
@@ -14,7 +13,7 @@ from vispec.evaluation.benchmarks.base import (
     read_json_lines,
     text_of,
 )
-from vispec.prompts import image_file, user_turn
+from vispec.prompts import EXPLAIN, image_file, user_turn
 
 LLAVA_FILES = "eval.zip of https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 
