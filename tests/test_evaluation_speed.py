@@ -4,24 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from answer_files import SETTINGS, choice, write
 
 from vispec.evaluation import speed
 from vispec.evaluation.measure import Answer, drafted_flags
-
-SETTINGS = {"benchmark": "coco_caption", "temperature": 0.0, "max_new_tokens": 9, "dtype": "float32", "num_choices": 1}
-
-
-def choice(ids, wall, decode, accepted=None) -> dict:
-    fields = {"index": 0, "turns": ["x"], "output_ids": [ids], "idxs": [0], "new_tokens": [len(ids)]}
-    fields |= {"wall_time": [wall], "decode_time": [decode]}
-    return fields if accepted is None else fields | {"acceptance_length": accepted}
-
-
-def write(path: Path, answers: dict, **settings) -> Path:
-    lines = [{"question_id": name, "choices": choices} for name, choices in answers.items()]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path.with_name(path.name + ".meta.json").write_text(json.dumps({"settings": SETTINGS | settings}))
-    return path
 
 
 @pytest.fixture
@@ -113,6 +99,26 @@ def test_without_settings_there_is_a_notice(files, capsys):
     report(files, capsys)
     speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
     assert "is not checked" in capsys.readouterr().err
+
+
+def test_the_two_forms_of_the_command_exclude_each_other(files, tmp_path, capsys):
+    for argv, line in (
+        (["--results", str(tmp_path), "--spec", str(files[1])], "--results stands alone"),
+        (["--results", str(tmp_path), "--json"], "--results stands alone"),
+        (["--spec", str(files[1])], "expected either --results DIR, or --baseline FILE with --spec FILE"),
+        (["--baseline", str(files[0]), "--spec", str(files[1]), "--format", "csv"], "belong to --results"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            speed.main(argv)
+        printed = capsys.readouterr().err
+        assert left.value.code == 2 and line in printed and printed.count("\n") == 1
+
+
+def test_cost_of_a_round():
+    # 0.6 s for 2 rounds against 1 s for 10 plain steps
+    plain, ours = (Answer([1] * 11, rounds - 1, 9.0, decode, []) for rounds, decode in ((10, 1.0), (2, 0.6)))
+    assert speed.round_in_steps([plain], [ours]) == pytest.approx(3.0)
+    assert speed.round_in_steps([plain], [Answer([1], -1, 9.0, 0.0, [])]) is None
 
 
 def test_drafted_flags():

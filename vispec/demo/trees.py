@@ -14,7 +14,7 @@ from vispec.cli import DTYPES, provenance, run_cli, write_json_atomic
 from vispec.demo import embedded
 from vispec.evaluation.loading import Parser, count, load_model, quiet_transformers
 from vispec.evaluation.measure import Answer, Generation, answer_question
-from vispec.evaluation.speed import compare
+from vispec.evaluation.speed import compare, round_in_steps
 
 TREES = ("8/3/3", "12/3/4", "12/4/3", "30/3/8")
 QUESTIONS, REPETITIONS = 6, 5
@@ -74,11 +74,7 @@ def _typical(answers: list[Answer]) -> Answer:
 
 def _row(tree: str, baseline: list[Answer], spec: list[Answer]) -> Row:
     comparison = compare(*({i: [answer] for i, answer in enumerate(arm)} for arm in (baseline, spec)))
-    step, round_ = (
-        sum(answer.decode_time for answer in arm) / sum(answer.last_round + 1 for answer in arm)
-        for arm in (baseline, spec)
-    )
-    return Row(tree, comparison.tau, round_ / step, comparison.speedup, comparison.outputs_identical)
+    return Row(tree, comparison.tau, round_in_steps(baseline, spec), comparison.speedup, comparison.outputs_identical)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""Speedup and tau of a speculative arm: `python -m vispec.evaluation.speed --baseline FILE --spec FILE`.
+"""Speedup and tau of speculative arms, from answer files.
+
+    python -m vispec.evaluation.speed --baseline FILE --spec FILE       one pair of files
+    python -m vispec.evaluation.speed --results DIR [--figure FILE]     all methods and benchmarks below a folder
 
 The speed of an arm is the mean over questions of new tokens / wall time (seconds, the target's prefill included),
 counted over the questions that both arms have answered; the speedup is the ratio of the two. The decode-only measure is
@@ -7,9 +10,11 @@ the mean of all acceptance lengths: draft tokens accepted in a round, without th
 counts it: tau + 1).
 """
 
+import importlib.util
 import json
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -87,9 +92,8 @@ def compare(baseline: Answers, spec: Answers) -> Comparison:
 
 def arm_speed(questions: Sequence[Sequence[Answer]]) -> ArmSpeed:
     """Speed of an arm: the mean of each question's own speed."""
-    wall = [sum(len(a.output_ids) for a in q) / sum(a.wall_time for a in q) for q in questions]
-    decoded = [[a for a in q if len(a.output_ids) > 1 and a.decode_time > 0] for q in questions]
-    decode = [sum(len(a.output_ids) - 1 for a in q) / sum(a.decode_time for a in q) for q in decoded if q]
+    wall = [wall_speed(answers) for answers in questions]
+    decode = [speed for answers in questions if (speed := decode_speed(answers)) is not None]
     return ArmSpeed(
         tokens_per_second=fmean(wall),
         ms_per_token=1000 / fmean(wall),
@@ -98,12 +102,84 @@ def arm_speed(questions: Sequence[Sequence[Answer]]) -> ArmSpeed:
     )
 
 
+def wall_speed(answers: Sequence[Answer]) -> float:
+    """New tokens per second of one question, all its answers together, prefill included."""
+    return sum(len(a.output_ids) for a in answers) / sum(a.wall_time for a in answers)
+
+
+def decode_speed(answers: Sequence[Answer]) -> float | None:
+    """The same after the first token and the prefill; None where nothing was decoded."""
+    decoded = [a for a in answers if len(a.output_ids) > 1 and a.decode_time > 0]
+    return sum(len(a.output_ids) - 1 for a in decoded) / sum(a.decode_time for a in decoded) if decoded else None
+
+
+def round_in_steps(baseline: Sequence[Answer], spec: Sequence[Answer]) -> float | None:
+    """Time of a draft round over the time of a plain step, both without prefill; None where an arm decoded nothing."""
+    times = []
+    for answers in (baseline, spec):
+        rounds = sum(answer.last_round + 1 for answer in answers)
+        times.append(sum(answer.decode_time for answer in answers) / rounds if rounds else 0.0)
+    step, round_ = times
+    return round_ / step if step and round_ else None
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m vispec.evaluation.speed", description="Speedup and tau of an answer file.")
-    parser.add_argument("--baseline", required=True, metavar="FILE", help="answers of the baseline")
-    parser.add_argument("--spec", required=True, metavar="FILE", help="answers of a speculative method")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = _make_parser()
     args = parser.parse_args(argv)
+    pair = [flag for flag in ("baseline", "spec") if getattr(args, flag) is not None]
+    if args.results is not None:
+        if pair or args.json:
+            parser.error("--results stands alone: expected no --baseline, --spec or --json beside it (--format json)")
+        return _report_results(args)
+    if len(pair) < 2:
+        parser.error("expected either --results DIR, or --baseline FILE with --spec FILE")
+    if args.format or args.figure:
+        parser.error("--format and --figure belong to --results, found --baseline and --spec")
+    return _report_pair(args)
+
+
+def _make_parser() -> Parser:
+    parser = Parser(prog="python -m vispec.evaluation.speed", description="Speedup and tau of answer files.")
+    add = parser.add_argument
+    add("--results", metavar="DIR", help="report all answer files below DIR: methods × benchmarks")
+    add("--format", choices=("md", "csv", "json"), help="of the report on --results (default: md)")
+    add(
+        "--figure",
+        metavar="FILE",
+        help="draw the report on --results as a bar chart (png): that of the lowest temperature, or, where the name "
+        "holds {T}, one of each",
+    )
+    add("--baseline", metavar="FILE", help="answers of the baseline")
+    add("--spec", metavar="FILE", help="answers of a speculative method")
+    add("--json", action="store_true", help="print the pair's report as one JSON object")
+    return parser
+
+
+def _report_results(args: Namespace) -> int:
+    # they use this module's measures
+    from vispec.evaluation import report
+    from vispec.evaluation.results import read_results
+
+    if args.figure and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--figure {args.figure}: drawing needs matplotlib: pip install matplotlib")
+    results = read_results(Path(args.results))
+    for notice in results.notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    if args.figure:
+        from vispec.evaluation.chart import draw_all
+
+        for path in draw_all(results, args.figure):
+            print(f"{path} written", file=sys.stderr)
+    if args.format == "json":
+        print(report.as_json(results, provenance(args)))
+    elif args.format == "csv":
+        print(report.as_csv(results), end="")
+    else:
+        print(report.as_markdown(results))
+    return 0
+
+
+def _report_pair(args: Namespace) -> int:
     settings, notices = _common_settings(Path(args.baseline), Path(args.spec))
     baseline, spec = read_answers(Path(args.baseline)), read_answers(Path(args.spec))
     if any(answer.acceptance_lengths for answers in baseline.values() for answer in answers):
@@ -141,6 +217,18 @@ def read_answers(path: Path) -> dict[int | str, list[Answer]]:
     return answers
 
 
+def refuse_differences(why: str, names: Iterable[str], one: tuple[Path, Mapping], other: tuple[Path, Mapping]) -> None:
+    """Compare settings of two answer files, each given as (path, settings).
+
+    Raises:
+        UserError: one of the names has different values; says `why` and names both files.
+    """
+    for name in names:
+        found, expected = other[1].get(name), one[1].get(name)
+        if found != expected:
+            raise UserError(f"{why}: {name} is {expected!r} in {one[0]} and {found!r} in {other[0]}")
+
+
 def _common_settings(baseline: Path, spec: Path) -> tuple[dict, list[str]]:
     """The settings of the pair, and what could not be checked; differing ones are refused."""
     metas = [read_meta(path) for path in (baseline, spec)]
@@ -151,12 +239,7 @@ def _common_settings(baseline: Path, spec: Path) -> tuple[dict, list[str]]:
     ]
     ours, theirs = (meta["settings"] if meta else None for meta in metas)
     if ours is not None and theirs is not None:
-        for name in COMPARABLE:
-            if ours.get(name) != theirs.get(name):
-                raise UserError(
-                    f"the arms cannot be compared: {name} is {ours.get(name)!r} in {baseline} "
-                    f"and {theirs.get(name)!r} in {spec}"
-                )
+        refuse_differences("the arms cannot be compared", COMPARABLE, (baseline, ours), (spec, theirs))
     return theirs or ours or {}, notices
 
 

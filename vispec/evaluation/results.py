@@ -1,0 +1,246 @@
+"""All answer files below a folder, as tables of methods × benchmarks: one for each target and temperature.
+
+What a file holds is read from the settings beside it, not from its name. What is missing stays visible: a cell without
+answers is None, and a notice says which file would fill it.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from vispec.cli import UserError
+from vispec.evaluation.answers import meta_path, read_meta
+from vispec.evaluation.bootstrap import Estimate, average, estimates
+from vispec.evaluation.measure import Answer
+from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
+from vispec.evaluation.speed import (
+    COMPARABLE,
+    ArmSpeed,
+    Comparison,
+    arm_speed,
+    compare,
+    read_answers,
+    refuse_differences,
+    round_in_steps,
+)
+
+NEEDED = ("benchmark", "method", "base_model", "temperature")
+SHARED_BY_TABLE = ("dtype", "device", "max_new_tokens", "num_choices")
+SHARED_BY_ROW = ("spec_model", "tree")
+"""Settings without which an average over benchmarks would mean nothing."""
+
+
+@dataclass(frozen=True)
+class AnswersOf:
+    """A method's answers to a benchmark."""
+
+    path: Path
+    settings: Mapping
+    provenance: Mapping
+    answers: Mapping[int | str, list[Answer]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on one benchmark beside the baseline, over the questions that both have answered."""
+
+    comparison: Comparison
+    estimates: Mapping[str, Estimate]
+    """Of speedup, decode_speedup and tau."""
+    round_in_steps: float | None
+    histogram: Counter[int]
+    """How many rounds had 0, 1, 2, … draft tokens accepted."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A speculative method on all benchmarks."""
+
+    method: str
+    settings: Mapping
+    """Those that do not depend on the benchmark: spec_model, tree; empty if the method has no answers here."""
+    cells: Mapping[str, Cell | None]
+
+    @property
+    def benchmarks(self) -> int:
+        """How many the averages are over."""
+        return sum(cell is not None for cell in self.cells.values())
+
+    def average(self, measure: str) -> Estimate:
+        """Mean over the benchmarks of speedup, decode_speedup or tau."""
+        return average([cell.estimates[measure] for cell in self.cells.values() if cell])
+
+    @property
+    def histogram(self) -> Counter[int]:
+        """Over the rounds of all benchmarks."""
+        return sum((cell.histogram for cell in self.cells.values() if cell), Counter())
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods × benchmarks of one target at one temperature."""
+
+    base_model: str
+    temperature: float
+    settings: Mapping
+    """Those that all files share: dtype, device, max_new_tokens, num_choices."""
+    baseline: Mapping[str, ArmSpeed | None]
+    """By benchmark, over all questions that the baseline has answered."""
+    baseline_questions: Mapping[str, int]
+    rows: list[Row]
+    files: list[AnswersOf]
+
+    @property
+    def target(self) -> str:
+        """The target's name, without its folder or organisation."""
+        return Path(self.base_model).name
+
+    @property
+    def baseline_average(self) -> float | None:
+        """Mean over the benchmarks of tokens per second."""
+        speeds = [speed.tokens_per_second for speed in self.baseline.values() if speed]
+        return fmean(speeds) if speeds else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The tables, by target and rising temperature, and what is missing from them."""
+
+    tables: list[Table]
+    notices: list[str]
+
+
+def read_results(folder: Path) -> Results:
+    """Read all answer files below a folder.
+
+    Raises:
+        UserError: there is none, two hold the same cell, or settings that must agree do not.
+    """
+    notices: list[str] = []
+    tables: dict[tuple[str, float], dict[tuple[str, str], AnswersOf]] = defaultdict(dict)
+    for found in _find(folder, notices):
+        benchmark, method, base_model, temperature = (found.settings[name] for name in NEEDED)
+        cells = tables[base_model, temperature]
+        other = cells.setdefault((method, benchmark), found)
+        if other is not found:
+            raise UserError(
+                f"two files answer {benchmark} by {method} at temperature {temperature}: {other.path} and "
+                f"{found.path}; expected one, move the other away"
+            )
+    if not tables:
+        raise UserError(f"--results {folder}: found no answer file (*.jsonl with its .meta.json) with answers")
+    methods = defaultdict(set)
+    for (base_model, _), cells in tables.items():
+        methods[base_model] |= {method for method, _ in cells} - {"baseline"}
+    return Results(
+        [_table(folder, *key, tables[key], _ordered(methods[key[0]]), notices) for key in sorted(tables)], notices
+    )
+
+
+def _find(folder: Path, notices: list[str]) -> list[AnswersOf]:
+    """The answer files below a folder that have answers."""
+    if not folder.is_dir():
+        raise UserError(f"--results {folder}: there is no such folder")
+    found = []
+    for path in sorted(folder.rglob("*.jsonl")):
+        meta = read_meta(path)
+        if meta is None:
+            notices.append(f"{path} is not counted: no {meta_path(path).name} beside it")
+            continue
+        settings = meta["settings"]
+        missing = [name for name in NEEDED if name not in settings]
+        if missing:
+            raise UserError(f"{meta_path(path)}: expected settings with {', '.join(NEEDED)}; no {', '.join(missing)}")
+        if settings["benchmark"] not in BENCHMARK_TITLES:
+            notices.append(f"{path} is not counted: {settings['benchmark']} is none of the eight benchmarks")
+            continue
+        answers = read_answers(path)
+        if answers:
+            found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers))
+        else:
+            notices.append(f"{path} is not counted: it has no answer yet")
+    return found
+
+
+def _ordered(methods: set[str]) -> list[str]:
+    """Methods in the order of the paper's rows, unknown ones last."""
+    known = list(METHOD_TITLES)
+    return sorted(methods, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def _table(
+    folder: Path,
+    base_model: str,
+    temperature: float,
+    found: Mapping[tuple[str, str], AnswersOf],
+    methods: list[str],
+    notices: list[str],
+) -> Table:
+    files = list(found.values())
+    for one in files[1:]:
+        _refuse_differences("the answers cannot stand in one table", SHARED_BY_TABLE, files[0], one)
+    for method in ("baseline", *methods):
+        missing = [benchmark for benchmark in BENCHMARK_TITLES if (method, benchmark) not in found]
+        if missing:
+            names = missing[0] if len(missing) == 1 else "{" + ",".join(missing) + "}"
+            notices.append(
+                f"temperature {temperature:g}, {method}: no answers to {', '.join(missing)} "
+                f"(expected {folder}/{names}/{method}-temperature-{temperature}.jsonl)"
+            )
+    baseline = {benchmark: found.get(("baseline", benchmark)) for benchmark in BENCHMARK_TITLES}
+    return Table(
+        base_model,
+        temperature,
+        {name: files[0].settings.get(name) for name in SHARED_BY_TABLE},
+        {name: arm_speed(list(arm.answers.values())) if arm else None for name, arm in baseline.items()},
+        {name: len(arm.answers) if arm else 0 for name, arm in baseline.items()},
+        [_row(method, baseline, found, notices) for method in methods],
+        files,
+    )
+
+
+def _row(
+    method: str,
+    baseline: Mapping[str, AnswersOf | None],
+    found: Mapping[tuple[str, str], AnswersOf],
+    notices: list[str],
+) -> Row:
+    arms = {benchmark: found[method, benchmark] for benchmark in baseline if (method, benchmark) in found}
+    first, *others = arms.values() or [None]
+    for other in others:
+        _refuse_differences("the answers cannot stand in one row", SHARED_BY_ROW, first, other)
+    cells: dict[str, Cell | None] = dict.fromkeys(baseline)
+    for stream, (benchmark, plain) in enumerate(baseline.items()):
+        if benchmark not in arms:
+            continue
+        if plain is None:
+            notices.append(f"{arms[benchmark].path}: no baseline to compare with")
+            continue
+        cells[benchmark] = _cell(plain, arms[benchmark], stream, notices)
+    settings = {name: first.settings.get(name) for name in SHARED_BY_ROW} if first else {}
+    return Row(method, settings, cells)
+
+
+def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str]) -> Cell | None:
+    _refuse_differences("the arms cannot be compared", COMPARABLE, baseline, spec)
+    shared = [question for question in baseline.answers if question in spec.answers]
+    only_one = len(baseline.answers.keys() ^ spec.answers.keys())
+    if only_one:
+        notices.append(f"{spec.path}: {only_one} question(s) that only one arm has answered are not counted")
+    if not shared:
+        return None
+    plain, ours = ([arm.answers[question] for question in shared] for arm in (baseline, spec))
+    comparison = compare(baseline.answers, spec.answers)
+    all_plain, all_ours = ([answer for answers in arm for answer in answers] for arm in (plain, ours))
+    return Cell(
+        comparison,
+        estimates(comparison, plain, ours, stream),
+        round_in_steps(all_plain, all_ours),
+        Counter(length for answer in all_ours for length in answer.acceptance_lengths),
+    )
+
+
+def _refuse_differences(why: str, names: tuple[str, ...], one: AnswersOf, other: AnswersOf) -> None:
+    refuse_differences(why, names, (one.path, one.settings), (other.path, other.settings))
