@@ -18,6 +18,7 @@ from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.bootstrap import DRAWS, SEED, average, estimates
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, published
+from vispec.evaluation.report import title
 from vispec.evaluation.results import read_results
 
 LLAVA = "llava-hf/llava-v1.6-vicuna-7b-hf"
@@ -265,6 +266,23 @@ def test_the_published_table(folder, capsys):
     assert "Published, not measured here" in printed
     arm(folder / "own", "gqa", "baseline", baseline_answers(3.0), base_model="/my/model")
     assert "Published" not in report(folder / "own", capsys)
+
+
+def test_the_page_on_slow_speedups_is_arithmetic():
+    text = (Path(__file__).parent.parent / "docs" / "why-slower.md").read_text(encoding="utf-8")
+    rows = [_cells(line) for line in text.splitlines() if line.startswith(("| LLaVA", "| Qwen"))]
+    assert len(rows) == 4 * 3
+    names = ("llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-13b-hf", "Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")
+    for index, (target, method, *cells) in enumerate(rows):
+        name = names[index // 3]
+        assert target.split()[-1].lower() in name.lower()
+        for temperature, pair, cost in ((0.0, *cells[:2]), (1.0, *cells[2:])):
+            theirs = {title(name): found for name, found in published(name, temperature).items()}
+            speedup, tau = theirs[method][AVERAGE]
+            assert pair == f"{speedup:.2f}, {tau:.2f}" and cost == f"{(tau + 1) / speedup:.2f}"
+    examples = {cells[0]: cells[1:] for cells in map(_cells, text.splitlines()) if len(cells) == 5}
+    tokens, speedups = examples["further tokens"], examples["speedup"]
+    assert speedups == [f"{(25 + n) / (25 + n / 2.58):.2f}" for n in map(int, tokens)]
 
 
 def test_figures(folder, tmp_path, capsys):
