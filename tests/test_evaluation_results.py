@@ -22,6 +22,7 @@ from vispec.evaluation.report import title
 from vispec.evaluation.results import read_results
 
 LLAVA = "llava-hf/llava-v1.6-vicuna-7b-hf"
+PUBLISHED = ("llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-13b-hf", "Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")
 
 
 def arm(folder: Path, benchmark: str, method: str, answers: dict, temperature: float = 0.0, **settings) -> Path:
@@ -251,12 +252,7 @@ def test_the_published_table(folder, capsys):
     ):
         assert published(model, temperature)[method][AVERAGE] == pair
     assert published("Qwen/Qwen2.5-VL-3B-Instruct", 0.0)["vispec"]["vizwiz"] == (1.71, 2.22)
-    for name in (
-        "llava-v1.6-vicuna-7b-hf",
-        "llava-v1.6-vicuna-13b-hf",
-        "Qwen2.5-VL-3B-Instruct",
-        "Qwen2.5-VL-7B-Instruct",
-    ):
+    for name in PUBLISHED:
         columns = published(name, 0.0)["vispec"]
         for index in (0, 1):
             mean = sum(columns[benchmark][index] for benchmark in BENCHMARKS) / 8
@@ -272,12 +268,11 @@ def test_the_page_on_slow_speedups_is_arithmetic():
     text = (Path(__file__).parent.parent / "docs" / "why-slower.md").read_text(encoding="utf-8")
     rows = [_cells(line) for line in text.splitlines() if line.startswith(("| LLaVA", "| Qwen"))]
     assert len(rows) == 4 * 3
-    names = ("llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-13b-hf", "Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct")
     for index, (target, method, *cells) in enumerate(rows):
-        name = names[index // 3]
+        name = PUBLISHED[index // 3]
         assert target.split()[-1].lower() in name.lower()
         for temperature, pair, cost in ((0.0, *cells[:2]), (1.0, *cells[2:])):
-            theirs = {title(name): found for name, found in published(name, temperature).items()}
+            theirs = {title(key): found for key, found in published(name, temperature).items()}
             speedup, tau = theirs[method][AVERAGE]
             assert pair == f"{speedup:.2f}, {tau:.2f}" and cost == f"{(tau + 1) / speedup:.2f}"
     examples = {cells[0]: cells[1:] for cells in map(_cells, text.splitlines()) if len(cells) == 5}
