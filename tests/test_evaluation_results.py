@@ -13,6 +13,7 @@ import pytest
 from answer_files import choice, write
 from PIL import Image
 
+from vispec.demo import embedded
 from vispec.evaluation import chart, speed
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.bootstrap import DRAWS, SEED, average, estimates
@@ -152,6 +153,14 @@ def test_missing_arms_are_holes_with_notices(folder, capsys):
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_names_of_target_and_draft_head(tmp_path, capsys):
+    common = {"base_model": str(embedded.TARGET), "spec_model": str(embedded.DRAFT), "tree": [12, 3, 4]}
+    arm(tmp_path, "gqa", "vispec", vispec_answers(1.0, [3]), **common)
+    printed = report(tmp_path, capsys)
+    assert "## the embedded target, temperature 0\n" in printed and "draft head weights/draft, tree 12/3/4" in printed
+    assert str(embedded.WEIGHTS) not in printed
 
 
 def test_markdown_tables_are_rectangular_and_aligned(folder, capsys):

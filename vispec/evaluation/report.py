@@ -5,6 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
 from vispec.evaluation.lossless import GREEDY
@@ -94,8 +95,9 @@ def _section(table: Table) -> str:
 
 
 def _described(row: Row) -> str:
-    tree = row.settings["tree"]
-    parts = [f"draft head {row.settings['spec_model']}"] if row.settings["spec_model"] else []
+    head, tree = row.settings["spec_model"], row.settings["tree"]
+    # of a folder, the end is enough for people; the whole path is in the JSON
+    parts = [f"draft head {'/'.join(Path(head).parts[-2:])}"] if head else []
     parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"] if tree else []
     return ", ".join(parts) or "no draft head"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from vispec.cli import UserError
+from vispec.demo import embedded
 from vispec.evaluation.answers import meta_path, read_meta
 from vispec.evaluation.bootstrap import Estimate, average, estimates
 from vispec.evaluation.measure import Answer
@@ -95,7 +96,8 @@ class Table:
     @property
     def target(self) -> str:
         """The target's name, without its folder or organisation."""
-        return Path(self.base_model).name
+        parts = Path(self.base_model).parts
+        return "the embedded target" if parts[-4:] == embedded.TARGET.parts[-4:] else parts[-1]
 
     @property
     def baseline_average(self) -> float | None:
