@@ -1,6 +1,7 @@
 """Features that the target computes while the head is trained lead to the weights that stored ones lead to."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -75,6 +76,17 @@ def test_qwen_online_uses_the_data_s_pixel_limits(data, tmp_path):
         assert generate("image", "qwen", data, tmp_path / store, "--store", store) == 0
     stored = trained(2, [tmp_path / "pairs"], tmp_path / "stored", family="qwen")
     assert_same(trained(2, [tmp_path / "tokens"], tmp_path / "online", "--online", family="qwen"), stored)
+
+
+def test_the_plan_counts_the_target_s_memory(made, tmp_path, capsys):
+    arguments = ["--basepath", TARGETS["llava"], "--configpath", CONFIGS["llava"], "--cpdir", str(tmp_path / "cp")]
+    arguments += ["--tmpdir", str(made / "image_tokens"), "--dry-run"]
+    assert main_mtp.main([*arguments, "--online", "--target-dtype", "bfloat16"]) == 0
+    weights = load_file(f"{TARGETS['llava']}/model.safetensors").values()
+    count = sum(tensor.numel() for tensor in weights)
+    plan = capsys.readouterr().out
+    size = float(re.search(rf"([\d.]+) MiB  the target of --online: {count:,} parameters\n", plan)[1])
+    assert size == pytest.approx(2 * count / 2**20, abs=0.05)
 
 
 def test_token_files_are_small_and_complete(made):

@@ -113,6 +113,20 @@ def test_noise(data):
     assert torch.equal(collate([noisy[(3, 1)]]).targets, collate([noisy[(3, None)]]).targets)
 
 
+def test_a_loader_pins_the_tensors_of_a_batch(data, monkeypatch):
+    """For a GPU: without a method of its own, a DataLoader hands an object on as it is."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    samples = SampleFolder(find_samples([data]), 64)
+    batch = collate([samples[(i, None)] for i in range(2)])
+    copy = batch.pin_memory()
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert len(pinned) == len(tensors) == 6
+    for name, value in vars(batch).items():
+        found = getattr(copy, name)
+        assert torch.equal(found, value) and found is not value if name in tensors else found == value
+
+
 def test_schedule():
     factors = [schedule(step, 10, 20) for step in range(200)]
     assert factors[0] == 0.1

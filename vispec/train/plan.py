@@ -55,7 +55,7 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
     rows = chunk_rows(trainer.processes.device.type, config.vocab_size, steps)
     logits = min(rows, pairs) * steps * config.vocab_size
     head = trainer.lm_head
-    return {
+    parts = {
         f"weights of the draft head: {parameters:,} x 4 bytes": parameters * 4,
         f"gradients: {trained:,} x 4 bytes": trained * 4,
         f"AdamW's two moments: {trained:,} x 8 bytes": trained * 8,
@@ -64,6 +64,11 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
         f"activations: {pairs:,} pairs x {steps} step(s) x {kept:,} x {width} bytes": pairs * steps * kept * width,
         f"a chunk of the loss: {LOGIT_TENSORS} x {logits:,} logits x 4 bytes": LOGIT_TENSORS * logits * 4,
     }
+    if trainer.online:
+        tensors = list(trainer.online.target.model.parameters())
+        count = sum(tensor.numel() for tensor in tensors)
+        parts[f"the target of --online: {count:,} parameters"] = sum(tensor.nbytes for tensor in tensors)
+    return parts
 
 
 def marked_text(sample: Sample, tokenizer) -> str:

@@ -4,7 +4,7 @@ Shapes: B samples, L tokens of the longest, H hidden size, S scored pairs, N ima
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,11 +41,19 @@ class Batch:
     names: list[str]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+        return self._each(moved)
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from which copies to a GPU run beside its work; a DataLoader calls this."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                values[name] = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-        return Batch(**values)
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return Batch(**values | tensors)
 
     def embeds(self, table: torch.Tensor) -> torch.Tensor:
         """(B, L, H) merged input embeddings: text rows from the (V, H) table, image rows as stored."""
