@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import vispec
+from vispec.children import end_with_parent
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Of a target, as flags spell them; auto is the dtype of its files."""
@@ -33,6 +34,7 @@ def parse_bool(text: str) -> bool:
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command and leave the process: errors of the user become one line on stderr and exit code 1."""
+    end_with_parent()
     try:
         code = main() or 0
     except (ValueError, OSError) as error:

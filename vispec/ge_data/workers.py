@@ -1,10 +1,11 @@
 """One process for each group of GPUs."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from vispec.children import start_child
 
 
 def gpu_groups(gpus: Sequence[str], gpus_per_model: float) -> list[str]:
@@ -39,7 +40,7 @@ def visible_gpus() -> list[str]:
 
 
 def run_workers(module: str, argv: Sequence[str], groups: Sequence[str], logs: Path) -> int:
-    """Run `python -m module argv --worker i/n` once for each GPU group; all of them finish.
+    """Run `python -m module argv --worker i/n` once for each GPU group; all of them finish, or end with this process.
 
     Returns:
         0, or the exit code of the first worker that failed; the end of its log goes to stderr.
@@ -47,11 +48,10 @@ def run_workers(module: str, argv: Sequence[str], groups: Sequence[str], logs: P
     logs.mkdir(parents=True, exist_ok=True)
     running = []
     for i, group in enumerate(groups):
-        command = [sys.executable, "-m", module, *argv, "--worker", f"{i}/{len(groups)}"]
         log = logs / f"worker_{i}.log"
-        with open(log, "wb") as output:
-            env = {**os.environ, "CUDA_VISIBLE_DEVICES": group}
-            running.append((i, log, subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)))
+        log.unlink(missing_ok=True)
+        command = [module, *argv, "--worker", f"{i}/{len(groups)}"]
+        running.append((i, log, start_child(command, log, {"CUDA_VISIBLE_DEVICES": group})))
         print(f"worker {i}/{len(groups)} on GPU {group}: progress in {log}", flush=True)
     failed = 0
     try:
