@@ -1,0 +1,121 @@
+"""τ of draft heads on unseen scenes: draft tokens accepted in a round, which no other load of the machine changes.
+
+python -m vispec.demo.tau --model TARGET --drafts HEAD … --json FILE
+
+Greedy in float32, over the demo's questions, so that all heads give the same answers: the target's own.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from vispec.cli import UserError, changes, provenance, run_cli, write_json_atomic
+from vispec.demo import embedded
+from vispec.demo.trees import Tree, parse_tree
+from vispec.evaluation.loading import Parser, count, load_model, quiet_transformers
+from vispec.evaluation.measure import Generation, answer_question
+
+TREES = ("12/3/4", "30/3/8")
+QUESTIONS = 28
+"""Two of each kind."""
+
+
+def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tokens: int) -> dict:
+    """Answer all prompts by a head.
+
+    Args:
+        model: a `SpecModel` of the target; its own head and tree are not used.
+        draft: the head to be measured.
+        inputs: what the processor returned for each prompt.
+
+    Returns:
+        `tau`, the mean of all acceptance lengths; `rounds`, how many; `answers`, a digest of all output ids.
+    """
+    from vispec import SpecModel
+
+    arm = SpecModel(model.target.model, draft, *tree)
+    generation = Generation(temperature=0.0, max_new_tokens=max_new_tokens)
+    answers = [answer_question(arm, prompt, "spec", generation) for prompt in inputs]
+    lengths = [length for answer in answers for length in answer.acceptance_lengths]
+    digest = hashlib.blake2b(repr([answer.output_ids for answer in answers]).encode(), digest_size=8).hexdigest()
+    return {"tau": fmean(lengths), "rounds": len(lengths), "answers": digest}
+
+
+def weights_digest(folder: Path) -> str:
+    """What tells the weights of a checkpoint from those of another one of the same name."""
+    from vispec.model.checkpoints import SAFETENSORS
+
+    path = folder / SAFETENSORS
+    if not path.is_file():
+        raise UserError(f"{folder}: no {SAFETENSORS} there")
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m vispec.demo.tau", description="τ of draft heads on unseen scenes.")
+    add = parser.add_argument
+    add("--model", default=str(embedded.TARGET), help="a target of the demo's world (default: the shipped one)")
+    add("--drafts", nargs="+", default=[str(embedded.DRAFT)], metavar="DIR", help="(default: the shipped one)")
+    add("--trees", nargs="+", type=parse_tree, default=[parse_tree(tree) for tree in TREES], metavar="N/d/k")
+    add("--questions", type=count, default=QUESTIONS, help="(default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="keeps what is measured; the same command goes on where it stopped")
+    args = parser.parse_args(argv)
+    settings = {"model": args.model, "questions": args.questions}
+    heads = _begun(args.json, settings)
+    wanted = {folder: weights_digest(Path(folder)) for folder in args.drafts}
+    missing = [
+        (folder, tree)
+        for folder, weights in wanted.items()
+        for tree in args.trees
+        if heads.get(folder, {}).get("weights") != weights or _name(tree) not in heads[folder]["trees"]
+    ]
+    for folder, tree, found in _measured(args, missing):
+        if heads.get(folder, {}).get("weights") != wanted[folder]:
+            heads[folder] = {"weights": wanted[folder], "trees": {}}
+        heads[folder]["trees"][_name(tree)] = found
+        if args.json:
+            write_json_atomic(args.json, {"settings": settings, "heads": heads, "provenance": provenance(args)})
+    for folder in wanted:
+        taus = ", ".join(f"τ {heads[folder]['trees'][_name(tree)]['tau']:.3f} at {_name(tree)}" for tree in args.trees)
+        print(f"{folder}: {taus}")
+    return 0
+
+
+def _measured(args, missing: list[tuple[str, Tree]]):
+    """(folder, tree, what was measured) one after the other; the target is loaded only where something is missing."""
+    if not missing:
+        return
+    import torch
+    from tqdm import tqdm
+
+    from vispec.demo.runner import MAX_NEW_TOKENS, questions
+    from vispec.model.checkpoints import load_draft
+    from vispec.prompts import build_inputs, load_processor, user_turn
+
+    quiet_transformers()
+    model = load_model(args.model, None, dtype=embedded.DTYPE)
+    processor = load_processor(args.model)
+    inputs = [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)]
+    for folder, tree in tqdm(missing, unit="head"):
+        draft = load_draft(folder, dtype=torch.float32, embedding=model.target.embed_tokens.weight)
+        yield folder, tree, measure_tau(model, draft.to(model.device), tree, inputs, MAX_NEW_TOKENS)
+
+
+def _begun(path: Path | None, settings: dict) -> dict:
+    """What an earlier call has measured."""
+    if path is None or not path.is_file():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if differences := changes(earlier["settings"], settings):
+        raise UserError(f"--json {path} holds other measurements ({differences}); choose another file")
+    return earlier["heads"]
+
+
+def _name(tree: Tree) -> str:
+    return "/".join(map(str, tree))
+
+
+if __name__ == "__main__":
+    run_cli(main)
