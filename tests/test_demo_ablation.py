@@ -18,9 +18,9 @@ QUICK = ["--epochs", "1", "--questions", "2"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """What rebuild.sh leaves: target/model, images, stage1 and stage2."""
+    """What rebuild.sh leaves: target/model, data, images, stage1 and stage2."""
     folder = tmp_path_factory.mktemp("work")
-    rows = write_rows(folder / "rows")
+    rows = write_rows(folder / "data" / "LLaVA-Pretrain")
     (folder / "target").mkdir()
     (folder / "target" / "model").symlink_to(TARGETS["llava"])
     for stage, run, first in (("text", main, "stage1"), ("image", main_mtp, "stage2")):

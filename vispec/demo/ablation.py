@@ -98,6 +98,8 @@ def heads_of(variants: Sequence[Variant], seeds: Sequence[int], work: Path, out:
                 **variant.flags,
             }
             flags["--save-every"] = flags["--num-epochs"]
+            if "--online" in flags:
+                flags["--data-folder"] = work / "data" / "LLaVA-Pretrain"
             command = ["vispec.train.main_mtp", *(f"{name}={value}" for name, value in flags.items())]
             heads.append(Head(variant, seed, cpdir / f"state_{flags['--num-epochs']}", command))
     untrained = [variant for variant in variants if variant.flags is None]
