@@ -8,9 +8,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from vispec.evaluation import answering
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
-from vispec.evaluation import runner
 from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
 from vispec.model.checkpoints import load_draft, read_config, save_draft
 from vispec.model.medusa import MedusaHead
@@ -22,7 +22,7 @@ IDS = [70, 10, 50, 20, 40]
 
 @pytest.fixture(autouse=True)
 def _one_warm_up(monkeypatch):
-    monkeypatch.setattr(runner, "WARM_UPS", 1)
+    monkeypatch.setattr(answering, "WARM_UPS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def finished(coco, tmp_path_factory) -> tuple[Path, Path]:
     """Answer files of both arms; tests copy them before they change anything."""
     out = tmp_path_factory.mktemp("answers")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "WARM_UPS", 1)
+        patch.setattr(answering, "WARM_UPS", 1)
         return run_baseline(coco, out), run_spec(coco, out)
 
 
@@ -120,8 +120,8 @@ def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatc
     # three whole lines in another order, one of them twice, and the beginning of a fourth
     path.write_text("".join([lines[2], lines[0], lines[2], lines[1], lines[3][:40]]))
     answered = []
-    measure = runner.answer_question
-    monkeypatch.setattr(runner, "answer_question", lambda *args: answered.append(args) or measure(*args))
+    measure = answering.answer_question
+    monkeypatch.setattr(answering, "answer_question", lambda *args: answered.append(args) or measure(*args))
     run_spec(coco, tmp_path)
     assert len(answered) == 1 + 2
     after = read(path)
@@ -132,7 +132,7 @@ def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatc
 
 def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch):
     path = copy_of(finished[0], tmp_path)
-    monkeypatch.setattr(runner, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(answering, "load_models", lambda *a, **k: pytest.fail("the model was loaded"))
     before = path.read_text()
     run_baseline(coco, tmp_path)
     assert path.read_text() == before

@@ -8,7 +8,7 @@ from pathlib import Path
 import benchmark_rows
 import pytest
 
-from vispec.evaluation import gen_baseline_answer_gqa, gen_spec_answer_gqa, runner
+from vispec.evaluation import answering, gen_baseline_answer_gqa, gen_spec_answer_gqa
 from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.lossless import check_lossless, find_baseline, first_position, wants_check
 
@@ -106,7 +106,7 @@ def test_when_it_is_checked():
 
 def test_command_line_in_bfloat16(tmp_path, monkeypatch, capsys):
     """A baseline's answer that is changed by hand shows, and is the same again in float32."""
-    monkeypatch.setattr(runner, "WARM_UPS", 1)
+    monkeypatch.setattr(answering, "WARM_UPS", 1)
     data = tmp_path / "data"
     data.mkdir()
     benchmark_rows.write_one("gqa", data)

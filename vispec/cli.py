@@ -56,10 +56,7 @@ def changes(found: Mapping, asked: Mapping) -> str:
 
 def provenance(args: argparse.Namespace | dict) -> dict:
     """What made a result: arguments, versions, git revision, machine."""
-    import torch
-
     arguments = args if isinstance(args, dict) else vars(args)
-    cuda = torch.cuda.is_available()
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": {k: v for k, v in arguments.items() if isinstance(v, str | int | float | bool | list | None)},
@@ -69,8 +66,17 @@ def provenance(args: argparse.Namespace | dict) -> dict:
         },
         "python": platform.python_version(),
         "git_revision": _git_revision(),
-        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": device_name(),
     }
+
+
+def device_name() -> str:
+    """The GPU, or without one the CPU and how many of its threads are used."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:

@@ -1,9 +1,32 @@
 """Loading a target with its draft head, for command lines."""
 
 import argparse
-from typing import NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
 
 from vispec.cli import DTYPES, parse_bool
+
+if TYPE_CHECKING:
+    from vispec.model.spec_model import SpecModel
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target with the drafts of some methods, and how they are loaded."""
+
+    base_model_path: str
+    drafts: Mapping[str, str | None] = field(default_factory=dict)
+    """Draft heads by method; None for lookup, which has none."""
+    tree: tuple[int, int, int] = (30, 3, 8)
+    """total_token, depth, top_k."""
+    num_q: int | None = None
+    """Queries of a vision adaptor, checked against its weights; None takes what they have."""
+    dtype: str = "auto"
+    """One of `vispec.cli.DTYPES`."""
+    device_map: str | None = None
+    """transformers' device_map; None takes the first GPU, all of them if `gpus` > 1, or the CPU."""
+    gpus: int = 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +85,26 @@ def load_model(
     return SpecModel.from_pretrained(
         base_model_path, spec_model_path, torch_dtype=torch_dtype, device_map=device_map, **options
     )
+
+
+def load_models(models: Models) -> dict[str, "SpecModel"]:
+    """The baseline and every method of `models`, over one target."""
+    from vispec import SpecModel
+    from vispec.model.checkpoints import load_draft
+    from vispec.model.lookup import PromptLookup
+    from vispec.model.tree import TreeShape
+
+    TreeShape(*models.tree)  # what is wrong is said before minutes of loading
+    plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
+    target = plain.target
+    loaded = {"baseline": plain}
+    for method, path in models.drafts.items():
+        if method == "lookup":
+            draft = PromptLookup()
+        else:
+            draft = load_draft(path, method, models.num_q, target.dtype, target.embed_tokens.weight).to(target.device)
+        loaded[method] = SpecModel(target, draft, *models.tree)
+    return loaded
 
 
 def dtype_name(model) -> str:

@@ -34,7 +34,7 @@ class SpecModel:
     """A target and its draft head.
 
     Args:
-        target: a vision-language model of transformers.
+        target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
         draft: its draft head, on the device of the target's last layer, or a `PromptLookup`; None for a model that only
             runs the baseline.
         total_token: nodes of the tree, root included.
@@ -45,13 +45,13 @@ class SpecModel:
 
     def __init__(
         self,
-        target: PreTrainedModel,
+        target: PreTrainedModel | Target,
         draft: BaseHead | PromptLookup | None = None,
         total_token: int = 30,
         depth: int = 3,
         top_k: int = 8,
     ):
-        self.target = Target(target)
+        self.target = target if isinstance(target, Target) else Target(target)
         self.draft: BaseHead | PromptLookup | None = None
         self.shape = TreeShape(total_token, depth, top_k)
         if draft is not None:

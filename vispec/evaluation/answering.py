@@ -1,0 +1,240 @@
+"""Answering a benchmark's questions and filling answer files: the loop that all command lines share.
+
+An answer file holds a series, a method's answers to a benchmark's questions. Series that are to be compared are filled
+together: they take turns question by question over one loaded target, so that a drifting machine hurts all alike. A
+command with a single method is the same loop with one series.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from vispec.cli import device_name
+from vispec.evaluation.answers import AnswerFile, answer_line
+from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from vispec.evaluation.loading import Models, dtype_name, load_models, quiet_transformers
+from vispec.evaluation.measure import Answer, Generation, answer_question
+from vispec.evaluation.text import answer_text
+from vispec.prompts import UNREADABLE, build_inputs, load_processor
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+WARM_UPS = 3
+"""Answers that each series gives to its first question before they count."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A method's answers to a benchmark's questions: what one answer file holds."""
+
+    benchmark: str
+    method: str
+    model_id: str
+    """Names the answers."""
+    generation: Generation
+    num_choices: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """An answer file to be filled."""
+
+    series: Series
+    file: AnswerFile
+    settings: dict
+    """Without what only the loaded target tells, see `UNKNOWN_BEFORE_LOADING`."""
+
+    def check(self) -> None:
+        """Refuse a file that was made with other settings, as far as they are known before minutes of loading.
+
+        Raises:
+            UserError: it names the setting.
+        """
+        self.file.check(self.settings, tuple(name for name in UNKNOWN_BEFORE_LOADING if name not in self.settings))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question, and the series that have no answer to it yet, in the order in which they take turns."""
+
+    question: Question
+    series: tuple[Series, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The line for a series' answer file."""
+
+    series: Series
+    line: dict
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A question that cannot be asked."""
+
+    question_id: int | str
+    reason: str
+
+
+class AnswersQuestions(Protocol):
+    """Loaded models, in this process or in others."""
+
+    def hardware(self) -> dict[str, str]:
+        """The settings that only loaded models tell: dtype and device."""
+
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
+        """Answer the questions; in which order is not said."""
+
+
+UNKNOWN_BEFORE_LOADING = ("dtype", "device")
+
+
+class Answerer:
+    """A loaded target with its drafts, which answers in this process."""
+
+    def __init__(self, models: Models):
+        quiet_transformers()
+        self._path = models.base_model_path
+        self._models = load_models(models)
+        self._processors: dict[bool, object] = {}
+        self._warm: set[Series] = set()
+
+    def hardware(self) -> dict[str, str]:
+        import torch
+
+        model = self._models["baseline"]
+        here = model.target.device.type
+        named = here == "cuda" or not torch.cuda.is_available()
+        return {"dtype": dtype_name(model), "device": device_name() if named else here}
+
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
+        for ask in asks:
+            yield ask, self.answer(ask)
+
+    def answer(self, ask: Ask) -> Iterator[Answered | LeftOut]:
+        """Answer a question by each of its series in turn."""
+        question = ask.question
+        processor = self._processor(ask.series[0])
+        try:
+            inputs = build_inputs(processor, question.turns)
+        except UNREADABLE as error:
+            yield LeftOut(question.question_id, f"{type(error).__name__}: {error}")
+            return
+        for series in ask.series:
+            if series not in self._warm:
+                for _ in range(WARM_UPS):
+                    self._measure(series, inputs)
+                self._warm.add(series)
+        for series in ask.series:
+            answers: list[tuple[Answer, str]] = []
+            for seed in range(series.num_choices):
+                answer = self._measure(series, inputs, seed)
+                answers.append((answer, answer_text(processor.tokenizer, answer.output_ids)))
+            yield Answered(series, answer_line(question.question_id, series.model_id, series.method, answers))
+
+    def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
+        """Output ids of the baseline and of the series' method."""
+        inputs = build_inputs(self._processor(series), question.turns)
+        model, generation = self._models[series.method], series.generation
+        plain, ours = (answer_question(model, inputs, arm, generation).output_ids for arm in ("baseline", "spec"))
+        return plain, ours
+
+    def _measure(self, series: Series, inputs: "BatchFeature", seed: int = 0) -> Answer:
+        arm = "baseline" if series.method == "baseline" else "spec"
+        return answer_question(self._models[series.method], inputs, arm, series.generation, seed)
+
+    def _processor(self, series: Series):
+        limits = BENCHMARKS[series.benchmark].pixel_limits
+        if limits not in self._processors:
+            self._processors[limits] = load_processor(self._path, limits)
+        return self._processors[limits]
+
+
+def settings_of(series: Series, models: Models, data: str, options: Mapping) -> dict:
+    """What must not change within an answer file, as far as it is known before loading.
+
+    Args:
+        data: where the questions come from.
+        options: values of the benchmark's own flags.
+    """
+    settings = {
+        "benchmark": series.benchmark,
+        "data": data,
+        "method": series.method,
+        "base_model": _absolute(models.base_model_path),
+        "temperature": series.generation.temperature,
+        "max_new_tokens": series.generation.max_new_tokens,
+        "num_choices": series.num_choices,
+    }
+    if options:
+        settings["benchmark_options"] = dict(options)
+    if models.dtype != "auto":
+        settings["dtype"] = models.dtype
+    if series.method != "baseline":
+        settings["tree"] = list(models.tree)
+        draft = models.drafts[series.method]
+        if draft is not None:
+            settings["spec_model"] = _absolute(draft)
+    return settings
+
+
+def open_asks(tasks: Sequence[Task], questions: Sequence[Question]) -> list[Ask]:
+    """What is not answered yet; which series begins changes from question to question, so that none always does."""
+    asks = []
+    for number, question in enumerate(questions):
+        first = number % len(tasks)
+        turns = [*tasks[first:], *tasks[:first]]
+        series = tuple(task.series for task in turns if question.question_id not in task.file.lines)
+        if series:
+            asks.append(Ask(question, series))
+    return asks
+
+
+def answer_all(
+    tasks: Sequence[Task], questions: Sequence[Question], answerer: AnswersQuestions, made_by: dict, title: str
+) -> list[LeftOut]:
+    """Append the answers that the files of a benchmark lack; returns the questions that cannot be asked.
+
+    Args:
+        made_by: provenance of this run.
+        title: stands beside the progress bar.
+    """
+    from tqdm import tqdm
+
+    hardware = answerer.hardware()
+    for task in tasks:
+        task.file.begin(task.settings | hardware, made_by)
+    files = {task.series: task.file for task in tasks}
+    asks = open_asks(tasks, questions)
+    left_out = []
+    for ask, outcomes in tqdm(answerer.answers(asks), total=len(asks), desc=title, unit="question"):
+        for outcome in outcomes:
+            if isinstance(outcome, Answered):
+                files[outcome.series].append(outcome.line)
+            else:
+                left_out.append(outcome)
+                tqdm.write(f"question {ask.question.question_id} is left out: {outcome.reason}", file=sys.stderr)
+    return left_out
+
+
+def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> None:
+    """Bring an answer file into its final order and print how much of what was asked is answered."""
+    reasons = {one.question_id: one.reason for one in left_out if one.question_id not in task.file.lines}
+    task.file.finish(reasons)
+    print(f"{asked - len(reasons)} of {asked} questions answered: {task.file.path}")
+
+
+def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> None:
+    """Print which questions could not be asked, and why."""
+    if left_out:
+        print(f"left out, because their image cannot be read: {', '.join(str(one.question_id) for one in left_out)}")
+        print(f"the files of {benchmark.name} can be had from {benchmark.source}")
+
+
+def _absolute(path: str) -> str:
+    """A local folder by its full path, a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
