@@ -169,6 +169,22 @@ def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
     assert {row["question_id"] for row in left_out} == {10, 40}
 
 
+def test_prompts_beyond_the_positions_are_left_out(coco, tmp_path, capsys):
+    target = tmp_path / "target"
+    shutil.copytree(TARGET, target)
+    config = json.loads((target / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 320
+    (target / "config.json").write_text(json.dumps(config))
+    path = run_baseline(coco, tmp_path, "--base-model-path", str(target))
+    assert [line["question_id"] for line in read(path)] == [10, 40, 70]
+    printed = capsys.readouterr().out
+    assert "3 of 5 questions answered" in printed and "image cannot be read" not in printed
+    assert "their prompt does not fit the target's positions: " in printed
+    left_out = json.loads(path.with_name(path.name + ".meta.json").read_text())["left_out"]
+    assert {row["question_id"] for row in left_out} == {20, 50}
+    assert left_out[0]["reason"] == "the prompt has 327 tokens, the target has 320 positions"
+
+
 def test_choices_differ_by_seed_when_sampling(coco, tmp_path):
     flags = ["--num-choices", "2", "--temperature", "1.0", "--question-begin", "1", "--question-end", "3"]
     run_baseline(coco, tmp_path, *flags)

@@ -78,6 +78,8 @@ class LeftOut:
 
     question_id: int | str
     reason: str
+    too_long: bool = False
+    """Its prompt does not fit the target's positions; else its image cannot be read."""
 
 
 class AnswersQuestions(Protocol):
@@ -123,6 +125,11 @@ class Answerer:
             inputs = build_inputs(processor, question.turns)
         except UNREADABLE as error:
             yield LeftOut(question.question_id, f"{type(error).__name__}: {error}")
+            return
+        length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
+        if length > positions:
+            reason = f"the prompt has {length} tokens, the target has {positions} positions"
+            yield LeftOut(question.question_id, reason, too_long=True)
             return
         for series in ask.series:
             if series not in self._warm:
@@ -230,8 +237,13 @@ def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> None:
 
 def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> None:
     """Print which questions could not be asked, and why."""
-    if left_out:
-        print(f"left out, because their image cannot be read: {', '.join(str(one.question_id) for one in left_out)}")
+    too_long, unreadable = (
+        [str(one.question_id) for one in left_out if one.too_long == kind] for kind in (True, False)
+    )
+    if too_long:
+        print(f"left out, because their prompt does not fit the target's positions: {', '.join(too_long)}")
+    if unreadable:
+        print(f"left out, because their image cannot be read: {', '.join(unreadable)}")
         print(f"the files of {benchmark.name} can be had from {benchmark.source}")
 
 
