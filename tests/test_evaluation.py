@@ -210,6 +210,22 @@ def test_medusa_answers_as_the_baseline(finished, coco, tmp_path):
     assert all(line["choices"][0]["output_ids"] == plain[line["question_id"]] for line in lines)
 
 
+def test_lookup_answers_as_the_baseline_without_a_head(finished, coco, tmp_path):
+    flags = ["--base-model-path", TARGET, "--data-folder", str(coco), "--answer-file", str(tmp_path / "a")]
+    flags += ["--method", "lookup", "--temperature", "0", "--max-new-token", "12", "--question-end", "2"]
+    assert spec_command.main(flags) == 0
+    plain = {line["question_id"]: line["choices"][0]["output_ids"] for line in read(finished[0])}
+    lines = read(tmp_path / "a")
+    assert len(lines) == 2 and {line["method"] for line in lines} == {"lookup"}
+    assert all(line["choices"][0]["output_ids"] == plain[line["question_id"]] for line in lines)
+    settings = json.loads((tmp_path / "a.meta.json").read_text())["settings"]
+    assert settings["tree"] == [30, 3, 8] and "spec_model" not in settings
+    with pytest.raises(ValueError, match="--method lookup has no draft head, found --use-ours, --spec-model-path"):
+        run_spec(coco, tmp_path, "--method", "lookup")
+    with pytest.raises(ValueError, match="--spec-model-path is missing"):
+        spec_command.main(["--base-model-path", TARGET])
+
+
 def test_two_methods_are_refused_and_unused_flags_are_noticed(coco, tmp_path, capsys):
     with pytest.raises(ValueError, match="--use-ours=True and --use-medusa=True: found both"):
         run_spec(coco, tmp_path, "--use-medusa=True", "--image-fc", "--tree-choices", "mc_sim")

@@ -64,7 +64,7 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
     )
     add = parser.add_argument
     add("--base-model-path", required=True, help="the target: a folder or a hub id")
-    add("--spec-model-path", required=arm == "spec", help="the draft head: a folder or a hub id")
+    add("--spec-model-path", help="the draft head: a folder or a hub id")
     where = f"local files of the benchmark (default: {benchmark.folder}{' if it exists' if benchmark.hub else ''})"
     add("--data-folder", *benchmark.folder_flags, help=where)
     add("--model-id", help="names the answers (default: the target's name and the method)")
@@ -84,6 +84,7 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
         add("--depth", type=int, default=3, help="expansions of the tree after its first level")
         add("--top-k", type=count, default=8, help="nodes expanded a level")
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
+        add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
         parser.add_bool("--use-medusa", "the draft head is Medusa's; --depth is not used")
         add(
@@ -119,9 +120,19 @@ def _models(args: argparse.Namespace, arm: Arm, method: str) -> Models:
 def _method(args: argparse.Namespace, arm: Arm) -> str:
     if arm == "baseline":
         return "baseline"
-    if args.use_ours and args.use_medusa:
+    heads = [flag for flag, given in (("--use-ours", args.use_ours), ("--use-medusa", args.use_medusa)) if given]
+    if len(heads) > 1:
         raise UserError("--use-ours=True and --use-medusa=True: found both, expected at most one of them")
-    return "vispec" if args.use_ours else "medusa" if args.use_medusa else "eagle2"
+    if args.method == "lookup":
+        heads += [
+            flag for flag, given in (("--spec-model-path", args.spec_model_path), ("--num-q", args.num_q)) if given
+        ]
+        if heads:
+            raise UserError(f"--method lookup has no draft head, found {', '.join(heads)}")
+        return "lookup"
+    if args.spec_model_path is None:
+        raise UserError("--spec-model-path is missing: the draft head, a folder or a hub id (or --method lookup)")
+    return {"--use-ours": "vispec", "--use-medusa": "medusa"}[heads[0]] if heads else "eagle2"
 
 
 def _model_id(args: argparse.Namespace, method: str) -> str:
