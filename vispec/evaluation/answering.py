@@ -47,13 +47,14 @@ class Task:
     settings: dict
     """Without what only the loaded target tells, see `UNKNOWN_BEFORE_LOADING`."""
 
-    def check(self) -> None:
-        """Refuse a file that was made with other settings, as far as they are known before minutes of loading.
+    def check(self, hardware: Mapping[str, str] | None = None) -> None:
+        """Refuse a file that was made with other settings; without `hardware`, as far as they are known before loading.
 
         Raises:
             UserError: it names the setting.
         """
-        self.file.check(self.settings, tuple(name for name in UNKNOWN_BEFORE_LOADING if name not in self.settings))
+        settings = self.settings | (hardware or {})
+        self.file.check(settings, tuple(name for name in UNKNOWN_BEFORE_LOADING if name not in settings))
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,15 @@ def answer_all(
     """
     from tqdm import tqdm
 
+    asks = open_asks(tasks, questions)
+    unfinished = {series for ask in asks for series in ask.series}
+    files = {task.series: task.file for task in tasks if task.series in unfinished}
     hardware = answerer.hardware()
     for task in tasks:
-        task.file.begin(task.settings | hardware, made_by)
-    files = {task.series: task.file for task in tasks}
-    asks = open_asks(tasks, questions)
+        task.check(hardware)
+    for task in tasks:
+        if task.series in files:
+            task.file.begin(task.settings | hardware, made_by)
     left_out = []
     for ask, outcomes in tqdm(answerer.answers(asks), total=len(asks), desc=title, unit="question"):
         for outcome in outcomes:

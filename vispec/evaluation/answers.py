@@ -24,11 +24,9 @@ class AnswerFile:
         self.path = path
         self.meta_path = meta_path(path)
         self.lines: dict[int | str, dict] = {}
+        self._torn = False
         if path.exists():
-            self.lines, torn = read_lines(path)
-            if torn:
-                print(f"{path}: the last line was cut off by a kill, its question is answered again", flush=True)
-                self._rewrite()
+            self.lines, self._torn = read_lines(path)
 
     def check(self, settings: dict, unknown: tuple[str, ...] = ()) -> None:
         """Refuse settings that differ from those of the answers in the file; `unknown` names are not compared yet."""
@@ -51,6 +49,9 @@ class AnswerFile:
     def begin(self, settings: dict, provenance: dict) -> None:
         """Write the settings beside the file, or note that another run goes on with it."""
         self.check(settings)
+        if self._torn:
+            print(f"{self.path}: the last line was cut off by a kill, its question is answered again", flush=True)
+            self._rewrite()
         meta = read_meta(self.path) if self.lines else None
         if meta is None:
             meta = {"settings": settings, "provenance": provenance}
@@ -79,6 +80,7 @@ class AnswerFile:
         lines = [self.lines[name] for name in sorted(self.lines, key=_question_order)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(self.path, lambda file: file.write(text.encode()))
+        self._torn = False
 
 
 def meta_path(path: Path) -> Path:

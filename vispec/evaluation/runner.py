@@ -72,17 +72,10 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
     add("--answer-dir", default=".", help="where that folder is")
     add("--answer-file", help="the file itself (default: <bench-name>/<model-id>-temperature-<T>.jsonl)")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
     add("--num-choices", type=count, default=1, help="answers to each question, with seeds 0, 1, …")
-    add("--question-begin", type=int, help="first question, counted from 0")
-    add("--question-end", type=int, help="question to stop before")
-    add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
-    add("--num-gpus-total", type=count, default=1, help="more than one model at a time is not offered yet")
-    parser.add_hardware()
+    add_common_flags(parser)
     if arm == "spec":
-        add("--total-token", type=count, default=30, help="nodes of the draft tree, its root included")
-        add("--depth", type=int, default=3, help="expansions of the tree after its first level")
-        add("--top-k", type=count, default=8, help="nodes expanded a level")
+        add_tree_flags(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
@@ -100,6 +93,24 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
     for flag in UNUSED_FLAGS:
         add(flag, nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
+
+
+def add_common_flags(parser: Parser) -> None:
+    """Flags of every command that answers questions."""
+    add = parser.add_argument
+    add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
+    add("--question-begin", type=int, help="first question, counted from 0")
+    add("--question-end", type=int, help="question to stop before")
+    add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
+    add("--num-gpus-total", type=count, default=1, help="more than one model at a time is not offered yet")
+    parser.add_hardware()
+
+
+def add_tree_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--total-token", type=count, default=30, help="nodes of the draft tree, its root included")
+    add("--depth", type=int, default=3, help="expansions of the tree after its first level")
+    add("--top-k", type=count, default=8, help="nodes expanded a level")
 
 
 def answer_path(args: argparse.Namespace, method: str) -> Path:

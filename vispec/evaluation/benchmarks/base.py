@@ -61,6 +61,12 @@ class Benchmark:
         """Names of the values of the benchmark's own flags."""
         return tuple(flag.removeprefix("--") for flag in self.flags)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The values of the benchmark's own flags where none is given."""
+        settings = self.flags.values()
+        return {name: given.get("default") for name, given in zip(self.options, settings, strict=True)}
+
     def questions(self, folder: str | None, **options) -> tuple[list[Question], str]:
         """The questions that are asked, and the folder or hub data set that they come from.
 

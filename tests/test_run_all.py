@@ -1,0 +1,179 @@
+"""All methods on the made benchmarks by one command, with the recorded tiny models."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from vispec.demo import make_benchmarks
+from vispec.evaluation import answering, gen_spec_answer_gqa, run_all, speed
+
+FAMILY = Path(__file__).parent / "golden" / "llava_next"
+TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
+HEADS = ["--spec-model-path", f"vispec={VISPEC}", f"eagle2={EAGLE2}"]
+METHODS = ["baseline", "vispec", "eagle2", "lookup"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two of the eight folders."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_benchmarks, "WRITERS", {n: make_benchmarks.WRITERS[n] for n in ("gqa", "coco")})
+        make_benchmarks.main(["--out", str(folder), "--count", "3"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_warm_up(monkeypatch):
+    monkeypatch.setattr(answering, "WARM_UPS", 1)
+
+
+def flags(data: Path, out: Path, *more: str) -> list[str]:
+    where = ["--base-model-path", TARGET, "--data-root", str(data), "--out", str(out)]
+    return [*where, *HEADS, "--max-new-token", "6", "--benchmarks", "gqa", "coco_caption", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A whole run; tests copy it before they change anything."""
+    out = tmp_path_factory.mktemp("answers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering, "WARM_UPS", 1)
+        assert run_all.main(flags(data, out, "--temperatures", "0", "1")) == 0
+    return out
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ids(path: Path) -> dict:
+    return {line["question_id"]: line["choices"][0]["output_ids"] for line in read(path)}
+
+
+def meta(path: Path) -> dict:
+    return json.loads(path.with_name(path.name + ".meta.json").read_text())
+
+
+def test_a_file_for_each_benchmark_method_and_temperature(finished):
+    for benchmark in ("gqa", "coco_caption"):
+        found = {path.name for path in (finished / benchmark).glob("*.jsonl")}
+        assert found == {f"{method}-temperature-{t}.jsonl" for method in METHODS for t in ("0.0", "1.0")}
+        baseline = ids(finished / benchmark / "baseline-temperature-0.0.jsonl")
+        assert len(baseline) == 3
+        for method in METHODS[1:]:
+            path = finished / benchmark / f"{method}-temperature-0.0.jsonl"
+            assert ids(path) == baseline
+            assert meta(path)["lossless"] == {
+                "baseline": "baseline-temperature-0.0.jsonl",
+                "questions": 3,
+                "identical": 3,
+            }
+            assert "lossless" not in meta(finished / benchmark / f"{method}-temperature-1.0.jsonl")
+
+
+def test_the_report_reads_the_files(finished, capsys):
+    arms = [str(finished / "gqa" / f"{method}-temperature-0.0.jsonl") for method in ("baseline", "lookup")]
+    assert speed.main(["--baseline", arms[0], "--spec", arms[1]]) == 0
+    assert "identical output ids 3 of 3 questions" in capsys.readouterr().out
+
+
+def test_a_single_command_goes_on_with_a_file(finished, data, tmp_path, monkeypatch):
+    shutil.copytree(finished / "gqa", tmp_path / "gqa")
+    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    one = ["--base-model-path", TARGET, "--spec-model-path", EAGLE2, "--data-folder", str(data / "gqa")]
+    one += ["--answer-dir", str(tmp_path), "--model-id", "eagle2", "--temperature", "0", "--max-new-token", "6"]
+    assert gen_spec_answer_gqa.main(one) == 0
+
+
+def test_the_methods_take_turns_and_each_is_first(data, tmp_path, monkeypatch):
+    turns = []
+    begin = answering.answer_line
+    monkeypatch.setattr(answering, "answer_line", lambda *args: turns.append((args[0], args[2])) or begin(*args))
+    run_all.main(flags(data, tmp_path, "--benchmarks", "gqa"))
+    asked = list(dict.fromkeys(question for question, _ in turns))
+    assert [question for question, _ in turns] == [question for question in asked for _ in METHODS]
+    assert [method for _, method in turns[:: len(METHODS)]] == METHODS[:3]
+    assert Counter(method for _, method in turns) == dict.fromkeys(METHODS, 3)
+
+
+def test_goes_on_after_a_kill(finished, data, tmp_path, monkeypatch):
+    """Stopped in the middle of a question, with one line cut off."""
+    out = tmp_path / "answers"
+    made = []
+    line = answering.answer_line
+
+    def stop(*args):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(args)
+        return line(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "answer_line", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_all.main(flags(data, out))
+    torn = out / "gqa" / "baseline-temperature-0.0.jsonl"
+    torn.write_text(torn.read_text()[:-20])
+    monkeypatch.setattr(answering, "answer_line", lambda *args: made.append(args) or line(*args))
+    assert run_all.main(flags(data, out)) == 0
+    assert len(made) == 2 * 3 * len(METHODS) + 1
+    for path in out.rglob("*.jsonl"):
+        assert ids(path) == ids(finished / path.relative_to(out))
+        assert [one["question_id"] for one in read(path)] == sorted(ids(path))
+
+
+def test_dry_run_writes_and_loads_nothing(finished, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    shutil.copytree(finished / "gqa", tmp_path / "gqa")
+    cut = tmp_path / "gqa" / "vispec-temperature-0.0.jsonl"
+    cut.write_text(cut.read_text()[:-20])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run_all.main(flags(data, tmp_path, "--dry-run", "--benchmarks", "gqa", "mme", "coco_caption")) == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    printed = capsys.readouterr()
+    assert "gqa, temperature 0.0: 3 questions" in printed.out
+    assert "baseline     3 of 3 answered" in printed.out and "vispec       2 of 3 answered" in printed.out
+    assert "vispec       0 of 3 answered" in printed.out
+    assert "not measured: mme: llava_mme.jsonl is missing, looked for in" in printed.err
+
+
+def test_missing_data_is_a_hole_and_an_exit_code(finished, data, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    assert run_all.main(flags(data, tmp_path, "--benchmarks", "mme", "gqa")) == 1
+    printed = capsys.readouterr()
+    assert printed.err.index("mme: llava_mme.jsonl is missing") < printed.err.index("error: not measured")
+    assert "lossless: 3 of 3 questions" in printed.out and not (tmp_path / "mme").exists()
+
+
+def test_a_difference_fails(finished, data, tmp_path, capsys):
+    shutil.copytree(finished / "gqa", tmp_path / "gqa")
+    path = tmp_path / "gqa" / "lookup-temperature-0.0.jsonl"
+    lines = read(path)
+    lines[1]["choices"][0]["output_ids"][0][2] += 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_all.main(flags(data, tmp_path, "--benchmarks", "gqa")) == 1
+    assert "the arms differ in float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "medusa"], "--methods medusa: its draft head is missing, give --spec-model-path medusa=PATH"),
+        (["--spec-model-path", "vispec=a", "vispec=b"], "--spec-model-path: found two heads of one method"),
+        (["--max-new-token", "7"], "made with max_new_tokens 6, found 7"),
+    ],
+)
+def test_what_is_refused_before_loading(finished, data, monkeypatch, more, message):
+    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    with pytest.raises(ValueError, match=message):
+        run_all.main(flags(data, finished, *more))
+
+
+def test_a_head_without_its_method_gets_one_line(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_all.main(flags(data, tmp_path, "--spec-model-path", VISPEC))
+    assert "expected METHOD=PATH with a method of vispec, eagle2, medusa" in capsys.readouterr().err

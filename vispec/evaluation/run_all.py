@@ -1,0 +1,211 @@
+"""Every method on every benchmark, measured together: `python -m vispec.evaluation.run_all --out DIR …`.
+
+The target is loaded once, and the methods take turns question by question, so that a drifting machine hurts all alike.
+The answers go to DIR/<benchmark>/<method>-temperature-<T>.jsonl, files as the commands `gen_*_answer_*` write them.
+The same command goes on where it stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+from vispec.cli import UserError, provenance, run_cli
+from vispec.evaluation.answering import (
+    Answerer,
+    LeftOut,
+    Series,
+    Task,
+    answer_all,
+    finish,
+    open_asks,
+    report_left_out,
+    settings_of,
+)
+from vispec.evaluation.answers import AnswerFile
+from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from vispec.evaluation.loading import Models, Parser
+from vispec.evaluation.lossless import check_lossless, wants_check
+from vispec.evaluation.measure import Generation
+from vispec.evaluation.runner import add_common_flags, add_tree_flags
+
+METHODS = ("baseline", "vispec", "eagle2", "medusa", "lookup")
+HEADS = ("vispec", "eagle2", "medusa")
+"""The methods that need a draft head."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark at a temperature: the questions that are asked, and one answer file a method."""
+
+    benchmark: Benchmark
+    data: str
+    all_questions: list[Question]
+    asked: slice
+    tasks: list[Task]
+
+    @property
+    def questions(self) -> list[Question]:
+        return self.all_questions[self.asked]
+
+    @property
+    def temperature(self) -> float:
+        return self.tasks[0].series.generation.temperature
+
+    @property
+    def open_methods(self) -> set[str]:
+        """Methods that lack answers."""
+        return {series.method for ask in open_asks(self.tasks, self.questions) for series in ask.series}
+
+    def finish(self, left_out: Sequence[LeftOut]) -> None:
+        for task in self.tasks:
+            finish(task, len(self.questions), left_out)
+        report_left_out(self.benchmark, left_out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _make_parser().parse_args(argv)
+    models = _models(args)
+    plans, missing = _plans(args, models)
+    if args.dry_run:
+        for plan in plans:
+            _print_plan(plan)
+    else:
+        _answer(plans, models, provenance(args))
+    # the models are gone by now, so that there is room for float32
+    same = args.dry_run or _check_lossless(plans, models)
+    if missing:
+        print(f"error: not measured, because their data cannot be read: {', '.join(missing)}", file=sys.stderr)
+    return 0 if same and not missing else 1
+
+
+def _make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m vispec.evaluation.run_all",
+        description="Answer benchmarks by several methods in turn, over one loaded target.",
+    )
+    add = parser.add_argument
+    add("--base-model-path", required=True, help="the target: a folder or a hub id")
+    add(
+        "--spec-model-path",
+        nargs="+",
+        type=_head,
+        default=[],
+        metavar="METHOD=PATH",
+        help=f"draft heads: folders or hub ids, for {', '.join(HEADS)}",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        help="the baseline always runs (default: also lookup and those with a --spec-model-path)",
+    )
+    add("--benchmarks", nargs="+", choices=tuple(BENCHMARKS), default=list(BENCHMARKS), help="(default: all)")
+    add("--temperatures", nargs="+", type=float, default=[0.0], metavar="T", help="0 is greedy (default: 0)")
+    add("--out", type=Path, required=True, help="folder of the answer files")
+    add("--data-root", type=Path, help="folder with the benchmarks' folders (default: each one's own)")
+    add("--dry-run", action="store_true", help="print what would be done")
+    add_common_flags(parser)
+    add_tree_flags(parser)
+    return parser
+
+
+def _head(text: str) -> tuple[str, str]:
+    """METHOD=PATH."""
+    method, found, path = text.partition("=")
+    if method not in HEADS or not found or not path:
+        raise argparse.ArgumentTypeError(f"expected METHOD=PATH with a method of {', '.join(HEADS)}, found {text!r}")
+    return method, path
+
+
+def _models(args: argparse.Namespace) -> Models:
+    """The target, and the drafts of the methods that were asked for, in the order of `METHODS`."""
+    heads = dict(args.spec_model_path)
+    if len(heads) < len(args.spec_model_path):
+        raise UserError("--spec-model-path: found two heads of one method, expected one")
+    asked = args.methods or ("lookup", *heads)
+    lacking = [method for method in HEADS if method in asked and method not in heads]
+    if lacking:
+        raise UserError(f"--methods {lacking[0]}: its draft head is missing, give --spec-model-path {lacking[0]}=PATH")
+    return Models(
+        args.base_model_path,
+        {method: heads.get(method) for method in METHODS[1:] if method in asked},
+        (args.total_token, args.depth, args.top_k),
+        dtype=args.dtype,
+        device_map=args.device_map,
+        gpus=args.num_gpus_per_model,
+    )
+
+
+def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[str]]:
+    """What is to be done, and the benchmarks whose data cannot be read."""
+    plans, missing = [], []
+    for name in dict.fromkeys(args.benchmarks):
+        benchmark = BENCHMARKS[name]
+        options = benchmark.defaults
+        folder = str(args.data_root / Path(benchmark.folder).name) if args.data_root else None
+        try:
+            questions, data = benchmark.questions(folder, **options)
+        except UserError as error:
+            missing.append(name)
+            print(f"notice: not measured: {error}", file=sys.stderr)
+            continue
+        for temperature in dict.fromkeys(args.temperatures):
+            generation = Generation(temperature, args.max_new_token)
+            tasks = []
+            for method in ("baseline", *models.drafts):
+                series = Series(name, method, method, generation)
+                file = AnswerFile(args.out / name / f"{method}-temperature-{temperature}.jsonl")
+                tasks.append(Task(series, file, settings_of(series, models, data, options)))
+                tasks[-1].check()
+            plans.append(Plan(benchmark, data, questions, slice(args.question_begin, args.question_end), tasks))
+    return plans, missing
+
+
+def _print_plan(plan: Plan) -> None:
+    total = len(plan.questions)
+    print(f"{plan.benchmark.name}, temperature {plan.temperature}: {total} questions of {plan.data}")
+    for task in plan.tasks:
+        answered = sum(question.question_id in task.file.lines for question in plan.questions)
+        print(f"  {task.series.method:<9}{answered:>5} of {total} answered  {task.file.path}")
+
+
+def _answer(plans: Sequence[Plan], models: Models, made_by: dict) -> None:
+    """Fill all answer files."""
+    unfinished = [plan for plan in plans if plan.open_methods]
+    for plan in plans:
+        if not plan.open_methods:
+            plan.finish([])
+    if not unfinished:
+        return
+    methods = set().union(*(plan.open_methods for plan in unfinished))
+    answerer = Answerer(replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods}))
+    for plan in plans:  # none of them is refused hours later
+        for task in plan.tasks:
+            task.check(answerer.hardware())
+    for number, plan in enumerate(unfinished, start=1):
+        title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.temperature:g}"
+        plan.finish(answer_all(plan.tasks, plan.questions, answerer, made_by, title))
+
+
+def _check_lossless(plans: Sequence[Plan], models: Models) -> bool:
+    """Compare every method with the baseline where decoding is greedy; False where one differs in float32."""
+    float32 = cache(lambda: Answerer(replace(models, dtype="float32")))
+
+    def rerun(plan: Plan, series: Series, question_id: int | str) -> tuple[list[int], list[int]]:
+        question = next(question for question in plan.all_questions if question.question_id == question_id)
+        return float32().ids_of_both_arms(series, question)
+
+    same = True
+    for plan in plans:
+        for task in plan.tasks[1:]:
+            if wants_check(None, plan.temperature):
+                print(f"{plan.benchmark.name} by {task.series.method}:")
+                same &= check_lossless(task.file, required=False, rerun=partial(rerun, plan, task.series))
+    return same
+
+
+if __name__ == "__main__":
+    run_cli(main)
