@@ -27,7 +27,8 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib>=3.8"],
+        "ray": ["ray>=2.10"],
         "train": ["tensorboard>=2.16"],
-        "test": ["pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8"],
+        "test": ["pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8", "ray>=2.10"],
     },
 )

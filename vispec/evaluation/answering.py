@@ -6,10 +6,11 @@ command with a single method is the same loop with one series.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from vispec.cli import device_name
 from vispec.evaluation.answers import AnswerFile, answer_line
@@ -75,12 +76,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A question that cannot be asked."""
+    """A question that gets no answer."""
 
     question_id: int | str
     reason: str
-    too_long: bool = False
-    """Its prompt does not fit the target's positions; else its image cannot be read."""
+    kind: Literal["unreadable", "too long", "died"]
+    """Its image cannot be read, its prompt does not fit the target's positions, or actors died of it."""
 
 
 class AnswersQuestions(Protocol):
@@ -125,12 +126,12 @@ class Answerer:
         try:
             inputs = build_inputs(processor, question.turns)
         except UNREADABLE as error:
-            yield LeftOut(question.question_id, f"{type(error).__name__}: {error}")
+            yield LeftOut(question.question_id, f"{type(error).__name__}: {error}", "unreadable")
             return
         length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
         if length > positions:
             reason = f"the prompt has {length} tokens, the target has {positions} positions"
-            yield LeftOut(question.question_id, reason, too_long=True)
+            yield LeftOut(question.question_id, reason, "too long")
             return
         for series in ask.series:
             if series not in self._warm:
@@ -205,7 +206,7 @@ def open_asks(tasks: Sequence[Task], questions: Sequence[Question]) -> list[Ask]
 def answer_all(
     tasks: Sequence[Task], questions: Sequence[Question], answerer: AnswersQuestions, made_by: dict, title: str
 ) -> list[LeftOut]:
-    """Append the answers that the files of a benchmark lack; returns the questions that cannot be asked.
+    """Append the answers that the files of a benchmark lack; returns the questions that get none.
 
     Args:
         made_by: provenance of this run.
@@ -240,16 +241,20 @@ def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> None:
     print(f"{asked - len(reasons)} of {asked} questions answered: {task.file.path}")
 
 
-def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> None:
-    """Print which questions could not be asked, and why."""
-    too_long, unreadable = (
-        [str(one.question_id) for one in left_out if one.too_long == kind] for kind in (True, False)
-    )
-    if too_long:
-        print(f"left out, because their prompt does not fit the target's positions: {', '.join(too_long)}")
-    if unreadable:
-        print(f"left out, because their image cannot be read: {', '.join(unreadable)}")
+def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> bool:
+    """Print which questions have no answer, and why; False where asking again may bring one."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for one in left_out:
+        names[one.kind].append(str(one.question_id))
+    if "too long" in names:
+        print(f"left out, because their prompt does not fit the target's positions: {', '.join(names['too long'])}")
+    if "unreadable" in names:
+        print(f"left out, because their image cannot be read: {', '.join(names['unreadable'])}")
         print(f"the files of {benchmark.name} can be had from {benchmark.source}")
+    if "died" in names:
+        lost = ", ".join(names["died"])
+        print(f"error: not answered, because the actors that tried died: {lost}", file=sys.stderr)
+    return "died" not in names
 
 
 def _absolute(path: str) -> str:

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 from vispec.cli import UserError, provenance, run_cli
+from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     Answerer,
     LeftOut,
@@ -59,10 +61,11 @@ class Plan:
         """Methods that lack answers."""
         return {series.method for ask in open_asks(self.tasks, self.questions) for series in ask.series}
 
-    def finish(self, left_out: Sequence[LeftOut]) -> None:
+    def finish(self, left_out: Sequence[LeftOut]) -> bool:
+        """Bring the files into order and report; False where asking again may bring more answers."""
         for task in self.tasks:
             finish(task, len(self.questions), left_out)
-        report_left_out(self.benchmark, left_out)
+        return report_left_out(self.benchmark, left_out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,13 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         for plan in plans:
             _print_plan(plan)
+        good = True
     else:
-        _answer(plans, models, provenance(args))
-    # the models are gone by now, so that there is room for float32
-    same = args.dry_run or _check_lossless(plans, models)
+        good = _answer(plans, models, args)
+        # the models are gone by now, so that there is room for float32
+        good &= _check_lossless(plans, models)
     if missing:
         print(f"error: not measured, because their data cannot be read: {', '.join(missing)}", file=sys.stderr)
-    return 0 if same and not missing else 1
+    return 0 if good and not missing else 1
 
 
 def _make_parser() -> Parser:
@@ -172,22 +176,28 @@ def _print_plan(plan: Plan) -> None:
         print(f"  {task.series.method:<9}{answered:>5} of {total} answered  {task.file.path}")
 
 
-def _answer(plans: Sequence[Plan], models: Models, made_by: dict) -> None:
-    """Fill all answer files."""
-    unfinished = [plan for plan in plans if plan.open_methods]
+def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> bool:
+    """Fill all answer files; False where asking again may bring more answers."""
+    unfinished = []
     for plan in plans:
-        if not plan.open_methods:
+        if plan.open_methods:
+            unfinished.append(plan)
+        else:
             plan.finish([])
     if not unfinished:
-        return
+        return True
     methods = set().union(*(plan.open_methods for plan in unfinished))
-    answerer = Answerer(replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods}))
-    for plan in plans:  # none of them is refused hours later
-        for task in plan.tasks:
-            task.check(answerer.hardware())
-    for number, plan in enumerate(unfinished, start=1):
-        title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.temperature:g}"
-        plan.finish(answer_all(plan.tasks, plan.questions, answerer, made_by, title))
+    models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
+    made_by = provenance(args)
+    complete = True
+    with loaded(models, args.num_gpus_total) as answerer:
+        hardware = answerer.hardware()
+        for task in chain.from_iterable(plan.tasks for plan in plans):
+            task.check(hardware)  # so that none is refused hours later
+        for number, plan in enumerate(unfinished, start=1):
+            title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.temperature:g}"
+            complete &= plan.finish(answer_all(plan.tasks, plan.questions, answerer, made_by, title))
+    return complete
 
 
 def _check_lossless(plans: Sequence[Plan], models: Models) -> bool:

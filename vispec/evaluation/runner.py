@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vispec.cli import UserError, parse_bool, provenance
+from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     Answerer,
+    LeftOut,
     Series,
     Task,
     answer_all,
@@ -17,7 +19,7 @@ from vispec.evaluation.answering import (
     settings_of,
 )
 from vispec.evaluation.answers import AnswerFile
-from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark
+from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models, Parser, count
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Arm, Generation
@@ -41,19 +43,16 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
     series = Series(name, method, _model_id(args, method), generation, args.num_choices)
     task = Task(series, AnswerFile(answer_path(args, method)), settings_of(series, models, data, options))
     task.check()
-    left_out = []
-    if open_asks([task], questions):
-        title = f"{args.bench_name} {method}"
-        left_out = answer_all([task], questions, Answerer(models), provenance(args), title)
+    left_out = _answer(task, questions, args, models) if open_asks([task], questions) else []
     finish(task, len(questions), left_out)
-    report_left_out(benchmark, left_out)
+    complete = report_left_out(benchmark, left_out)
     if check:
 
         def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
             return Answerer(replace(models, dtype="float32")).ids_of_both_arms(series, by_id[question_id])
 
-        return 0 if check_lossless(task.file, required=bool(args.check_lossless), rerun=rerun) else 1
-    return 0
+        return 0 if check_lossless(task.file, required=bool(args.check_lossless), rerun=rerun) and complete else 1
+    return 0 if complete else 1
 
 
 def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
@@ -102,7 +101,7 @@ def add_common_flags(parser: Parser) -> None:
     add("--question-begin", type=int, help="first question, counted from 0")
     add("--question-end", type=int, help="question to stop before")
     add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
-    add("--num-gpus-total", type=count, default=1, help="more than one model at a time is not offered yet")
+    add("--num-gpus-total", type=count, default=1, help="as many models share the questions (needs Ray)")
     parser.add_hardware()
 
 
@@ -118,6 +117,12 @@ def answer_path(args: argparse.Namespace, method: str) -> Path:
     if args.answer_file:
         return Path(args.answer_file)
     return Path(args.answer_dir, args.bench_name, f"{_model_id(args, method)}-temperature-{args.temperature}.jsonl")
+
+
+def _answer(task: Task, questions: list[Question], args: argparse.Namespace, models: Models) -> list[LeftOut]:
+    title = f"{args.bench_name} {task.series.method}"
+    with loaded(models, args.num_gpus_total) as answerer:
+        return answer_all([task], questions, answerer, provenance(args), title)
 
 
 def _models(args: argparse.Namespace, arm: Arm, method: str) -> Models:
@@ -156,5 +161,3 @@ def _notice_unused(args: argparse.Namespace, arm: Arm) -> None:
         given.append("--spec-model-path")
     if given:
         print(f"notice: without effect here: {', '.join(given)}", file=sys.stderr)
-    if args.num_gpus_total > args.num_gpus_per_model:
-        print(f"notice: --num-gpus-total {args.num_gpus_total}: one model answers all questions", file=sys.stderr)
