@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save
 from vispec.cli import write_atomic, write_json_atomic
 from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
-from vispec.model.hub import CARD
+from vispec.model.draft_vocab import DraftVocabulary
+from vispec.model.hub import CARD, VOCABULARY_FILE
 from vispec.model.medusa import HEADS, MedusaHead
 
 logger = logging.getLogger("vispec")
@@ -27,6 +28,7 @@ def load_draft(
     num_q: int | None = None,
     dtype: torch.dtype | None = None,
     embedding: torch.Tensor | None = None,
+    draft_vocab: bool = True,
 ) -> BaseHead:
     """Load a draft head from a folder or a hub id.
 
@@ -36,6 +38,7 @@ def load_draft(
         num_q: queries of the vision adaptor; checked against the weights when given.
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
+        draft_vocab: False leaves a draft vocabulary beside the weights alone.
 
     Raises:
         ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
@@ -56,6 +59,9 @@ def load_draft(
         weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
     head.load_state_dict(weights, assign=True)
     head.embed_tokens.weight.requires_grad_(False)
+    vocabulary_file = find_file(path, VOCABULARY_FILE) if draft_vocab else None
+    if vocabulary_file is not None:
+        head.draft_vocab = DraftVocabulary.read(vocabulary_file, config.vocab_size)
     return head.eval()
 
 
@@ -72,13 +78,15 @@ def build_head(config: DraftConfig, method: str, num_q: int | None = None, heads
 
 
 def save_draft(head: BaseHead, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and the head's model card, if it has one, into `folder`.
+    """Write config.json, model.safetensors and, where the head has them, draft vocabulary and model card into `folder`.
 
     Each file appears whole or not at all.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     write_json_atomic(Path(folder) / CONFIG, head.config.to_dict())
+    if head.draft_vocab is not None:
+        head.draft_vocab.write(folder)
     if head.card is not None:
         write_atomic(Path(folder) / CARD, lambda file: file.write(head.card.encode()))
 

@@ -13,6 +13,7 @@ import torch
 from vispec.model.acceptance import Accepted, Sampling, accept
 from vispec.model.cache import TreeCache
 from vispec.model.draft import BaseHead, DraftState
+from vispec.model.draft_vocab import DraftOutput
 from vispec.model.lookup import LookupState, PromptLookup
 from vispec.model.medusa import MedusaState
 from vispec.model.target import Prompt, Target
@@ -68,8 +69,16 @@ class _Generation:
 class SpeculativeDecoder:
     """Draft a tree, verify it in one pass of the target, keep one path (paper, section 3.1)."""
 
-    def __init__(self, target: Target, draft: BaseHead | PromptLookup, shape: TreeShape, sampling: Sampling):
+    def __init__(
+        self,
+        target: Target,
+        draft: BaseHead | PromptLookup,
+        shape: TreeShape,
+        sampling: Sampling,
+        output: DraftOutput | None = None,
+    ):
         self.target, self.draft, self.sampling = target, draft, sampling
+        self.output = output or DraftOutput(target.logits)
         self.shape = draft.fit(shape)
 
     def rounds(self, input_ids: torch.Tensor, inputs: Mapping, stop: Stop) -> Iterator[Round]:
@@ -118,7 +127,7 @@ class SpeculativeDecoder:
         self._grow(generation)
 
     def _grow(self, generation: _Generation) -> None:
-        generation.tree = self.draft.grow(generation.draft, generation.root, self.shape, self.target.logits)
+        generation.tree = self.draft.grow(generation.draft, generation.root, self.shape, *self.output)
 
 
 class BaselineDecoder:

@@ -19,6 +19,7 @@ from torch import nn
 
 from vispec.model.cache import TreeCache
 from vispec.model.draft_config import DraftConfig
+from vispec.model.draft_vocab import DraftVocabulary
 from vispec.model.hub import HubMixin
 from vispec.model.pairs import PairLayout, Span, plan_pairs
 from vispec.model.tree import Tree, TreeShape, grow_tree
@@ -51,6 +52,8 @@ class BaseHead(HubMixin, nn.Module):
     method: str
     fixed_depth: int | None = None
     """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
+    draft_vocab: DraftVocabulary | None = None
+    """The tokens that the head may propose; None: all."""
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -65,15 +68,18 @@ class BaseHead(HubMixin, nn.Module):
 
     def fit(self, shape: TreeShape) -> TreeShape:
         """The largest tree not above this one that the head can fill."""
-        return shape.fitted(self.config.vocab_size, self.fixed_depth)
+        vocabulary = self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
+        return shape.fitted(vocabulary, self.fixed_depth)
 
     def start(self, prompt: "Prompt", root: torch.Tensor):
         """What the head remembers of a prompt that the target has read; `root` (B,) is the first new token."""
         return self.begin(prompt.hidden, prompt.embeds, root, prompt.images)
 
-    def grow(self, state, root: torch.Tensor, shape: TreeShape, lm_head: Callable) -> Tree:
+    def grow(
+        self, state, root: torch.Tensor, shape: TreeShape, lm_head: Callable, token_ids: torch.Tensor | None = None
+    ) -> Tree:
         """The tree under the last committed pair, see `grow_tree`."""
-        return grow_tree(self, state, root, shape, lm_head)
+        return grow_tree(self, state, root, shape, lm_head, token_ids)
 
 
 class DraftHead(BaseHead):

@@ -1,5 +1,6 @@
 """Draft heads on the hub: saving with a model card, loading, pushing."""
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # these modules import this one
     from vispec.model.draft import BaseHead
+    from vispec.model.draft_vocab import DraftVocabulary
 
 CARD = "README.md"
+VOCABULARY_FILE = "draft_vocab.safetensors"
+VOCABULARY_TITLE = "## Draft vocabulary"
 THIS_HEAD = "<this folder or its hub id>"
 """Stands in a model card for the place of the head, until it is pushed and has one."""
 NAMES = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "medusa": "Medusa"}
@@ -30,7 +34,7 @@ class HubMixin:
     """The model card that the head came with, or that its training wrote."""
 
     def save_pretrained(self: "BaseHead", folder: str | Path) -> None:
-        """Write config.json, model.safetensors and README.md, the model card, into `folder`.
+        """Write config.json, model.safetensors, README.md (the model card) and a draft vocabulary into `folder`.
 
         A head without a card gets one that tells what its own tensors show.
         """
@@ -142,7 +146,19 @@ def model_card(
     if held_out:
         measures = {MEASURES[key]: f"{value:.4g}" for key, value in held_out.items() if key in MEASURES}
         parts.append(f"## On held-out samples\n\n{_table('measure', measures)}")
-    return "\n".join(parts)
+    card = "\n".join(parts)
+    return card if head.draft_vocab is None else with_vocabulary_section(card, head.draft_vocab)
+
+
+def with_vocabulary_section(card: str, vocabulary: "DraftVocabulary") -> str:
+    """A model card that tells of a draft vocabulary, in place of what it told of an earlier one."""
+    card = re.sub(rf"\n{VOCABULARY_TITLE}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL).rstrip()
+    covered = vocabulary.facts.get("coverage")
+    told = "" if covered is None else f", which cover {covered:.2%} of the tokens of held-out answers"
+    return (
+        f"{card}\n\n{VOCABULARY_TITLE}\n\nThe head proposes {len(vocabulary)} of {vocabulary.vocab_size} tokens only "
+        f"(`{VOCABULARY_FILE}`){told}. The target verifies over all tokens, so answers stay its own.\n"
+    )
 
 
 def _name(path: str) -> str:

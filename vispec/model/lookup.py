@@ -66,8 +66,8 @@ class PromptLookup:
         state.lengths = state.lengths + counts
         state.used += longest
 
-    def grow(self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head) -> Tree:
-        """The tree under `root`, which must be `fit`; `lm_head` is what other drafts need."""
+    def grow(self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head, token_ids=None) -> Tree:
+        """The tree under `root`, which must be `fit`; `lm_head` and `token_ids` are what other drafts need."""
         k, levels = shape.top_k, shape.levels
         tokens = continuations(state.ids[:, : max(state.used, k)], state.lengths, k, levels)
         first = first_alike(tokens)

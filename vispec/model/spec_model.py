@@ -12,8 +12,9 @@ from vispec.model.acceptance import Sampling
 from vispec.model.checkpoints import load_draft
 from vispec.model.decoding import BaselineDecoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
+from vispec.model.draft_vocab import DraftOutput
 from vispec.model.lookup import PromptLookup
-from vispec.model.target import VIDEO_INPUTS, Target, load_target
+from vispec.model.target import VIDEO_INPUTS, Target, hub_options, load_target
 from vispec.model.tree import TreeShape
 
 logger = logging.getLogger("vispec")
@@ -53,6 +54,7 @@ class SpecModel:
     ):
         self.target = target if isinstance(target, Target) else Target(target)
         self.draft: BaseHead | PromptLookup | None = None
+        self.draft_output = DraftOutput(self.target.logits)
         self.shape = TreeShape(total_token, depth, top_k)
         if draft is not None:
             self._attach(draft)
@@ -69,6 +71,7 @@ class SpecModel:
         num_q: int | None = None,
         torch_dtype: str | torch.dtype = "auto",
         device_map: str | dict | None = None,
+        draft_vocab: bool = True,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
@@ -81,6 +84,7 @@ class SpecModel:
             total_token, depth, top_k: size of the tree, see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it.
+            draft_vocab: False lets the head propose all tokens, though a draft vocabulary lies beside it.
 
         Raises:
             ValueError, OSError: something is missing or does not fit; the message names it.
@@ -94,13 +98,18 @@ class SpecModel:
             model._attach(PromptLookup())
         elif spec_model_path is not None:
             embedding = model.target.embed_tokens.weight
-            model._attach(load_draft(spec_model_path, method, num_q, model.target.dtype, embedding))
+            draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab)
+            if draft.draft_vocab is not None:
+                draft.draft_vocab.check_tokenizer(base_model_path, **hub_options(kwargs))
+            model._attach(draft)
             model.draft.to(model.target.device)
         return model
 
     def _attach(self, draft: BaseHead | PromptLookup) -> None:
         if isinstance(draft, BaseHead):
             _check_pair(self.target, draft)
+            if draft.draft_vocab is not None:
+                self.draft_output = draft.draft_vocab.output(self.target.lm_head, self.target.device)
         self.shape = _fitted(self.shape, draft)
         self.draft = draft
 
@@ -198,7 +207,8 @@ class SpecModel:
             return BaselineDecoder(self.target, sampling).rounds(input_ids, inputs, stop)
         if self.draft is None:
             raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
-        return SpeculativeDecoder(self.target, self.draft, self.shape, sampling).rounds(input_ids, inputs, stop)
+        decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
+        return decoder.rounds(input_ids, inputs, stop)
 
     def _new_token_limit(self, length: int, padding: int, max_new_tokens: int, max_length: int | None) -> int:
         if max_new_tokens < 1:

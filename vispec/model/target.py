@@ -221,10 +221,14 @@ def load_target(
     return model
 
 
+def hub_options(kwargs: Mapping) -> dict:
+    """Those arguments of a `from_pretrained` that say where the files of a model are."""
+    return {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+
+
 def _refuse_draft_head(path: str, kwargs: Mapping) -> None:
     """The config of a published draft head says that it is a VLM; transformers would build one, at full size."""
-    where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
-    values, _ = PretrainedConfig.get_config_dict(path, **where)
+    values, _ = PretrainedConfig.get_config_dict(path, **hub_options(kwargs))
     kind = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
     parts = sorted(getattr(kind, "sub_configs", ()))
     if parts and not any(part in values for part in parts):

@@ -79,6 +79,7 @@ def grow_tree(
     root: torch.Tensor,
     shape: TreeShape,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
+    token_ids: torch.Tensor | None = None,
 ) -> Tree:
     """Draft a tree under the last committed pair.
 
@@ -87,14 +88,15 @@ def grow_tree(
             read from. Below that the head is run on the nodes of a level.
         root: (B,) token at the root.
         shape: must be `fitted` to the vocabulary, and to the head's `fixed_depth`.
-        lm_head: (…, H) -> (…, V), the target's output head.
+        lm_head: (…, H) -> (…, V), the target's output head, or the rows of a draft vocabulary.
+        token_ids: (V,) the token of each logit where there is a draft vocabulary.
 
     A node's score is the sum of the log-probabilities on its path. Each level expands its k best nodes; of all M
     candidates ever scored, the N - 1 best become the tree.
     """
     k = shape.top_k
     batch, device = root.shape[0], root.device
-    known_log_probs, known_tokens = _top_k(lm_head(state.estimates), k)
+    known_log_probs, known_tokens = _top_k(lm_head(state.estimates), k, token_ids)
     known = known_tokens.shape[1]
     scores, tokens = known_log_probs[:, 0], known_tokens[:, 0]
     all_scores, all_tokens = [scores], [tokens]
@@ -110,7 +112,7 @@ def grow_tree(
         else:
             seen = torch.cat([seen, itself], dim=2)
             out = draft.expand(state, level, hidden, tokens, seen)
-            log_probs, children = _top_k(lm_head(out), k)
+            log_probs, children = _top_k(lm_head(out), k, token_ids)
         child_scores = (scores[:, :, None] + log_probs).flatten(1)
         all_scores.append(child_scores)
         all_tokens.append(children.flatten(1))
@@ -164,6 +166,9 @@ def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Te
     return mask, paths.masked_fill(step > depth, -1)
 
 
-def _top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _top_k(
+    logits: torch.Tensor, k: int, token_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best log-probabilities and their tokens, in float32: in half precision too many of them tie."""
-    return logits.float().log_softmax(-1).topk(k, dim=-1)
+    log_probs, best = logits.float().log_softmax(-1).topk(k, dim=-1)
+    return log_probs, best if token_ids is None else token_ids[best]

@@ -154,15 +154,15 @@ def without_tracebacks(batches: Iterable) -> Iterator:
         raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
-def find_samples(folders: Sequence[str]) -> list[Path]:
-    """All sample files of some folders, in a fixed order."""
+def find_samples(folders: Sequence[str], flag: str = "--tmpdir") -> list[Path]:
+    """All sample files of some folders, in a fixed order; `flag` is where the user gave them."""
     paths = []
     for folder in folders:
         if not Path(folder).is_dir():
-            raise ValueError(f"--tmpdir {folder}: no such folder")
+            raise ValueError(f"{flag} {folder}: no such folder")
         found = sorted(Path(folder).rglob(f"[0-9]*{SUFFIX}"))  # not a checkpoint that lies there too
         if not found:
-            raise ValueError(f"--tmpdir {folder}: no sample files ({SUFFIX}) there")
+            raise ValueError(f"{flag} {folder}: no sample files ({SUFFIX}) there")
         paths += found
     return paths
 
