@@ -22,7 +22,7 @@ from vispec.model.draft_config import DraftConfig
 from vispec.model.draft_vocab import DraftVocabulary
 from vispec.model.hub import HubMixin
 from vispec.model.pairs import PairLayout, Span, plan_pairs
-from vispec.model.tree import Tree, TreeShape, grow_tree
+from vispec.model.tree import Candidates, Tree, TreeShape, grow_candidates, grow_tree
 
 if TYPE_CHECKING:
     from vispec.model.target import Prompt
@@ -80,6 +80,12 @@ class BaseHead(HubMixin, nn.Module):
     ) -> Tree:
         """The tree under the last committed pair, see `grow_tree`."""
         return grow_tree(self, state, root, shape, lm_head, token_ids)
+
+    def candidates(
+        self, state, root: torch.Tensor, shape: TreeShape, lm_head: Callable, token_ids: torch.Tensor | None = None
+    ) -> Candidates:
+        """What the nodes of that tree are chosen from."""
+        return grow_candidates(self, state, root, shape, lm_head, token_ids)
 
 
 class DraftHead(BaseHead):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vispec.model.target import Prompt
-from vispec.model.tree import EMPTY, Tree, TreeShape, choose_nodes
+from vispec.model.tree import EMPTY, Candidates, Tree, TreeShape, choose_nodes
 
 LONGEST_MATCH = 8
 """Tokens of a match that count; matches of more tokens are equally good."""
@@ -68,6 +68,12 @@ class PromptLookup:
 
     def grow(self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head, token_ids=None) -> Tree:
         """The tree under `root`, which must be `fit`; `lm_head` and `token_ids` are what other drafts need."""
+        return choose_nodes(root, *self.candidates(state, root, shape), shape)
+
+    def candidates(
+        self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head=None, token_ids=None
+    ) -> Candidates:
+        """What the nodes of that tree are chosen from; it does not depend on `total_token`."""
         k, levels = shape.top_k, shape.levels
         tokens = continuations(state.ids[:, : max(state.used, k)], state.lengths, k, levels)
         first = first_alike(tokens)
@@ -77,12 +83,10 @@ class PromptLookup:
         # a node's parent is on the first branch that has it, so it comes earlier, and its score is higher
         parents = F.pad(first[:, :, :-1] * levels + level[:-1], (1, 0), value=-1)
         scores = -(branch + level).float().expand_as(tokens)
-        return choose_nodes(
-            root,
+        return Candidates(
             scores.masked_fill(~fresh, -torch.inf).flatten(1),
             tokens.masked_fill(~fresh, EMPTY).flatten(1),
             parents.masked_fill(~fresh, -1).flatten(1),
-            shape,
         )
 
 

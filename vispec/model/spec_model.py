@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,9 @@ from vispec.model.draft_vocab import DraftOutput
 from vispec.model.lookup import PromptLookup
 from vispec.model.target import VIDEO_INPUTS, Target, hub_options, load_target
 from vispec.model.tree import TreeShape
+
+if TYPE_CHECKING:
+    from vispec.model.tune import Tuning
 
 logger = logging.getLogger("vispec")
 
@@ -194,6 +198,30 @@ class SpecModel:
         )
         return (StreamedTokens(r.tokens, [i < r.accepted for i in range(len(r.tokens))], r.accepted) for r in rounds)
 
+    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = 48) -> "Tuning":
+        """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
+
+        Takes as long as some dozens of answers; see `vispec.model.tune`.
+
+        Args:
+            prompts: what the processor returned for each of a few typical prompts, input_ids included.
+            max_new_tokens: of each answer while measuring.
+
+        Raises:
+            ValueError: there is no draft head, or the answers are too short to measure anything.
+        """
+        from vispec.model.tune import tune
+
+        self._require_draft()
+        tuning = tune(self, prompts, max_new_tokens)
+        self.shape = tuning.shape
+        print(tuning.report())
+        return tuning
+
+    def _require_draft(self) -> None:
+        if self.draft is None:
+            raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
+
     def _rounds(
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
     ) -> Iterator[Round]:
@@ -205,8 +233,7 @@ class SpecModel:
         stop = Stop(limit, frozenset(self.target.eos_token_ids))
         if not speculate:
             return BaselineDecoder(self.target, sampling).rounds(input_ids, inputs, stop)
-        if self.draft is None:
-            raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
+        self._require_draft()
         decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
         return decoder.rounds(input_ids, inputs, stop)
 

@@ -6,7 +6,7 @@ root. Everything is a tensor of fixed shape, so that a round makes no decision o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -73,6 +73,17 @@ class Tree:
         return paths[:, : int((paths >= 0).sum(1).max())]
 
 
+class Candidates(NamedTuple):
+    """What a tree's nodes are chosen from, level by level."""
+
+    scores: torch.Tensor
+    """(B, M)."""
+    tokens: torch.Tensor
+    """(B, M)."""
+    parents: torch.Tensor
+    """(B, M) candidate index of each one's parent, -1 for the root."""
+
+
 def grow_tree(
     draft: "DraftHead | MedusaHead",
     state: "DraftState | MedusaState",
@@ -81,7 +92,19 @@ def grow_tree(
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     token_ids: torch.Tensor | None = None,
 ) -> Tree:
-    """Draft a tree under the last committed pair.
+    """Draft a tree under the last committed pair; arguments as for `grow_candidates`."""
+    return choose_nodes(root, *grow_candidates(draft, state, root, shape, lm_head, token_ids), shape)
+
+
+def grow_candidates(
+    draft: "DraftHead | MedusaHead",
+    state: "DraftState | MedusaState",
+    root: torch.Tensor,
+    shape: TreeShape,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    token_ids: torch.Tensor | None = None,
+) -> Candidates:
+    """All that a draft proposes under the last committed pair.
 
     Args:
         draft, state: the head and its memory; `state.estimates` (B, A, H) are the outputs that the first A levels are
@@ -126,7 +149,7 @@ def grow_tree(
         if level >= known:
             hidden = out.gather(1, parent[..., None].expand(-1, -1, out.shape[2]))
             seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
-    return choose_nodes(root, torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), shape)
+    return Candidates(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1))
 
 
 def choose_nodes(
@@ -136,8 +159,7 @@ def choose_nodes(
 
     Args:
         root: (B,) token of node 0.
-        scores, tokens: (B, M) of the candidates.
-        parents: (B, M) candidate index of each one's parent, -1 for the root.
+        scores, tokens, parents: (B, M), see `Candidates`.
     """
     batch, candidates = scores.shape
     # a stable sort, since a child that ties with its parent must not be chosen before it
