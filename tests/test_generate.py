@@ -10,6 +10,7 @@ from PIL import Image
 
 from vispec import generate
 from vispec.demo import embedded
+from vispec.model import tune
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -59,6 +60,25 @@ def test_terminal_gets_colours(picture, capsys, monkeypatch):
     monkeypatch.setattr(generate, "wants_colour", lambda stream: True)
     generate.main([*pair("llava_next", "vispec"), "--image", picture, "--max-new-tokens", "40", "what is this?"])
     assert "\x1b[32m" in capsys.readouterr().out
+
+
+def test_measured_tree(picture, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "SIZES", (2, 8, 30))
+    monkeypatch.setattr(tune, "WIDTHS", (4,))
+    monkeypatch.setattr(tune, "TURNS", 1)
+    monkeypatch.setattr(tune, "REPETITIONS", 1)
+    flags = ["--total-token", "-1", "--image", picture, "--max-new-tokens", "20", "--compare", "What is this?"]
+    assert generate.main([*pair("llava_next", "vispec"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "\nchosen: " in printed and "times as fast as 30/3/8 in this run" in printed
+    assert "outputs identical: yes" in printed
+
+
+@pytest.mark.parametrize("size", ["0", "-2", "1", "many"])
+def test_impossible_sizes_of_a_tree(size, capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--total-token", size, "what?"])
+    assert "--total-token: expected a whole number from 2 on, or -1 to measure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vispec.cli import UserError, run_cli
 from vispec.demo import embedded
-from vispec.evaluation.loading import Parser, count, dtype_name, load_model, quiet_transformers
+from vispec.evaluation.loading import MEASURED, Parser, count, dtype_name, load_model, quiet_transformers, tree_size
 from vispec.evaluation.text import TextStream, coloured, wants_colour
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 
@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         inputs = build_inputs(processor, [turn])
     except UNREADABLE as error:
         raise UserError(f"--image: {type(error).__name__}: {error}") from None
+    measured = args.total_token == MEASURED
+    if measured:
+        tree = {}
     model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, **tree)
+    if measured:
+        model.tune([inputs])
     options = {"temperature": args.temperature, "top_p": args.top_p}
     if args.compare:
         for speculate in (False, True):
@@ -88,7 +93,11 @@ def _make_parser() -> Parser:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
     add("--max-new-tokens", type=count, default=512, help="most tokens of the answer")
-    add("--total-token", type=count, help="nodes of the draft tree, its root included")
+    add(
+        "--total-token",
+        type=tree_size,
+        help="nodes of the draft tree, its root included; -1 measures which tree is fastest, depth and top-k too",
+    )
     add("--depth", type=int, help="expansions of the tree after its first level")
     add("--top-k", type=count, help="nodes expanded a level of the tree")
     parser.add_hardware(dtype=None)

@@ -59,6 +59,20 @@ def count(text: str) -> int:
     return value
 
 
+MEASURED = -1
+"""As --total-token: measure which tree is the fastest, see `SpecModel.tune`."""
+
+
+def tree_size(text: str) -> int:
+    """Nodes of a draft tree from 2 on, or MEASURED."""
+    value = int(text) if text.strip().lstrip("+-").isdigit() else 0
+    if value < 2 and value != MEASURED:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 2 on, or {MEASURED} to measure which tree is the fastest, found {text!r}"
+        )
+    return value
+
+
 def load_model(
     base_model_path: str,
     spec_model_path: str | None,
