@@ -8,10 +8,12 @@ import datasets
 import pytest
 from PIL import Image
 
+from vispec import SpecModel
 from vispec.evaluation import answering
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
 from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
+from vispec.model import tune
 from vispec.model.checkpoints import load_draft, read_config, save_draft
 from vispec.model.medusa import MedusaHead
 
@@ -153,6 +155,34 @@ def test_other_settings_are_refused(finished, coco, tmp_path, flags, name):
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     with pytest.raises(ValueError, match=f"made with {name} .* found "):
         run_spec(coco, tmp_path, *flags)
+
+
+def test_measured_tree(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "SIZES", (2, 8, 30))
+    monkeypatch.setattr(tune, "WIDTHS", (4,))
+    monkeypatch.setattr(tune, "TURNS", 1)
+    monkeypatch.setattr(tune, "REPETITIONS", 1)
+    path = run_spec(coco, tmp_path, "--total-token", "-1", "--question-end", "2")
+    printed = capsys.readouterr().out
+    assert "measured on 2 prompts" in printed and "\nchosen: " in printed
+    meta = json.loads(path.with_name(path.name + ".meta.json").read_text())
+    assert f"chosen: {'/'.join(map(str, meta['settings']['tree']))}," in printed
+    monkeypatch.setattr(SpecModel, "tune", lambda *args: pytest.fail("a file keeps its tree"))
+    assert run_spec(coco, tmp_path, "--total-token", "-1") == path
+    assert [line["question_id"] for line in read(path)] == sorted(IDS)
+    assert json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"] == meta["settings"]
+
+
+@pytest.mark.parametrize("size", ["0", "-2"])
+def test_impossible_sizes_of_a_tree(size, coco, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_spec(coco, tmp_path, "--total-token", size)
+    assert "--total-token: expected a whole number from 2 on, or -1 to measure" in capsys.readouterr().err
+
+
+def test_trees_are_measured_with_one_model(coco, tmp_path):
+    with pytest.raises(ValueError, match="--total-token -1 measures with one model: begin without --num-gpus-total"):
+        run_spec(coco, tmp_path, "--total-token", "-1", "--num-gpus-total", "2")
 
 
 def test_unreadable_images_are_left_out(coco, tmp_path, capsys):

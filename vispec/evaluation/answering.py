@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 WARM_UPS = 3
 """Answers that each series gives to its first question before they count."""
+TUNED_ON = 3
+"""Questions on which `--total-token -1` measures trees."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,26 @@ class Answerer:
                 answer = self._measure(series, inputs, seed)
                 answers.append((answer, answer_text(processor.tokenizer, answer.output_ids)))
             yield Answered(series, answer_line(question.question_id, series.model_id, series.method, answers))
+
+    def tune(self, series: Series, questions: Sequence[Question]) -> list[int]:
+        """Measure on the first questions which tree is the fastest; the series answers with it from now on.
+
+        Returns:
+            total_token, depth and top_k, as they stand in the settings of an answer file.
+        """
+        model, processor = self._models[series.method], self._processor(series)
+        prompts = []
+        for question in questions:
+            if len(prompts) == TUNED_ON:
+                break
+            try:
+                inputs = build_inputs(processor, question.turns)
+            except UNREADABLE:
+                continue
+            if inputs["input_ids"].shape[1] <= model.target.max_positions:
+                prompts.append(inputs)
+        shape = model.tune(prompts).shape
+        return [shape.total_token, shape.depth, shape.top_k]
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""

@@ -117,6 +117,8 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
             draft = PromptLookup()
         else:
             draft = load_draft(path, method, models.num_q, target.dtype, target.embed_tokens.weight).to(target.device)
+            if draft.draft_vocab is not None:
+                draft.draft_vocab.check_tokenizer(models.base_model_path)
         loaded[method] = SpecModel(target, draft, *models.tree)
     return loaded
 

@@ -18,9 +18,9 @@ from vispec.evaluation.answering import (
     report_left_out,
     settings_of,
 )
-from vispec.evaluation.answers import AnswerFile
+from vispec.evaluation.answers import AnswerFile, read_meta
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import Models, Parser, count
+from vispec.evaluation.loading import MEASURED, Models, Parser, count, tree_size
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Arm, Generation
 
@@ -38,12 +38,20 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
     questions, data = benchmark.questions(args.data_folder, **options)
     by_id = {question.question_id: question for question in questions}
     questions = questions[args.question_begin : args.question_end]
+    file = AnswerFile(answer_path(args, method))
     models = _models(args, arm, method)
+    measured = arm == "spec" and args.total_token == MEASURED
+    if measured:
+        models = replace(models, tree=_tree_of(file))
+        if not file.lines and args.num_gpus_total > args.num_gpus_per_model:
+            raise UserError(f"--total-token {MEASURED} measures with one model: begin without --num-gpus-total")
     generation = Generation(args.temperature, args.max_new_token)
     series = Series(name, method, _model_id(args, method), generation, args.num_choices)
-    task = Task(series, AnswerFile(answer_path(args, method)), settings_of(series, models, data, options))
+    task = Task(series, file, settings_of(series, models, data, options))
     task.check()
-    left_out = _answer(task, questions, args, models) if open_asks([task], questions) else []
+    left_out = []
+    if open_asks([task], questions):
+        left_out = _answer(task, questions, args, models, measure_tree=measured and not file.lines)
     finish(task, len(questions), left_out)
     complete = report_left_out(benchmark, left_out)
     if check:
@@ -74,7 +82,7 @@ def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
     add("--num-choices", type=count, default=1, help="answers to each question, with seeds 0, 1, …")
     add_common_flags(parser)
     if arm == "spec":
-        add_tree_flags(parser)
+        add_tree_flags(parser, measured=True)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
@@ -105,9 +113,16 @@ def add_common_flags(parser: Parser) -> None:
     parser.add_hardware()
 
 
-def add_tree_flags(parser: Parser) -> None:
+def add_tree_flags(parser: Parser, measured: bool = False) -> None:
+    """Flags for the size of the draft tree; `measured`: the command can also measure which tree is the fastest."""
     add = parser.add_argument
-    add("--total-token", type=count, default=30, help="nodes of the draft tree, its root included")
+    add(
+        "--total-token",
+        type=tree_size if measured else count,
+        default=30,
+        help="nodes of the draft tree, its root included"
+        + ("; -1 measures which tree is fastest, depth and top-k too" if measured else ""),
+    )
     add("--depth", type=int, default=3, help="expansions of the tree after its first level")
     add("--top-k", type=count, default=8, help="nodes expanded a level")
 
@@ -119,9 +134,19 @@ def answer_path(args: argparse.Namespace, method: str) -> Path:
     return Path(args.answer_dir, args.bench_name, f"{_model_id(args, method)}-temperature-{args.temperature}.jsonl")
 
 
-def _answer(task: Task, questions: list[Question], args: argparse.Namespace, models: Models) -> list[LeftOut]:
+def _tree_of(file: AnswerFile) -> tuple[int, int, int]:
+    """The tree that an answer file was begun with, which is not measured again; else the default one."""
+    meta = read_meta(file.path) if file.lines else None
+    return tuple(meta["settings"]["tree"]) if meta else Models.tree
+
+
+def _answer(
+    task: Task, questions: list[Question], args: argparse.Namespace, models: Models, measure_tree: bool
+) -> list[LeftOut]:
     title = f"{args.bench_name} {task.series.method}"
     with loaded(models, args.num_gpus_total) as answerer:
+        if measure_tree:
+            task.settings["tree"] = answerer.tune(task.series, questions)
         return answer_all([task], questions, answerer, provenance(args), title)
 
 
