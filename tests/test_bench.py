@@ -1,0 +1,206 @@
+"""The bench: counted bytes and operations, pairs at published sizes, and a report whose parts fit together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vispec import SpecModel
+from vispec.cli import UserError
+from vispec.evaluation import bench, random_pairs, roofline, round_times
+from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target
+from vispec.evaluation.roofline import Cost, Rates, attention_cost, pass_cost
+from vispec.evaluation.round_times import DECODER, DRAFT_HEAD, HEAD, ModuleClock
+from vispec.model.target import Target
+
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+TEXT_PARAMETERS = {  # decoder and output head, in billions, as the models' cards and names say
+    "llava-v1.6-vicuna-7b-hf": 6.74,
+    "llava-v1.6-vicuna-13b-hf": 13.02,
+    "llava-1.5-7b-hf": 6.74,
+    "Qwen2.5-VL-3B-Instruct": 3.09,
+    "Qwen2.5-VL-7B-Instruct": 7.62,
+    "llama-135m": 0.135,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Small buffers, few rounds: what is tested is that times are taken, not what they are."""
+    monkeypatch.setattr(roofline, "COPIED_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(roofline, "PRODUCT_SIZE", {"cpu": 16})
+    monkeypatch.setattr(round_times, "WARM_UP_ROUNDS", 1)
+    monkeypatch.setattr(round_times, "ROUNDS", 3)
+    monkeypatch.setattr(bench, "VERIFIED", (1, 4))
+
+
+def tiny(name: str) -> random_pairs.Sizes:
+    """A target's family and special tokens, with a decoder and a tower of a few thousand weights."""
+    sizes = TARGETS[name]
+    text = {**sizes.text, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if "num_key_value_heads" in text:
+        text["num_key_value_heads"] = 2
+    if "rope_scaling" in text:
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    vision = random_pairs._CLIP_TINY
+    if sizes.family == "qwen2_5_vl":
+        vision = {**sizes.vision, "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+        vision["out_hidden_size"] = 32
+    return replace(sizes, text=text, vision=vision, draft=None)
+
+
+# --- counting ---
+
+
+def test_a_pass_reads_every_weight_once():
+    layer = nn.Linear(4, 6)
+    assert pass_cost([layer], rows=3) == Cost(bytes=(24 + 6) * 4, flops=2 * 3 * 24)
+    assert pass_cost([layer, layer], rows=3) == pass_cost([layer], rows=3)
+    assert pass_cost([layer.to(torch.bfloat16)], rows=1).bytes == (24 + 6) * 2
+
+
+def test_of_an_embedding_table_only_rows_are_read():
+    table, head = nn.Embedding(100, 8), nn.Linear(8, 100, bias=False)
+    head.weight = table.weight
+    assert pass_cost([table], rows=3) == Cost(bytes=3 * 8 * 4)
+    assert pass_cost([head], rows=3) == Cost(bytes=800 * 4, flops=2 * 3 * 800)
+
+
+def test_attention_reads_keys_and_values():
+    # 2 layers, 3 heads of 5 over 1 key head, 7 queries, 11 keys of 2 bytes
+    assert attention_cost(2, 3, 1, 5, 7, 11, 2) == Cost(2 * 2 * 1 * 5 * 11 * 2, 2 * 2 * 2 * 3 * 5 * 7 * 11)
+
+
+def test_the_floor_is_what_takes_longer():
+    rates = Rates(bandwidth=100.0, matmul=1000.0)
+    assert rates.floor(Cost(bytes=200, flops=1000)) == 2.0
+    assert rates.floor(Cost(bytes=200, flops=3000)) == 3.0
+
+
+def test_calls_of_the_output_head_are_told_apart():
+    decoder, head = nn.Linear(2, 2), nn.Linear(2, 3)
+    with ModuleClock({DECODER: [decoder], HEAD: [head]}, CPU) as clock:
+        head(decoder(torch.zeros(1, 5, 2)))
+        head(torch.zeros(1, 4, 2))
+    head(torch.zeros(1, 4, 2))  # no longer watched
+    assert [(one.part, one.rows) for one in clock.passes()] == [(DECODER, 5), (HEAD, 5), (DRAFT_HEAD, 4)]
+    assert all(one.seconds > 0 for one in clock.passes())
+
+
+# --- random pairs ---
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_published_sizes(name):
+    target = build_target(TARGETS[name], torch.device("meta"), torch.bfloat16)
+    assert {weight.dtype for weight in target.parameters()} == {torch.bfloat16}
+    text = Target(target)
+    weights = {id(w): w.numel() for part in (text.decoder, text.lm_head) for w in part.parameters()}
+    assert sum(weights.values()) / 1e9 == pytest.approx(TEXT_PARAMETERS[name], abs=0.005)
+    draft = build_draft(TARGETS[name], target)
+    published = json.loads((GOLDEN / "published_draft_shapes.json").read_text())
+    published["llava-1.5-7b-hf"] = published["llava-v1.6-vicuna-7b-hf"]
+    if name in published:
+        assert {n: list(tensor.shape) for n, tensor in draft.state_dict().items()} == published[name]
+
+
+@pytest.mark.parametrize("name", ["llava-v1.6-vicuna-7b-hf", "Qwen2.5-VL-3B-Instruct", "llama-135m"])
+def test_random_pairs_decode(name):
+    torch.manual_seed(0)
+    target = build_target(tiny(name), CPU, torch.float32)
+    draft = build_draft(tiny(name), target)
+    assert draft.embed_tokens.weight is target.get_input_embeddings().weight
+    model = SpecModel(target, draft, 8, 2, 3)
+    ids = torch.randint(1000, (1, 9))
+    logits = target(input_ids=ids).logits
+    assert logits.isfinite().all() and logits.std() > 0.1
+    options = {"max_new_tokens": 6}
+    assert torch.equal(model.specgenerate(ids, **options), model.baseline_generate(ids, **options))
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(UserError, match="--random-weights gpt: unknown, expected one of llava"):
+        bench.main(["--random-weights", "gpt"])
+
+
+# --- the command ---
+
+
+def test_a_loaded_pair(tmp_path, capsys):
+    file, trace = tmp_path / "bench.json", tmp_path / "trace.json"
+    pair = GOLDEN / "llava_next"
+    flags = ["--base-model-path", str(pair / "target"), "--spec-model-path", str(pair / "draft_vispec")]
+    flags += ["--prompt-tokens", "20", "--repeats", "2", "--trees", "12/3/4", "4/1/3"]
+    assert bench.main([*flags, "--json", str(file), "--profile", str(trace)]) == 0
+    result = json.loads(file.read_text())
+    assert result["rates"]["bandwidth"] > 0 and result["rates"]["matmul"] > 0
+    assert result["verification"].keys() == {"1", "4"}
+    assert all(found["identical"] for found in result["outputs"].values())
+    assert result["outputs"].keys() == {"transformers' generate", "12/3/4", "4/1/3"}
+    passes = {
+        tree: {(part["part"], part["rows"]): part["passes"] for part in found["parts"]}
+        for tree, found in result["trees"].items()
+    }
+    assert passes["12/3/4"] == {
+        ("target decoder", 12): 1,
+        ("output head", 12): 1,
+        ("draft layer", 4): 3,
+        ("draft layer", 5): 1,  # the kept path: root and up to depth + 1 nodes
+        ("draft output head", 1): 1,
+        ("draft output head", 4): 3,
+    }
+    assert passes["4/1/3"][("draft layer", 3)] == 2  # both the kept path and the one level
+    step = result["plain_step"]["seconds"]
+    for row in result["trees"].values():
+        times = [row["round"], row["tree_building"], *row["parts"]]
+        assert all(part["seconds"] > 0 and part["floor"] > 0 for part in times)
+        assert sum(part["floor"] for part in row["parts"]) == pytest.approx(row["round"]["floor"])
+        assert 0 < row["everything_else_share"] < 1
+        assert row["measured"] is None
+        for found in row["projected"]:
+            assert found["kind"] == "projected"
+            assert found["speedup"] == pytest.approx((found["tau"] + 1) * step / row["round"]["seconds"])
+    assert "traceEvents" in json.loads(trace.read_text())
+    printed = capsys.readouterr().out
+    assert "a round at 12/3/4" in printed and "3 x draft output head, 4 rows" in printed
+
+
+def test_random_weights_show_the_published_tau(monkeypatch, tmp_path, capsys):
+    name = "llava-v1.6-vicuna-7b-hf"
+    monkeypatch.setitem(TARGETS, name, tiny(name))
+    file = tmp_path / "bench.json"
+    assert bench.main(["--random-weights", name, "--prompt-tokens", "9", "--repeats", "1", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["device"]["dtype"] == "bfloat16" and result["device"]["weights"] == "random"
+    found = {row["tau"]: row for row in result["trees"]["30/3/8"]["projected"] if "published_speedup" in row}
+    assert found.keys() == {2.98, 2.09}
+    assert "projected, published" in found[2.98]["kind"]
+    assert "(published: 2.58 over the authors' loop)" in capsys.readouterr().out
+
+
+def test_the_embedded_pair_is_measured_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.embedded, "TARGET", GOLDEN / "llava_next" / "target")
+    monkeypatch.setattr(bench.embedded, "DRAFT", GOLDEN / "llava_next" / "draft_vispec")
+    monkeypatch.setattr(bench, "QUESTIONS", 1)
+    monkeypatch.setattr(bench, "ANSWER_TOKENS", 8)
+    file = tmp_path / "bench.json"
+    assert bench.main(["--prompt-tokens", "9", "--repeats", "1", "--json", str(file)]) == 0
+    measured = json.loads(file.read_text())["trees"]["12/3/4"]["measured"]
+    assert measured["tau"] > 0 and measured["speedup"] > 0 and measured["identical_questions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base-model-path", "x"], "belong together"),
+        (["--random-weights", "llama-135m", "--base-model-path", "x"], "either random or read"),
+        (["--prompt-tokens", "5000"], "--prompt-tokens 5000: expected at most"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(flags)

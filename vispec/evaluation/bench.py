@@ -1,0 +1,316 @@
+"""How near to the possible: the times of a plain step and of a round on this device, each beside its floor.
+
+python -m vispec.evaluation.bench                                                     # the embedded pair
+python -m vispec.evaluation.bench --random-weights llava-v1.6-vicuna-7b-hf --dtype bfloat16
+python -m vispec.evaluation.bench --base-model-path BASE --spec-model-path DRAFT --trees 30/3/8 12/3/4
+
+The prompt is text of random token ids. All arms (our baseline, transformers' generate, a round with every tree) take
+turns; medians count. A floor is bytes over the bandwidth of a large copy or operations over the rate of a large matrix
+product, whichever is longer, both measured first. What a speedup would be at a given τ is projected from these times;
+only for the embedded pair τ is measured too, on questions about scenes that it has not seen.
+"""
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+from vispec.cli import DTYPES, UserError, provenance, run_cli, write_atomic, write_json_atomic
+from vispec.demo import embedded
+from vispec.demo.trees import Tree, parse_tree
+from vispec.evaluation import bench_report
+from vispec.evaluation.loading import Parser, count, dtype_name, load_model, quiet_transformers
+from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
+from vispec.evaluation.roofline import Rates, measure_rates
+from vispec.evaluation.round_times import (
+    DECODER,
+    DRAFT_HEAD,
+    DRAFT_LAYER,
+    HEAD,
+    PassCosts,
+    Run,
+    most_new_tokens,
+    run,
+    run_generate,
+    tree_building_times,
+    verification_times,
+)
+
+VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Numbers of tokens whose verification is timed."""
+TAUS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+"""Values of τ for which tokens/s and speedup are projected."""
+DEFAULT_TREE = (30, 3, 8)
+QUESTIONS, ANSWER_TOKENS = 4, 200
+"""Demo questions on which the embedded pair's τ is measured, and the longest answer."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    import torch
+    from transformers import GenerationConfig
+
+    quiet_transformers()
+    torch.manual_seed(0)
+    model = load_pair(args)
+    trees = args.trees or [tuple(embedded.TREE.values()) if is_embedded(args) else DEFAULT_TREE]
+    ids = random_prompt(model, args.prompt_tokens, max(depth for _, depth, _ in trees))
+    rates = measure_rates(model.device, model.target.dtype)
+    answers = measured_answers(model, trees, args.repeats) if is_embedded(args) else {}
+    # no run may end early, and generate() is compared without the penalties that decoding does not apply
+    model.target.model.generation_config = GenerationConfig(pad_token_id=0)
+    result = measure(model, trees, ids, rates, args.repeats)
+    published = sizes_of(args.random_weights).published if args.random_weights else {}
+    for tree, row in result["trees"].items():
+        row["projected"] = [projection(result, row, tau, "projected") for tau in TAUS]
+        row["projected"] += [
+            {**projection(result, row, tau, f"projected, published τ at {name}"), "published_speedup": speedup}
+            for name, (speedup, tau) in published.items()
+        ]
+        row["measured"] = answers.get(tree)
+    result = {"device": describe(model, args), "rates": asdict(rates), **result, "provenance": provenance(args)}
+    print(bench_report.text(result))
+    if args.json:
+        write_json_atomic(args.json, result)
+    if args.profile:
+        write_profile(args.profile, model, trees[0], ids)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m vispec.evaluation.bench", description="Times of a step and a round, and floors.")
+    add = parser.add_argument
+    add("--base-model-path", help="target, a folder or a hub id (default: the embedded pair)")
+    add("--spec-model-path", help="its draft head")
+    add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
+    parser.add_hardware(dtype=None)
+    add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help="default: 30/3/8, embedded pair: 12/3/4")
+    add("--prompt-tokens", type=count, default=512, help="(default: %(default)s)")
+    add("--repeats", type=count, default=5, help="of every run (default: %(default)s)")
+    add("--json", metavar="FILE", help="write everything that was measured, and what made it")
+    add("--profile", metavar="FILE", help="write a trace of a few rounds, for chrome://tracing or Perfetto")
+    args = parser.parse_args(argv)
+    if args.random_weights and (args.base_model_path or args.spec_model_path):
+        raise UserError("--random-weights: a pair is either random or read from --base-model-path, found both")
+    if bool(args.base_model_path) != bool(args.spec_model_path):
+        raise UserError("--base-model-path and --spec-model-path belong together, found only one of them")
+    if args.random_weights:
+        sizes_of(args.random_weights)
+    return args
+
+
+def is_embedded(args: argparse.Namespace) -> bool:
+    return not args.random_weights and not args.base_model_path
+
+
+def load_pair(args: argparse.Namespace):
+    """The `SpecModel` that the flags name; its tree is replaced by those of `--trees`."""
+    import torch
+
+    from vispec import SpecModel
+
+    if args.random_weights:
+        sizes = sizes_of(args.random_weights)
+        device = torch.device(args.device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = getattr(torch, args.dtype if args.dtype not in (None, DTYPES[0]) else "bfloat16")
+        target = build_target(sizes, device, dtype)
+        return SpecModel(target, build_draft(sizes, target))
+    if is_embedded(args):
+        target, draft = embedded.require_weights()
+        dtype = args.dtype or embedded.DTYPE
+    else:
+        target, draft, dtype = args.base_model_path, args.spec_model_path, args.dtype or DTYPES[0]
+    model = load_model(target, draft, dtype=dtype, device_map=args.device_map)
+    if model.draft.method not in ("vispec", "eagle2"):
+        raise UserError(f"--spec-model-path {draft}: {model.draft.method} has no draft layer to measure")
+    return model
+
+
+def random_prompt(model, length: int, depth: int):
+    """Text of random ids (1, L), without ids that mark images."""
+    import torch
+
+    from vispec.model.families import image_token_id
+
+    positions, vocabulary = model.target.max_positions, model.target.embed_tokens.weight.shape[0]
+    room = positions - max(most_new_tokens(depth + 1), *VERIFIED)
+    if length > room:
+        raise UserError(f"--prompt-tokens {length}: expected at most {room}, the target has {positions} positions")
+    ids = torch.randint(vocabulary // 2, (1, length), generator=torch.Generator().manual_seed(0))
+    return ids.masked_fill(ids == image_token_id(model.target.config), 0)
+
+
+def measure(model, trees: list[Tree], ids, rates: Rates, repeats: int) -> dict:
+    """Times and floors of a plain step, of verification, and of a round with each tree."""
+    from vispec import SpecModel
+
+    costs = PassCosts(model, context=ids.shape[1])
+    models = {"/".join(map(str, tree)): SpecModel(model.target.model, model.draft, *tree) for tree in trees}
+    baseline, generate = [], []
+    spec: dict[str, list[Run]] = {tree: [] for tree in models}
+    watched: dict[str, list[Run]] = {tree: [] for tree in models}
+    for _ in range(repeats):
+        baseline.append(run(model, ids, speculate=False))
+        generate.append(run_generate(model, ids))
+        for tree, tree_model in models.items():
+            spec[tree].append(run(tree_model, ids, speculate=True))
+            watched[tree].append(run(tree_model, ids, speculate=True, clock=costs.clock(model.device)))
+    step, theirs = typical(baseline), typical(generate)
+    verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
+    step_floor = sum(rates.floor(costs.of(part, 1)) for part in (DECODER, HEAD))
+    weights = {part: costs.of(part, 1).bytes for part in (DECODER, HEAD, DRAFT_LAYER, DRAFT_HEAD)}
+    return {
+        "context": ids.shape[1],
+        "bytes_of_a_pass": weights,
+        "plain_step": {
+            **beside_floor(step, step_floor),
+            "bandwidth": sum(weights[part] for part in (DECODER, HEAD)) / step,
+        },
+        "transformers_step": {"seconds": theirs, "our_tokens_per_second_over_theirs": theirs / step},
+        "outputs": {
+            name: first_difference(baseline[0].tokens, runs[0].tokens)
+            for name, runs in {"transformers' generate": generate, **spec}.items()
+        },
+        "verification": {
+            n: beside_floor(seconds, sum(rates.floor(costs.of(part, n)) for part in (DECODER, HEAD)))
+            for n, seconds in verification.items()
+        },
+        "trees": {
+            tree: round_parts(tree_model, costs, rates, spec[tree], watched[tree], step, repeats)
+            for tree, tree_model in models.items()
+        },
+    }
+
+
+def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched: list[Run], step: float, repeats: int):
+    """A round with one tree, part by part. None stands for what the modules' hooks have not seen."""
+    seconds = typical(runs)
+    tree = median(tree_building_times(model, repeats))
+    logits = (1 + model.shape.depth * model.shape.top_k) * model.target.lm_head.weight.shape[0]
+    rounds = [(total, passes) for one in watched for total, passes in zip(one.seconds, one.passes, strict=True)]
+    parts = []
+    for part, rows in sorted({(p.part, p.rows) for _, passes in rounds for p in passes}, key=by_order):
+        own = [[p.seconds for p in passes if (p.part, p.rows) == (part, rows)] for _, passes in rounds]
+        number = len(own[0]) // len(costs.modules[part])
+        floor = number * rates.floor(costs.of(part, rows))
+        parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(median(map(sum, own)), floor)})
+    shares = [1 - sum(p.seconds for p in passes) / total for total, passes in rounds if passes]
+    share = median(shares) if shares else None
+    drafted = [part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD)]
+    return {
+        "round": beside_floor(seconds, round_floor(model, costs, rates)),
+        "round_in_plain_steps": seconds / step,
+        "parts": parts,
+        "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
+        "draft_seconds": sum(drafted) + tree if drafted else None,
+        "everything_else_share": share,
+    }
+
+
+def round_floor(model, costs: PassCosts, rates: Rates) -> float:
+    """Least seconds of a round: one pass of the target over N rows, depth + 1 of the draft layer and its output head.
+
+    The draft's first pass reads the kept path, the others the top_k nodes of a level.
+    """
+    shape = model.shape
+    passes = [
+        (1, DECODER, shape.total_token),
+        (1, HEAD, shape.total_token),
+        (1, DRAFT_LAYER, shape.levels + 1),
+        (1, DRAFT_HEAD, 1),
+        (shape.depth, DRAFT_LAYER, shape.top_k),
+        (shape.depth, DRAFT_HEAD, shape.top_k),
+    ]
+    return sum(number * rates.floor(costs.of(part, rows)) for number, part, rows in passes)
+
+
+def projection(result: dict, row: dict, tau: float, kind: str) -> dict:
+    """Speed at a mean of `tau` accepted draft tokens a round: a round adds one more token, the target's own."""
+    round_seconds = row["round"]["seconds"]
+    return {
+        "tau": tau,
+        "kind": kind,
+        "tokens_per_second": (tau + 1) / round_seconds,
+        "speedup": (tau + 1) * result["plain_step"]["seconds"] / round_seconds,
+    }
+
+
+def measured_answers(model, trees: list[Tree], repeats: int) -> dict[str, dict]:
+    """Both arms answer demo questions with every tree, in turn: what speed and τ really are."""
+    from vispec import SpecModel
+    from vispec.demo.runner import questions
+    from vispec.evaluation.measure import Generation, answer_question
+    from vispec.evaluation.speed import compare
+    from vispec.prompts import build_inputs, load_processor, user_turn
+
+    processor = load_processor(str(embedded.TARGET))
+    inputs = [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(QUESTIONS)]
+    models = {"/".join(map(str, tree)): SpecModel(model.target.model, model.draft, *tree) for tree in trees}
+    arms = [("baseline", "baseline", model), *((tree, "spec", tree_model) for tree, tree_model in models.items())]
+    found = {name: {i: [] for i in range(len(inputs))} for name, _, _ in arms}
+    for repeat in range(1 + repeats):
+        for i, prompt in enumerate(inputs):
+            for name, arm, arm_model in arms:
+                answer = answer_question(arm_model, prompt, arm, Generation(0.0, ANSWER_TOKENS))
+                if repeat > 0:  # the first time warms up
+                    found[name][i].append(answer)
+    return {tree: asdict(compare(found["baseline"], found[tree])) for tree in models}
+
+
+def beside_floor(seconds: float, floor: float) -> dict[str, float]:
+    return {"seconds": seconds, "floor": floor, "times_floor": seconds / floor}
+
+
+def typical(runs: list[Run]) -> float:
+    """Median over all counted rounds of all repetitions."""
+    return median(seconds for one in runs for seconds in one.seconds)
+
+
+def first_difference(ours: list[int], theirs: list[int]) -> dict:
+    """Where two arms' tokens part, as far as both go."""
+    compared = min(len(ours), len(theirs))
+    place = next((i for i in range(compared) if ours[i] != theirs[i]), None)
+    return {"compared": compared, "identical": place is None, "first_difference": place}
+
+
+def by_order(part_and_rows: tuple[str, int]) -> tuple[int, int]:
+    part, rows = part_and_rows
+    return (DECODER, HEAD, DRAFT_LAYER, DRAFT_HEAD).index(part), rows
+
+
+def describe(model, args: argparse.Namespace) -> dict:
+    """What was measured, for the head of the report."""
+    made_by = provenance({})
+    return {
+        "pair": args.random_weights or args.base_model_path or "embedded",
+        "weights": "random" if args.random_weights else "loaded",
+        "dtype": dtype_name(model),
+        "kind": model.device.type,
+        "name": made_by["device"],
+        "versions": made_by["versions"],
+        "parameters": sum(weight.numel() for weight in model.target.model.parameters()),
+        "draft_parameters": sum(
+            weight.numel() for name, weight in model.draft.named_parameters() if not name.startswith("embed_tokens")
+        ),
+    }
+
+
+def write_profile(path: str, model, tree: Tree, ids) -> None:
+    """A trace of plain steps and then of rounds, as torch's profiler sees them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from vispec import SpecModel
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])
+    with profile(activities=activities) as trace:
+        run(model, ids, speculate=False)
+        run(SpecModel(model.target.model, model.draft, *tree), ids, speculate=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(file))
+        write_atomic(path, lambda out: out.write(file.read_bytes()))
+
+
+if __name__ == "__main__":
+    run_cli(main)

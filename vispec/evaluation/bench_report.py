@@ -1,0 +1,100 @@
+"""The report of `vispec.evaluation.bench` as text."""
+
+from vispec.evaluation.round_times import DECODER, DRAFT_HEAD, DRAFT_LAYER, HEAD
+
+
+def text(result: dict) -> str:
+    """Everything that was measured, one table after another; times in milliseconds."""
+    lines = [*_head(result), "", *_step(result), "", *_verification(result)]
+    for tree, row in result["trees"].items():
+        lines += ["", *_tree(tree, row), "", *_speeds(tree, row)]
+    return "\n".join(lines)
+
+
+def _head(result: dict) -> list[str]:
+    device, rates, read = result["device"], result["rates"], result["bytes_of_a_pass"]
+    layer, head = read[DRAFT_LAYER], read[DRAFT_HEAD]
+    versions = ", ".join(f"{name} {device['versions'][name]}" for name in ("torch", "transformers"))
+    return [
+        f"{device['pair']}, {device['weights']} weights, {device['dtype']}, on {device['kind']}",
+        f"{device['name']}; {versions}",
+        f"target {_billions(device['parameters'])} parameters, draft head {_billions(device['draft_parameters'])}; "
+        f"a step reads {_gb(read[DECODER] + read[HEAD])}, "
+        f"a pass of the draft {_gb(layer + head)} ({_gb(layer)} layer, {_gb(head)} output head)",
+        f"measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s (read + written), "
+        f"matrix product {rates['matmul'] / 1e12:.2f} TFLOP/s; prompt of {result['context']} tokens",
+    ]
+
+
+def _step(result: dict) -> list[str]:
+    step, theirs = result["plain_step"], result["transformers_step"]
+    lines = [
+        _row("one token at a time", "ms", "floor", "x floor"),
+        _timed("plain step", step),
+        _row("transformers' generate", _ms(theirs["seconds"]), "", ""),
+        f"plain step: {step['bandwidth'] / 1e9:.1f} GB/s, {_percent(1 / step['times_floor'])} of the possible speed; "
+        f"our tokens/s over those of generate: {theirs['our_tokens_per_second_over_theirs']:.2f}",
+    ]
+    for name, found in result["outputs"].items():
+        same = "the same" if found["identical"] else f"other than the baseline's from token {found['first_difference']}"
+        lines.append(f"outputs of {name}: {same} ({found['compared']} tokens compared)")
+    return lines
+
+
+def _verification(result: dict) -> list[str]:
+    rows = [_timed(f"{n} tokens", found) for n, found in result["verification"].items()]
+    return [_row("verification of", "ms", "floor", "x floor"), *rows]
+
+
+def _tree(tree: str, row: dict) -> list[str]:
+    lines = [_row(f"a round at {tree}", "ms", "floor", "x floor")]
+    lines += [_timed(f"  {part['passes']} x {part['part']}, {part['rows']} rows", part) for part in row["parts"]]
+    lines += [_timed("  tree building, alone", row["tree_building"]), _timed("round", row["round"])]
+    lines.append(f"a round takes {row['round_in_plain_steps']:.2f} plain steps")
+    if row["everything_else_share"] is not None:
+        lines[-1] += (
+            f"; draft (layer, output head, tree building) {_ms(row['draft_seconds'])} ms; "
+            f"everything but the modules {_percent(row['everything_else_share'])} of a round"
+        )
+    return lines
+
+
+def _speeds(tree: str, row: dict) -> list[str]:
+    lines = [f"{tree + ' at tau':<24}{'tokens/s':>10}{'speedup':>10}"]
+    for found in row["projected"]:
+        speeds = f"{found['tokens_per_second']:>10.1f}{found['speedup']:>10.2f}"
+        lines.append(f"{found['tau']:<24.2f}{speeds}  {found['kind']}")
+        if "published_speedup" in found:
+            lines[-1] += f" (published: {found['published_speedup']:.2f} over the authors' loop)"
+    answers = row["measured"]
+    if answers:
+        lines.append(
+            f"{answers['tau']:<24.2f}{answers['spec']['decode_tokens_per_second']:>10.1f}"
+            f"{answers['decode_speedup']:>10.2f}  measured on {answers['questions']} demo questions "
+            f"({answers['speedup']:.2f} with prefill; {answers['identical_questions']} outputs identical)"
+        )
+    return lines
+
+
+def _timed(name: str, found: dict) -> str:
+    return _row(name, _ms(found["seconds"]), _ms(found["floor"]), f"{found['times_floor']:.2f}")
+
+
+def _row(name: str, *columns: str) -> str:
+    return f"{name:<44}" + "".join(f"{column:>10}" for column in columns)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3f}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
