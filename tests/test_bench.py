@@ -85,7 +85,7 @@ def test_calls_of_the_output_head_are_told_apart():
     decoder, head = nn.Linear(2, 2), nn.Linear(2, 3)
     with ModuleClock({DECODER: [decoder], HEAD: [head]}, CPU) as clock:
         head(decoder(torch.zeros(1, 5, 2)))
-        head(torch.zeros(1, 4, 2))
+        clock.around(DRAFT_HEAD, head)(torch.zeros(1, 4, 2))
     head(torch.zeros(1, 4, 2))  # no longer watched
     assert [(one.part, one.rows) for one in clock.passes()] == [(DECODER, 5), (HEAD, 5), (DRAFT_HEAD, 4)]
     assert all(one.seconds > 0 for one in clock.passes())
@@ -173,8 +173,14 @@ def test_random_weights_show_the_published_tau(monkeypatch, tmp_path, capsys):
     name = "llava-v1.6-vicuna-7b-hf"
     monkeypatch.setitem(TARGETS, name, tiny(name))
     file = tmp_path / "bench.json"
-    assert bench.main(["--random-weights", name, "--prompt-tokens", "9", "--repeats", "1", "--json", str(file)]) == 0
+    flags = ["--prompt-tokens", "9", "--repeats", "1", "--draft-vocab", "100", "--json", str(file)]
+    assert bench.main(["--random-weights", name, *flags]) == 0
     result = json.loads(file.read_text())
+    everything, restricted = result["trees"]["30/3/8"], result["trees"]["30/3/8 of 100 tokens"]
+    assert everything["draft_bytes"]["draft output head"] == 32064 * 32 * 2
+    assert restricted["draft_bytes"]["draft output head"] == 100 * 32 * 2
+    assert [part["passes"] for part in restricted["parts"]] == [part["passes"] for part in everything["parts"]]
+    assert restricted["round"]["floor"] < everything["round"]["floor"]
     assert result["device"]["dtype"] == "bfloat16" and result["device"]["weights"] == "random"
     found = {row["tau"]: row for row in result["trees"]["30/3/8"]["projected"] if "published_speedup" in row}
     assert found.keys() == {2.98, 2.09}
@@ -198,6 +204,8 @@ def test_the_embedded_pair_is_measured_too(monkeypatch, tmp_path):
     [
         (["--base-model-path", "x"], "belong together"),
         (["--random-weights", "llama-135m", "--base-model-path", "x"], "either random or read"),
+        (["--random-weights", "llama-135m", "--draft-vocab", "50000"], "--draft-vocab 50000: llama-135m has 49152"),
+        (["--draft-vocab", "50"], "expected --random-weights"),
         (["--prompt-tokens", "5000"], "--prompt-tokens 5000: expected at most"),
     ],
 )

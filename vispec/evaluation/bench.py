@@ -11,6 +11,7 @@ only for the embedded pair τ is measured too, on questions about scenes that it
 """
 
 import argparse
+import copy
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -30,11 +31,13 @@ from vispec.evaluation.round_times import (
     HEAD,
     PassCosts,
     Run,
+    drafted_tokens,
     most_new_tokens,
     run,
     run_generate,
     tree_building_times,
     verification_times,
+    watched_run,
 )
 
 VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -57,24 +60,25 @@ def main(argv: list[str] | None = None) -> int:
     trees = args.trees or [tuple(embedded.TREE.values()) if is_embedded(args) else DEFAULT_TREE]
     ids = random_prompt(model, args.prompt_tokens, max(depth for _, depth, _ in trees))
     rates = measure_rates(model.device, model.target.dtype)
-    answers = measured_answers(model, trees, args.repeats) if is_embedded(args) else {}
+    answers = measured_answers(model, spec_arms(model, trees), args.repeats) if is_embedded(args) else {}
     # no run may end early, and generate() is compared without the penalties that decoding does not apply
     model.target.model.generation_config = GenerationConfig(pad_token_id=0)
-    result = measure(model, trees, ids, rates, args.repeats)
+    arms = spec_arms(model, trees)
+    result = measure(model, arms, ids, rates, args.repeats)
     published = sizes_of(args.random_weights).published if args.random_weights else {}
-    for tree, row in result["trees"].items():
+    for name, row in result["trees"].items():
         row["projected"] = [projection(result, row, tau, "projected") for tau in TAUS]
         row["projected"] += [
-            {**projection(result, row, tau, f"projected, published τ at {name}"), "published_speedup": speedup}
-            for name, (speedup, tau) in published.items()
+            {**projection(result, row, tau, f"projected, published τ at {at}"), "published_speedup": speedup}
+            for at, (speedup, tau) in published.items()
         ]
-        row["measured"] = answers.get(tree)
+        row["measured"] = answers.get(name)
     result = {"device": describe(model, args), "rates": asdict(rates), **result, "provenance": provenance(args)}
     print(bench_report.text(result))
     if args.json:
         write_json_atomic(args.json, result)
     if args.profile:
-        write_profile(args.profile, model, trees[0], ids)
+        write_profile(args.profile, next(iter(arms.values())), ids)
     return 0
 
 
@@ -86,6 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
     parser.add_hardware(dtype=None)
     add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help="default: 30/3/8, embedded pair: 12/3/4")
+    add("--draft-vocab", type=count, metavar="SIZE", help="with --random-weights: a draft vocabulary too (any tokens)")
     add("--prompt-tokens", type=count, default=512, help="(default: %(default)s)")
     add("--repeats", type=count, default=5, help="of every run (default: %(default)s)")
     add("--json", metavar="FILE", help="write everything that was measured, and what made it")
@@ -96,7 +101,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if bool(args.base_model_path) != bool(args.spec_model_path):
         raise UserError("--base-model-path and --spec-model-path belong together, found only one of them")
     if args.random_weights:
-        sizes_of(args.random_weights)
+        most = sizes_of(args.random_weights).text["vocab_size"]
+        if (args.draft_vocab or 0) > most:
+            raise UserError(f"--draft-vocab {args.draft_vocab}: {args.random_weights} has {most} tokens")
+    elif args.draft_vocab:
+        raise UserError("--draft-vocab: a draft head from files has its own one beside it, expected --random-weights")
     return args
 
 
@@ -115,7 +124,7 @@ def load_pair(args: argparse.Namespace):
         device = torch.device(args.device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, args.dtype if args.dtype not in (None, DTYPES[0]) else "bfloat16")
         target = build_target(sizes, device, dtype)
-        return SpecModel(target, build_draft(sizes, target))
+        return SpecModel(target, build_draft(sizes, target, args.draft_vocab))
     if is_embedded(args):
         target, draft = embedded.require_weights()
         dtype = args.dtype or embedded.DTYPE
@@ -141,44 +150,54 @@ def random_prompt(model, length: int, depth: int):
     return ids.masked_fill(ids == image_token_id(model.target.config), 0)
 
 
-def measure(model, trees: list[Tree], ids, rates: Rates, repeats: int) -> dict:
-    """Times and floors of a plain step, of verification, and of a round with each tree."""
+def spec_arms(model, trees: list[Tree]) -> dict:
+    """A `SpecModel` for every tree; where the head has a draft vocabulary, each tree first without and then with it."""
     from vispec import SpecModel
 
-    costs = PassCosts(model, context=ids.shape[1])
-    models = {"/".join(map(str, tree)): SpecModel(model.target.model, model.draft, *tree) for tree in trees}
+    heads = {"": model.draft}
+    if model.draft.draft_vocab is not None:
+        everything = copy.copy(model.draft)
+        everything.draft_vocab = None
+        heads = {"": everything, f" of {len(model.draft.draft_vocab)} tokens": model.draft}
+    return {
+        "/".join(map(str, tree)) + name: SpecModel(model.target.model, head, *tree)
+        for tree in trees
+        for name, head in heads.items()
+    }
+
+
+def measure(model, arms: dict, ids, rates: Rates, repeats: int) -> dict:
+    """Times and floors of a plain step, of verification, and of a round of each arm."""
+    costs = {name: PassCosts(arm, context=ids.shape[1]) for name, arm in arms.items()}
     baseline, generate = [], []
-    spec: dict[str, list[Run]] = {tree: [] for tree in models}
-    watched: dict[str, list[Run]] = {tree: [] for tree in models}
+    spec: dict[str, list[Run]] = {name: [] for name in arms}
+    watched: dict[str, list[Run]] = {name: [] for name in arms}
     for _ in range(repeats):
         baseline.append(run(model, ids, speculate=False))
         generate.append(run_generate(model, ids))
-        for tree, tree_model in models.items():
-            spec[tree].append(run(tree_model, ids, speculate=True))
-            watched[tree].append(run(tree_model, ids, speculate=True, clock=costs.clock(model.device)))
+        for name, arm in arms.items():
+            spec[name].append(run(arm, ids, speculate=True))
+            watched[name].append(watched_run(arm, ids, costs[name]))
     step, theirs = typical(baseline), typical(generate)
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
-    step_floor = sum(rates.floor(costs.of(part, 1)) for part in (DECODER, HEAD))
-    weights = {part: costs.of(part, 1).bytes for part in (DECODER, HEAD, DRAFT_LAYER, DRAFT_HEAD)}
+    any_costs = next(iter(costs.values()))
+    step_floor = sum(rates.floor(any_costs.of(part, 1)) for part in (DECODER, HEAD))
+    read = sum(any_costs.of(part, 1).bytes for part in (DECODER, HEAD))
     return {
         "context": ids.shape[1],
-        "bytes_of_a_pass": weights,
-        "plain_step": {
-            **beside_floor(step, step_floor),
-            "bandwidth": sum(weights[part] for part in (DECODER, HEAD)) / step,
-        },
+        "plain_step": {**beside_floor(step, step_floor), "bytes": read, "bandwidth": read / step},
         "transformers_step": {"seconds": theirs, "our_tokens_per_second_over_theirs": theirs / step},
         "outputs": {
             name: first_difference(baseline[0].tokens, runs[0].tokens)
             for name, runs in {"transformers' generate": generate, **spec}.items()
         },
         "verification": {
-            n: beside_floor(seconds, sum(rates.floor(costs.of(part, n)) for part in (DECODER, HEAD)))
+            n: beside_floor(seconds, sum(rates.floor(any_costs.of(part, n)) for part in (DECODER, HEAD)))
             for n, seconds in verification.items()
         },
         "trees": {
-            tree: round_parts(tree_model, costs, rates, spec[tree], watched[tree], step, repeats)
-            for tree, tree_model in models.items()
+            name: round_parts(arm, costs[name], rates, spec[name], watched[name], step, repeats)
+            for name, arm in arms.items()
         },
     }
 
@@ -187,12 +206,12 @@ def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched:
     """A round with one tree, part by part. None stands for what the modules' hooks have not seen."""
     seconds = typical(runs)
     tree = median(tree_building_times(model, repeats))
-    logits = (1 + model.shape.depth * model.shape.top_k) * model.target.lm_head.weight.shape[0]
+    logits = (1 + model.shape.depth * model.shape.top_k) * drafted_tokens(model)
     rounds = [(total, passes) for one in watched for total, passes in zip(one.seconds, one.passes, strict=True)]
     parts = []
     for part, rows in sorted({(p.part, p.rows) for _, passes in rounds for p in passes}, key=by_order):
         own = [[p.seconds for p in passes if (p.part, p.rows) == (part, rows)] for _, passes in rounds]
-        number = len(own[0]) // len(costs.modules[part])
+        number = costs.number(part, len(own[0]))
         floor = number * rates.floor(costs.of(part, rows))
         parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(median(map(sum, own)), floor)})
     shares = [1 - sum(p.seconds for p in passes) / total for total, passes in rounds if passes]
@@ -203,6 +222,7 @@ def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched:
         "round_in_plain_steps": seconds / step,
         "parts": parts,
         "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
+        "draft_bytes": {part: costs.of(part, 1).bytes for part in (DRAFT_LAYER, DRAFT_HEAD)},
         "draft_seconds": sum(drafted) + tree if drafted else None,
         "everything_else_share": share,
     }
@@ -236,9 +256,8 @@ def projection(result: dict, row: dict, tau: float, kind: str) -> dict:
     }
 
 
-def measured_answers(model, trees: list[Tree], repeats: int) -> dict[str, dict]:
-    """Both arms answer demo questions with every tree, in turn: what speed and τ really are."""
-    from vispec import SpecModel
+def measured_answers(model, arms: dict, repeats: int) -> dict[str, dict]:
+    """The baseline and every arm answer demo questions, in turn: what speed and τ really are."""
     from vispec.demo.runner import questions
     from vispec.evaluation.measure import Generation, answer_question
     from vispec.evaluation.speed import compare
@@ -246,16 +265,15 @@ def measured_answers(model, trees: list[Tree], repeats: int) -> dict[str, dict]:
 
     processor = load_processor(str(embedded.TARGET))
     inputs = [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(QUESTIONS)]
-    models = {"/".join(map(str, tree)): SpecModel(model.target.model, model.draft, *tree) for tree in trees}
-    arms = [("baseline", "baseline", model), *((tree, "spec", tree_model) for tree, tree_model in models.items())]
-    found = {name: {i: [] for i in range(len(inputs))} for name, _, _ in arms}
+    all_arms = [("baseline", "baseline", model), *((name, "spec", arm) for name, arm in arms.items())]
+    found = {name: {i: [] for i in range(len(inputs))} for name, _, _ in all_arms}
     for repeat in range(1 + repeats):
         for i, prompt in enumerate(inputs):
-            for name, arm, arm_model in arms:
+            for name, arm, arm_model in all_arms:
                 answer = answer_question(arm_model, prompt, arm, Generation(0.0, ANSWER_TOKENS))
                 if repeat > 0:  # the first time warms up
                     found[name][i].append(answer)
-    return {tree: asdict(compare(found["baseline"], found[tree])) for tree in models}
+    return {name: asdict(compare(found["baseline"], found[name])) for name in arms}
 
 
 def beside_floor(seconds: float, floor: float) -> dict[str, float]:
@@ -296,16 +314,14 @@ def describe(model, args: argparse.Namespace) -> dict:
     }
 
 
-def write_profile(path: str, model, tree: Tree, ids) -> None:
+def write_profile(path: str, model, ids) -> None:
     """A trace of plain steps and then of rounds, as torch's profiler sees them."""
     from torch.profiler import ProfilerActivity, profile
-
-    from vispec import SpecModel
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])
     with profile(activities=activities) as trace:
         run(model, ids, speculate=False)
-        run(SpecModel(model.target.model, model.draft, *tree), ids, speculate=True)
+        run(model, ids, speculate=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(file))

@@ -1,6 +1,6 @@
 """The report of `vispec.evaluation.bench` as text."""
 
-from vispec.evaluation.round_times import DECODER, DRAFT_HEAD, DRAFT_LAYER, HEAD
+from vispec.evaluation.round_times import DRAFT_HEAD, DRAFT_LAYER
 
 
 def text(result: dict) -> str:
@@ -12,15 +12,13 @@ def text(result: dict) -> str:
 
 
 def _head(result: dict) -> list[str]:
-    device, rates, read = result["device"], result["rates"], result["bytes_of_a_pass"]
-    layer, head = read[DRAFT_LAYER], read[DRAFT_HEAD]
+    device, rates = result["device"], result["rates"]
     versions = ", ".join(f"{name} {device['versions'][name]}" for name in ("torch", "transformers"))
     return [
         f"{device['pair']}, {device['weights']} weights, {device['dtype']}, on {device['kind']}",
         f"{device['name']}; {versions}",
         f"target {_billions(device['parameters'])} parameters, draft head {_billions(device['draft_parameters'])}; "
-        f"a step reads {_gb(read[DECODER] + read[HEAD])}, "
-        f"a pass of the draft {_gb(layer + head)} ({_gb(layer)} layer, {_gb(head)} output head)",
+        f"a plain step reads {_size(result['plain_step']['bytes'])}",
         f"measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s (read + written), "
         f"matrix product {rates['matmul'] / 1e12:.2f} TFLOP/s; prompt of {result['context']} tokens",
     ]
@@ -50,6 +48,8 @@ def _tree(tree: str, row: dict) -> list[str]:
     lines = [_row(f"a round at {tree}", "ms", "floor", "x floor")]
     lines += [_timed(f"  {part['passes']} x {part['part']}, {part['rows']} rows", part) for part in row["parts"]]
     lines += [_timed("  tree building, alone", row["tree_building"]), _timed("round", row["round"])]
+    layer, head = (_size(row["draft_bytes"][part]) for part in (DRAFT_LAYER, DRAFT_HEAD))
+    lines.append(f"a pass of the draft reads {layer} in its layer, {head} in the output head")
     lines.append(f"a round takes {row['round_in_plain_steps']:.2f} plain steps")
     if row["everything_else_share"] is not None:
         lines[-1] += (
@@ -88,7 +88,7 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.3f}"
 
 
-def _gb(size: float) -> str:
+def _size(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

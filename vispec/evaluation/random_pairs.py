@@ -202,9 +202,16 @@ def build_target(sizes: Sizes, device: "torch.device", dtype: "torch.dtype") -> 
     return model.eval()
 
 
-def build_draft(sizes: Sizes, target: "PreTrainedModel") -> "BaseHead":
-    """A ViSpec head with random weights and the target's own embedding table."""
+def build_draft(sizes: Sizes, target: "PreTrainedModel", draft_vocab: int | None = None) -> "BaseHead":
+    """A ViSpec head with random weights and the target's own embedding table.
+
+    Args:
+        draft_vocab: how many tokens, no matter which, the head may propose; None: all.
+    """
+    import torch
+
     from vispec.model.checkpoints import build_head
+    from vispec.model.draft_vocab import DraftVocabulary
 
     embedding = target.get_input_embeddings().weight
     head = build_head(draft_config(sizes), "vispec").to(embedding.dtype)
@@ -212,6 +219,8 @@ def build_draft(sizes: Sizes, target: "PreTrainedModel") -> "BaseHead":
     head.to_empty(device=embedding.device)
     randomize(head)
     head.embed_tokens = target.get_input_embeddings()
+    if draft_vocab is not None:
+        head.draft_vocab = DraftVocabulary(torch.arange(draft_vocab), embedding.shape[0], fingerprint="")
     return head.eval()
 
 

@@ -6,7 +6,7 @@ everything else: acceptance, tree building, masks, caches, and the host between 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -47,10 +47,10 @@ class Run:
 
 
 class ModuleClock:
-    """Times every call of some modules while it is open; on a GPU by events, so that the host never waits.
+    """Times calls while it is open; on a GPU by events, so that the host never waits. Of nested calls the outer counts.
 
     Args:
-        parts: the modules of each part; a part's time is the sum over its modules.
+        parts: the modules of each part whose calls are timed; a part's time is the sum over its modules.
     """
 
     def __init__(self, parts: "dict[str, list[nn.Module]]", device: "torch.device"):
@@ -69,7 +69,7 @@ class ModuleClock:
             for module in modules:
                 self._handles += [
                     module.register_forward_pre_hook(lambda *_: self._open.append(self._mark())),
-                    module.register_forward_hook(lambda _m, _i, output, part=part: self._close(part, output)),
+                    module.register_forward_hook(lambda _, __, output, part=part: self._close(part, output)),
                 ]
         return self
 
@@ -77,16 +77,24 @@ class ModuleClock:
         for handle in self._handles:
             handle.remove()
 
+    def around(self, part: str, function: Callable) -> Callable:
+        """The function, its calls timed as those of a part."""
+
+        def watched(*args):
+            self._open.append(self._mark())
+            output = function(*args)
+            self._close(part, output)
+            return output
+
+        return watched
+
     def passes(self) -> list[Pass]:
-        """All calls; those of the output head that do not follow the decoder's are the draft's."""
+        """All calls, in order."""
         now(self._device)
-        found, before = [], None
-        for part, rows, start, end in self._marks:
-            name = DRAFT_HEAD if part == HEAD and before != DECODER else part
-            seconds = end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
-            found.append(Pass(name, rows, seconds))
-            before = part
-        return found
+        return [
+            Pass(part, rows, end - start if isinstance(end, float) else start.elapsed_time(end) / 1000)
+            for part, rows, start, end in self._marks
+        ]
 
     def _mark(self):
         if self._device.type != "cuda":
@@ -98,8 +106,9 @@ class ModuleClock:
         return event
 
     def _close(self, part: str, output) -> None:
-        rows = output if hasattr(output, "numel") else output[0]
-        self._marks.append((part, rows.numel() // rows.shape[-1], self._open.pop(), self._mark()))
+        start, rows = self._open.pop(), output if hasattr(output, "numel") else output[0]
+        if not self._open:
+            self._marks.append((part, rows.numel() // rows.shape[-1], start, self._mark()))
 
 
 class PassCosts:
@@ -120,18 +129,39 @@ class PassCosts:
             DECODER: [target.decoder],
             HEAD: [target.lm_head],
             DRAFT_LAYER: [*fusion, *draft.layers],
-            DRAFT_HEAD: [target.lm_head],
         }
+        self._head_shape = drafted_tokens(model), text.hidden_size
 
     def of(self, part: str, rows: int) -> Cost:
         """A pass of `rows` rows: weights, keys and values once, and the arithmetic."""
+        if part == DRAFT_HEAD:
+            weights = self._head_shape[0] * self._head_shape[1]
+            return Cost(weights * self._element, 2 * rows * weights)
         cost = pass_cost(self.modules[part], rows)
         if part in self._attention:
             cost += attention_cost(*self._attention[part], rows, self._context + rows, self._element)
         return cost
 
-    def clock(self, device: "torch.device") -> ModuleClock:
-        return ModuleClock({part: self.modules[part] for part in (DECODER, HEAD, DRAFT_LAYER)}, device)
+    def number(self, part: str, calls: int) -> int:
+        """Passes through a part whose modules were called so many times in all."""
+        return calls // len(self.modules.get(part, [None]))
+
+
+def drafted_tokens(model: "SpecModel") -> int:
+    """Rows of the output head that the draft reads: those of its draft vocabulary, or all."""
+    vocabulary = model.draft.draft_vocab
+    return model.target.lm_head.weight.shape[0] if vocabulary is None else len(vocabulary)
+
+
+def watched_run(model: "SpecModel", ids: "torch.Tensor", costs: PassCosts) -> Run:
+    """Rounds with a clock on all parts; a little slower than without."""
+    clock = ModuleClock(costs.modules, model.target.device)
+    output = model.draft_output
+    model.draft_output = output._replace(logits=clock.around(DRAFT_HEAD, output.logits))
+    try:
+        return run(model, ids, speculate=True, clock=clock)
+    finally:
+        model.draft_output = output
 
 
 def run(model: "SpecModel", ids: "torch.Tensor", speculate: bool, clock: ModuleClock | None = None) -> Run:
@@ -228,13 +258,12 @@ def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
         def expand(self, state, level, hidden, tokens, ancestors):
             return hidden
 
-    shape = model.shape
-    logits = torch.randn(1, shape.top_k, model.target.lm_head.weight.shape[0], device=model.device)
-    logits = logits.to(model.target.dtype)
+    shape, token_ids = model.shape, model.draft_output.token_ids
+    logits = torch.randn(1, shape.top_k, drafted_tokens(model), device=model.device).to(model.target.dtype)
     drafted, root = Drafted(), torch.zeros(1, dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
     def build():
-        return grow_tree(drafted, drafted, root, shape, lambda hidden: logits[:, : hidden.shape[1]])
+        return grow_tree(drafted, drafted, root, shape, lambda hidden: logits[:, : hidden.shape[1]], token_ids)
 
     return timed(build, model.target.device, repeats)
