@@ -156,7 +156,7 @@ def spec_arms(model, trees: list[Tree]) -> dict:
 
     heads = {"": model.draft}
     if model.draft.draft_vocab is not None:
-        everything = copy.copy(model.draft)
+        everything = copy.copy(model.draft)  # the same layers
         everything.draft_vocab = None
         heads = {"": everything, f" of {len(model.draft.draft_vocab)} tokens": model.draft}
     return {
@@ -168,11 +168,13 @@ def spec_arms(model, trees: list[Tree]) -> dict:
 
 def measure(model, arms: dict, ids, rates: Rates, repeats: int) -> dict:
     """Times and floors of a plain step, of verification, and of a round of each arm."""
+    from tqdm import tqdm
+
     costs = {name: PassCosts(arm, context=ids.shape[1]) for name, arm in arms.items()}
     baseline, generate = [], []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
     watched: dict[str, list[Run]] = {name: [] for name in arms}
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), desc="all arms", unit="time"):
         baseline.append(run(model, ids, speculate=False))
         generate.append(run_generate(model, ids))
         for name, arm in arms.items():
@@ -211,7 +213,7 @@ def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched:
     parts = []
     for part, rows in sorted({(p.part, p.rows) for _, passes in rounds for p in passes}, key=by_order):
         own = [[p.seconds for p in passes if (p.part, p.rows) == (part, rows)] for _, passes in rounds]
-        number = costs.number(part, len(own[0]))
+        number = costs.number(part, max(map(len, own)))
         floor = number * rates.floor(costs.of(part, rows))
         parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(median(map(sum, own)), floor)})
     shares = [1 - sum(p.seconds for p in passes) / total for total, passes in rounds if passes]

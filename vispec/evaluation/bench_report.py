@@ -7,7 +7,12 @@ def text(result: dict) -> str:
     """Everything that was measured, one table after another; times in milliseconds."""
     lines = [*_head(result), "", *_step(result), "", *_verification(result)]
     for tree, row in result["trees"].items():
-        lines += ["", *_tree(tree, row), "", *_speeds(tree, row)]
+        lines += ["", *_tree(tree, row)]
+        everything = result["trees"][tree.split(" ")[0]]
+        if row is not everything and row["draft_seconds"] is not None:
+            share = row["draft_seconds"] / everything["draft_seconds"]
+            lines.append(f"the draft takes {share:.2f} of what it takes over all tokens")
+        lines += ["", *_speeds(tree, row)]
     return "\n".join(lines)
 
 
