@@ -163,7 +163,7 @@ def report(found: dict, failed: dict) -> list[str]:
         lines.append(f"{device['name']}, {versions}; {speeds} ({device['dtype']}); prompt {result['context']} tokens")
     lines.append("")
     lines.append(
-        "| target | step ms | of the possible | over generate | tree | round ms | x floor | in steps | everything else "
+        "| target | step ms | of the possible | over generate | tree | round ms | x floor | in steps | device idle "
         "| speedup at the published τ (projected) | outputs |\n|" + "---|" * 11
     )
     for name, result in benches(found).items():
@@ -181,7 +181,7 @@ def report(found: dict, failed: dict) -> list[str]:
 def table_row(name: str, result: dict, tree: str, row: dict) -> str:
     step, round_ = result["plain_step"], row["round"]
     possible, ratio = 1 / step["times_floor"], result["transformers_step"]["our_tokens_per_second_over_theirs"]
-    share = row["everything_else_share"]
+    busy = row["device_busy_seconds"]
     published = [found for found in row["projected"] if "published_speedup" in found]
     projected = ", ".join(
         f"{found['speedup']:.2f} at {found['tau']} (published {found['published_speedup']:.2f})" for found in published
@@ -196,7 +196,7 @@ def table_row(name: str, result: dict, tree: str, row: dict) -> str:
         f"{1000 * round_['seconds']:.2f}",
         marked(f"{round_['times_floor']:.2f}", round_["times_floor"] > MOST_OF_THE_FLOOR),
         f"{row['round_in_plain_steps']:.2f}",
-        "-" if share is None else f"{share:.0%}",
+        "-" if busy is None else f"{max(0.0, 1 - busy / round_['seconds']):.0%}",
         projected or "-",
         "equal" if same["identical"] else f"part at {same['first_difference']} of {same['compared']}",
     ]

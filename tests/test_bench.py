@@ -160,7 +160,8 @@ def test_a_loaded_pair(tmp_path, capsys):
         assert all(part["seconds"] > 0 and part["floor"] > 0 for part in times)
         assert sum(part["floor"] for part in row["parts"]) == pytest.approx(row["round"]["floor"])
         assert 0 < row["everything_else_share"] < 1
-        assert row["measured"] is None
+        assert row["measured"] is None and row["device_busy_seconds"] is None
+        assert row["round_in_plain_steps"] == pytest.approx(row["round"]["seconds"] / step)
         for found in row["projected"]:
             assert found["kind"] == "projected"
             assert found["speedup"] == pytest.approx((found["tau"] + 1) * step / row["round"]["seconds"])

@@ -31,6 +31,7 @@ from vispec.evaluation.round_times import (
     HEAD,
     PassCosts,
     Run,
+    busy_seconds,
     drafted_tokens,
     most_new_tokens,
     run,
@@ -174,13 +175,14 @@ def measure(model, arms: dict, ids, rates: Rates, repeats: int) -> dict:
     baseline, generate = [], []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
     watched: dict[str, list[Run]] = {name: [] for name in arms}
-    for _ in tqdm(range(repeats), desc="all arms", unit="time"):
+    for _ in tqdm(range(1 + repeats), desc="all arms", unit="time"):
         baseline.append(run(model, ids, speculate=False))
         generate.append(run_generate(model, ids))
         for name, arm in arms.items():
             spec[name].append(run(arm, ids, speculate=True))
             watched[name].append(watched_run(arm, ids, costs[name]))
     step, theirs = typical(baseline), typical(generate)
+    busy = {name: busy_seconds(arm, ids, speculate=True) for name, arm in arms.items()}
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
     any_costs = next(iter(costs.values()))
     step_floor = sum(rates.floor(any_costs.of(part, 1)) for part in (DECODER, HEAD))
@@ -198,14 +200,18 @@ def measure(model, arms: dict, ids, rates: Rates, repeats: int) -> dict:
             for n, seconds in verification.items()
         },
         "trees": {
-            name: round_parts(arm, costs[name], rates, spec[name], watched[name], step, repeats)
+            name: {
+                **round_parts(arm, costs[name], rates, spec[name], watched[name][1:], repeats),
+                "round_in_plain_steps": typical(spec[name]) / step,
+                "device_busy_seconds": busy[name],
+            }
             for name, arm in arms.items()
         },
     }
 
 
-def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched: list[Run], step: float, repeats: int):
-    """A round with one tree, part by part. None stands for what the modules' hooks have not seen."""
+def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched: list[Run], repeats: int) -> dict:
+    """A round with one tree, part by part. The parts are timed in rounds without CUDA graphs."""
     seconds = typical(runs)
     tree = median(tree_building_times(model, repeats))
     logits = (1 + model.shape.depth * model.shape.top_k) * drafted_tokens(model)
@@ -216,16 +222,14 @@ def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched:
         number = costs.number(part, max(map(len, own)))
         floor = number * rates.floor(costs.of(part, rows))
         parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(median(map(sum, own)), floor)})
-    shares = [1 - sum(p.seconds for p in passes) / total for total, passes in rounds if passes]
-    share = median(shares) if shares else None
+    share = median(1 - sum(p.seconds for p in passes) / total for total, passes in rounds)
     drafted = [part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD)]
     return {
         "round": beside_floor(seconds, round_floor(model, costs, rates)),
-        "round_in_plain_steps": seconds / step,
         "parts": parts,
         "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
         "draft_bytes": {part: costs.of(part, 1).bytes for part in (DRAFT_LAYER, DRAFT_HEAD)},
-        "draft_seconds": sum(drafted) + tree if drafted else None,
+        "draft_seconds": sum(drafted) + tree,
         "everything_else_share": share,
     }
 
@@ -283,8 +287,8 @@ def beside_floor(seconds: float, floor: float) -> dict[str, float]:
 
 
 def typical(runs: list[Run]) -> float:
-    """Median over all counted rounds of all repetitions."""
-    return median(seconds for one in runs for seconds in one.seconds)
+    """Median over all counted rounds of all runs but the first, which warms up."""
+    return median(seconds for one in runs[1:] for seconds in one.seconds)
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> dict:

@@ -9,7 +9,7 @@ def text(result: dict) -> str:
     for tree, row in result["trees"].items():
         lines += ["", *_tree(tree, row)]
         everything = result["trees"][tree.split(" ")[0]]
-        if row is not everything and row["draft_seconds"] is not None:
+        if row is not everything:
             share = row["draft_seconds"] / everything["draft_seconds"]
             lines.append(f"the draft takes {share:.2f} of what it takes over all tokens")
         lines += ["", *_speeds(tree, row)]
@@ -55,11 +55,15 @@ def _tree(tree: str, row: dict) -> list[str]:
     lines += [_timed("  tree building, alone", row["tree_building"]), _timed("round", row["round"])]
     layer, head = (_size(row["draft_bytes"][part]) for part in (DRAFT_LAYER, DRAFT_HEAD))
     lines.append(f"a pass of the draft reads {layer} in its layer, {head} in the output head")
-    lines.append(f"a round takes {row['round_in_plain_steps']:.2f} plain steps")
-    if row["everything_else_share"] is not None:
-        lines[-1] += (
-            f"; draft (layer, output head, tree building) {_ms(row['draft_seconds'])} ms; "
-            f"everything but the modules {_percent(row['everything_else_share'])} of a round"
+    lines.append(
+        f"a round takes {row['round_in_plain_steps']:.2f} plain steps; "
+        f"draft (layer, output head, tree building) {_ms(row['draft_seconds'])} ms; "
+        f"everything but the modules {_percent(row['everything_else_share'])} of a round"
+    )
+    if row["device_busy_seconds"] is not None:
+        lines.append(
+            f"the parts were timed without CUDA graphs; as it is, the device computes for "
+            f"{_ms(row['device_busy_seconds'])} ms of a round"
         )
     return lines
 

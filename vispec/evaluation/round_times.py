@@ -154,14 +154,35 @@ def drafted_tokens(model: "SpecModel") -> int:
 
 
 def watched_run(model: "SpecModel", ids: "torch.Tensor", costs: PassCosts) -> Run:
-    """Rounds with a clock on all parts; a little slower than without."""
-    clock = ModuleClock(costs.modules, model.target.device)
-    output = model.draft_output
-    model.draft_output = output._replace(logits=clock.around(DRAFT_HEAD, output.logits))
-    try:
-        return run(model, ids, speculate=True, clock=clock)
-    finally:
-        model.draft_output = output
+    """The rounds of `run` with a clock on all parts; a little slower than without."""
+    from vispec import SpecModel
+
+    shape = model.shape
+    watched = SpecModel(model.target.model, model.draft, shape.total_token, shape.depth, shape.top_k)
+    watched.target.can_capture = False  # a CUDA graph that is replayed calls no module
+    clock = ModuleClock(costs.modules, watched.target.device)
+    output = watched.draft_output
+    watched.draft_output = output._replace(logits=clock.around(DRAFT_HEAD, output.logits))
+    return run(watched, ids, speculate=True, clock=clock)
+
+
+def busy_seconds(model: "SpecModel", ids: "torch.Tensor", speculate: bool) -> float | None:
+    """Seconds of a round in which a GPU computes, by torch's profiler; None on a CPU or where it sees no kernels."""
+    if model.target.device.type != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    rounds = model.stream(ids, speculate=speculate, max_new_tokens=most_new_tokens(model.shape.levels))
+    for _ in islice(rounds, 1 + WARM_UP_ROUNDS):
+        pass
+    now(model.target.device)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in islice(rounds, ROUNDS):
+            pass
+        now(model.target.device)
+    kernels = [event.time_range.elapsed_us() for event in trace.events() if event.device_type == DeviceType.CUDA]
+    return sum(kernels) / 1e6 / ROUNDS if kernels else None
 
 
 def run(model: "SpecModel", ids: "torch.Tensor", speculate: bool, clock: ModuleClock | None = None) -> Run:
