@@ -139,7 +139,7 @@ def test_a_loaded_pair(tmp_path, capsys):
     result = json.loads(file.read_text())
     assert result["rates"]["bandwidth"] > 0 and result["rates"]["matmul"] > 0
     assert result["verification"].keys() == {"1", "4"}
-    assert all(found["identical"] for found in result["outputs"].values())
+    assert all(found["identical"] and found["compared"] == 1 + 1 + 3 for found in result["outputs"].values())
     assert result["outputs"].keys() == {"transformers' generate", "12/3/4", "4/1/3"}
     passes = {
         tree: {(part["part"], part["rows"]): part["passes"] for part in found["parts"]}
@@ -208,6 +208,7 @@ def test_the_embedded_pair_is_measured_too(monkeypatch, tmp_path):
         (["--base-model-path", "x"], "belong together"),
         (["--random-weights", "llama-135m", "--base-model-path", "x"], "either random or read"),
         (["--random-weights", "llama-135m", "--draft-vocab", "50000"], "--draft-vocab 50000: llama-135m has 49152"),
+        (["--random-weights", "llama-135m", "--device-map", "auto"], "--device-map auto: --random-weights needs one"),
         (["--draft-vocab", "50"], "expected --random-weights"),
         (["--prompt-tokens", "5000"], "--prompt-tokens 5000: expected at most"),
     ],

@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     ids = random_prompt(model, args.prompt_tokens, max(depth for _, depth, _ in trees))
     rates = measure_rates(model.device, model.target.dtype)
     answers = measured_answers(model, spec_arms(model, trees), args.repeats) if is_embedded(args) else {}
-    # no run may end early, and generate() is compared without the penalties that decoding does not apply
+    # from here on no run may end early, and generate() applies no penalties, as decoding applies none
     model.target.model.generation_config = GenerationConfig(pad_token_id=0)
     arms = spec_arms(model, trees)
-    result = measure(model, arms, ids, rates, args.repeats)
+    result = measure(arms, ids, rates, args.repeats)
     published = sizes_of(args.random_weights).published if args.random_weights else {}
     for name, row in result["trees"].items():
         row["projected"] = [projection(result, row, tau, "projected") for tau in TAUS]
@@ -122,7 +122,7 @@ def load_pair(args: argparse.Namespace):
 
     if args.random_weights:
         sizes = sizes_of(args.random_weights)
-        device = torch.device(args.device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = one_device(args.device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, args.dtype if args.dtype not in (None, DTYPES[0]) else "bfloat16")
         target = build_target(sizes, device, dtype)
         return SpecModel(target, build_draft(sizes, target, args.draft_vocab))
@@ -135,6 +135,15 @@ def load_pair(args: argparse.Namespace):
     if model.draft.method not in ("vispec", "eagle2"):
         raise UserError(f"--spec-model-path {draft}: {model.draft.method} has no draft layer to measure")
     return model
+
+
+def one_device(name: str):
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device-map {name}: --random-weights needs one device, such as cpu or cuda:0") from None
 
 
 def random_prompt(model, length: int, depth: int):
@@ -167,10 +176,11 @@ def spec_arms(model, trees: list[Tree]) -> dict:
     }
 
 
-def measure(model, arms: dict, ids, rates: Rates, repeats: int) -> dict:
+def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
     """Times and floors of a plain step, of verification, and of a round of each arm."""
     from tqdm import tqdm
 
+    model = next(iter(arms.values()))  # the target is the same in all of them
     costs = {name: PassCosts(arm, context=ids.shape[1]) for name, arm in arms.items()}
     baseline, generate = [], []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
