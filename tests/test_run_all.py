@@ -159,6 +159,18 @@ def test_a_difference_fails(finished, data, tmp_path, capsys):
     assert "the arms differ in float32" in capsys.readouterr().err
 
 
+def test_a_difference_in_half_precision_is_looked_at_in_float32(data, tmp_path, capsys):
+    few = ["--benchmarks", "gqa", "--methods", "lookup", "--question-end", "1", "--dtype", "bfloat16"]
+    run_all.main(flags(data, tmp_path, *few))
+    path = tmp_path / "gqa" / "baseline-temperature-0.0.jsonl"
+    (line,) = read(path)
+    line["choices"][0]["output_ids"][0][2] += 1
+    path.write_text(json.dumps(line) + "\n")
+    assert run_all.main(flags(data, tmp_path, *few)) == 0
+    assert "again in float32: both arms give the same 6 output ids" in capsys.readouterr().out
+    assert {found.name.split("-")[0] for found in path.parent.glob("*.jsonl")} == {"baseline", "lookup"}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
