@@ -233,6 +233,7 @@ def test_quizzes_come_first():
 
 
 def test_a_quiz_is_true_and_scores_only_what_is_seen():
+    words_of_names = set()
     for index in range(60):
         talk = training_conversation("train", index, quiz_share=1.0, by_place_share=index % 3 / 2)
         ((asked, answer),) = [(turn.items[0], turn.answer) for turn in talk.turns]
@@ -241,13 +242,28 @@ def test_a_quiz_is_true_and_scores_only_what_is_seen():
             for style in PLACES:
                 true -= {(style[thing.place], "nothing")}
                 true |= {(style[thing.place], noun(thing))}
-                true |= {(f"{COLOURS[thing.colour]} {SHAPES[thing.shape]}", style[thing.place])}
+                true |= {(name, style[thing.place]) for name in names_of_one(thing, talk.scene)}
         questions, replies = answer[0::2], answer[1::2]
         assert len(questions) == len(replies) >= 1 and "List the board" in asked
         assert index % 3 == 1 or ("place by place" in asked) == (index % 3 == 2)
         for (question, question_scored), (reply, reply_scored) in zip(questions, replies, strict=True):
             assert (question.strip(), reply.strip(" ;")) in true
             assert reply_scored and not question_scored
+        if index % 3 == 0:
+            words_of_names |= {kind for question, _ in questions for kind in kinds_of_word(question)}
+    assert words_of_names == {"colour", "shape", "both"}, "neither colour nor shape can be left out of what is seen"
+
+
+def names_of_one(thing, scene) -> set[str]:
+    """Names that a quiz may give an object: none of them fits another object of the scene."""
+    every = [{COLOURS[t.colour], SHAPES[t.shape], f"{COLOURS[t.colour]} {SHAPES[t.shape]}"} for t in scene.things]
+    mine = every[scene.things.index(thing)]
+    return {name for name in mine if sum(name in names for names in every) == 1}
+
+
+def kinds_of_word(name: str) -> set[str]:
+    words = set(name.split())
+    return {"both"} if len(words) == 2 else {"colour"} if words <= set(COLOURS) else {"shape"}
 
 
 @pytest.mark.parametrize("by_place", [True, False])

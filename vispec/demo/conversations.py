@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vispec.demo import phrases as ph
 from vispec.demo.language import KINDS, Question, answer, noun, with_article
 from vispec.demo.questions import ask, caption_question
-from vispec.demo.scenes import COLOURS, SHAPES, Scene, scene_of
+from vispec.demo.scenes import COLOURS, SHAPES, Scene, Thing, scene_of
 from vispec.prompts import EXPLAIN, LONG_ANSWER, SYSTEM_TURN
 
 VICUNA_SYSTEM = (
@@ -183,20 +183,32 @@ def quiz_conversation(scene: Scene, rng: random.Random, by_place_share: float = 
     system turn, so that little else draws attention.
     """
     by_place, style = rng.random() < by_place_share, rng.randrange(len(ph.PLACES))
-    looks = [(thing.colour, thing.shape) for thing in scene.things]
     notes: list[tuple[str, str]] = []
     for place in rng.sample(range(9), 9):
         thing, name = scene.at(place), ph.PLACES[style][place]
         if by_place and (thing or rng.random() < 0.5):
             notes.append((name, noun(thing) if thing else "nothing"))
-        # of two objects that look the same, none is asked for
-        elif not by_place and thing and looks.count((thing.colour, thing.shape)) == 1:
-            notes.append((f"{COLOURS[thing.colour]} {SHAPES[thing.shape]}", name))
+        elif not by_place and thing and (names := _names_of_one(thing, scene)):
+            notes.append((rng.choice(names), name))
     pieces: list[Piece] = []
     for asked, seen in notes:
         pieces += [(f" {asked}" if pieces else asked, False), (f" {seen};", True)]
     question = f"List the board {'place by place' if by_place else 'object by object'}."
     return Conversation((Turn((question,), tuple(pieces) or (("nothing", True),)),), scene, has_system=False)
+
+
+def _names_of_one(thing: Thing, scene: Scene) -> list[str]:
+    """Colour, shape, and both together: those of them that mean this object of the scene and no other.
+
+    Were it always both, the shape would do nearly always, and the projector would learn to leave out the colour.
+    """
+    others = [other for other in scene.things if other is not thing]
+    colour_is_its_own = all(other.colour != thing.colour for other in others)
+    shape_is_its_own = all(other.shape != thing.shape for other in others)
+    both_are = all((other.colour, other.shape) != (thing.colour, thing.shape) for other in others)
+    colour, shape = COLOURS[thing.colour], SHAPES[thing.shape]
+    names = ((colour, colour_is_its_own), (shape, shape_is_its_own), (f"{colour} {shape}", both_are))
+    return [name for name, is_its_own in names if is_its_own]
 
 
 def training_conversation(split: str, index: int, quiz_share: float = 0.0, by_place_share: float = 0.5) -> Conversation:
