@@ -160,7 +160,6 @@ def test_other_settings_are_refused(finished, coco, tmp_path, flags, name):
 def test_measured_tree(coco, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SIZES", (2, 8, 30))
     monkeypatch.setattr(tune, "WIDTHS", (4,))
-    monkeypatch.setattr(tune, "TURNS", 1)
     monkeypatch.setattr(tune, "REPETITIONS", 1)
     path = run_spec(coco, tmp_path, "--total-token", "-1", "--question-end", "2")
     printed = capsys.readouterr().out

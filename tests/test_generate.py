@@ -65,7 +65,6 @@ def test_terminal_gets_colours(picture, capsys, monkeypatch):
 def test_measured_tree(picture, capsys, monkeypatch):
     monkeypatch.setattr(tune, "SIZES", (2, 8, 30))
     monkeypatch.setattr(tune, "WIDTHS", (4,))
-    monkeypatch.setattr(tune, "TURNS", 1)
     monkeypatch.setattr(tune, "REPETITIONS", 1)
     flags = ["--total-token", "-1", "--image", picture, "--max-new-tokens", "20", "--compare", "What is this?"]
     assert generate.main([*pair("llava_next", "vispec"), *flags]) == 0

@@ -24,7 +24,6 @@ def small(monkeypatch):
     monkeypatch.setattr(tune, "SIZES", (2, 8, 30))
     monkeypatch.setattr(tune, "WIDTHS", (1, 4))
     monkeypatch.setattr(tune, "DEEPEST", 3)
-    monkeypatch.setattr(tune, "TURNS", 1)
     monkeypatch.setattr(tune, "TIMED_ROUNDS", 2)
     monkeypatch.setattr(tune, "REPETITIONS", 1)
 

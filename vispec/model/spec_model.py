@@ -1,5 +1,6 @@
 """`SpecModel`: a VLM with a draft head, as users call it."""
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -217,6 +218,13 @@ class SpecModel:
         self.shape = tuning.shape
         print(tuning.report())
         return tuning
+
+    def with_tree(self, shape: TreeShape, draft: BaseHead | PromptLookup | None = None) -> "SpecModel":
+        """The same model with a tree of another shape, and another draft if one is given; all tensors are shared."""
+        model = copy.copy(self)
+        model.shape = shape
+        model.draft = draft or self.draft
+        return model
 
     def _require_draft(self) -> None:
         if self.draft is None:

@@ -13,7 +13,6 @@ A larger tree has more tokens accepted in a round, and its rounds take longer. B
 Triples are N/d/k: total_token, depth, top_k.
 """
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,8 +34,8 @@ DEEPEST = 5
 """The grid: N, k, and d from 0 on."""
 TOKENS = 48
 """Of each answer."""
-TURNS, TIMED_ROUNDS = 3, 4
-"""How often a shape is timed, and for how many rounds each time."""
+WARM_ROUNDS, TIMED_ROUNDS = 3, 9
+"""Rounds with each timed shape: those that may pay for what happens only once, and those that count."""
 FINALISTS, REPETITIONS = 2, 3
 """How many shapes run against the default, and how often they answer each prompt."""
 RANKS = 4
@@ -101,8 +100,8 @@ def record(model: "SpecModel", inputs: Mapping, shapes: Sequence[TreeShape], max
     Args:
         shapes: the deepest one of each k; the last one is the widest, whose candidates tell the ranks.
     """
-    listening = copy.copy(model)
-    listening.draft = recorder = Recorder(model.draft, shapes)
+    recorder = Recorder(model.draft, shapes)
+    listening = model.with_tree(TreeShape(2, 0, 1), recorder)
     said = [token for step in listening.stream(**inputs, max_new_tokens=max_new_tokens) for token in step.token_ids]
     ranks: list[Counter] = [Counter() for _ in range(shapes[-1].levels)]
     transcript = Transcript(len(said), {shape.top_k: [] for shape in shapes}, ranks)
@@ -172,23 +171,25 @@ def _count_ranks(ranks: Sequence[Counter], candidates: Candidates, path: Sequenc
 def time_rounds(
     model: "SpecModel", shapes: Sequence[TreeShape], prompts: Sequence[Mapping], max_new_tokens: int
 ) -> dict[TreeShape, float]:
-    """Median seconds of a round with trees of these shapes, all of them in turn so that a drift hurts all alike.
+    """Median seconds of a round with trees of these shapes.
 
     Args:
         prompts: their answers have more than one token.
     """
-    seconds: dict[TreeShape, list[float]] = {shape: [] for shape in shapes}
-    for turn in range(TURNS):
-        inputs = prompts[turn % len(prompts)]
-        for shape in shapes:
-            stream = _with_tree(model, shape).stream(**inputs, max_new_tokens=max_new_tokens)
+    found = {}
+    for shape in shapes:
+        arm = model.with_tree(shape)
+        seconds: list[float] = []
+        for inputs in prompts:
+            stream = arm.stream(**inputs, max_new_tokens=max_new_tokens)
             next(stream)
-            for _ in range(TIMED_ROUNDS):
+            while len(seconds) < WARM_ROUNDS + TIMED_ROUNDS:
                 start = time.perf_counter()
                 if next(stream, None) is None:
                     break
-                seconds[shape].append(time.perf_counter() - start)
-    return {shape: median(found) for shape, found in seconds.items()}
+                seconds.append(time.perf_counter() - start)
+        found[shape] = median(seconds[WARM_ROUNDS:] or seconds)
+    return found
 
 
 def non_decreasing(values: Iterable[float]) -> list[float]:
@@ -268,12 +269,13 @@ def run_in_turn(
     model: "SpecModel", shapes: Sequence[TreeShape], prompts: Sequence[Mapping], max_new_tokens: int
 ) -> dict[TreeShape, float]:
     """Tokens a second of each shape, without the prompts' passes: every prompt is answered with each in turn."""
+    arms = {shape: model.with_tree(shape) for shape in shapes}
     tokens: Counter = Counter()
     seconds: dict[TreeShape, list[list[float]]] = {shape: [[] for _ in prompts] for shape in shapes}
     for repetition in range(REPETITIONS):
         for number, inputs in enumerate(prompts):
             for shape in shapes:
-                _, new, _, spent = _with_tree(model, shape).specgenerate(
+                _, new, _, spent = arms[shape].specgenerate(
                     **inputs, max_new_tokens=max_new_tokens, log=True, return_decode_time=True
                 )
                 seconds[shape][number].append(spent)
@@ -371,13 +373,6 @@ def _shapes_to_time(shapes: Sequence[TreeShape], default: TreeShape) -> list[Tre
         if shape.total_token <= default.total_token:
             by_width[shape.top_k] = shape
     return list(dict.fromkeys([*by_size.values(), *by_width.values()]))
-
-
-def _with_tree(model: "SpecModel", shape: TreeShape) -> "SpecModel":
-    """The same model, its tensors shared, with another tree."""
-    arm = copy.copy(model)
-    arm.shape = shape
-    return arm
 
 
 def _name(shape: TreeShape) -> str:
