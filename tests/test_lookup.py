@@ -60,7 +60,7 @@ def test_trees_equal_the_oracle(seed, shape):
             assert drafted(tree, row) == expected
             assert (tree.tokens[row] == EMPTY).sum() == shape.total_token - 1 - len(expected)
         tokens, counts = ids(3, 4), torch.tensor([1, 4, 2])
-        draft.extend(state, None, tokens, counts, longest=4)
+        draft.extend(state, None, tokens, counts)
         for text, new, count in zip(texts, tokens.tolist(), counts.tolist(), strict=True):
             text += new[:count]
         root = tokens.gather(1, counts[:, None] - 1)[:, 0]

@@ -51,7 +51,7 @@ def test_grown_trees_equal_the_oracle(total_token, k):
             outs = [feature + torch.nn.functional.silu(weight @ feature + bias) for weight, bias in linears]
             log_probs = lm_head(torch.stack(outs)).log_softmax(-1)
             check_tree(tree, b, brute_force_tree(log_probs, int(root[b]), shape.total_token, k), shape)
-        head.extend(state, path, torch.zeros(3, 4, dtype=torch.long), counts, longest=4)
+        head.extend(state, path, torch.zeros(3, 4, dtype=torch.long), counts)
 
 
 # --- lossless ---

@@ -189,9 +189,8 @@ def test_return_values_when_the_prompts_pass_is_enough():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_ids": PROMPT.expand(2, -1)}, "batches are not supported yet: one prompt at a time, found 2"),
-        ({"input_ids": PROMPT[:, :0]}, r"shape \(1, L\) with L > 0, found \(1, 0\)"),
-        ({"input_ids": PROMPT[0]}, r"shape \(1, L\) with L > 0, found \(4,\)"),
+        ({"input_ids": PROMPT[:, :0]}, r"shape \(B, L\) with B, L > 0, found \(1, 0\)"),
+        ({"input_ids": PROMPT[0]}, r"shape \(B, L\) with B, L > 0, found \(4,\)"),
         ({"pixel_values_videos": torch.zeros(1)}, "video is not supported yet, found pixel_values_videos"),
         ({"input_ids": torch.full((1, 1025), 5)}, "the prompt has 1025 tokens, the target has 1024 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),

@@ -136,7 +136,7 @@ def unequal_states(head: DraftHead, seed: int) -> tuple[DraftState, list[Row]]:
             row.global_feature = state.global_feature[b]
     counts = torch.tensor([1, 4, 2])
     hidden, tokens = features(3, 4), ids(3, 4)
-    head.extend(state, hidden, tokens, counts, longest=4)
+    head.extend(state, hidden, tokens, counts)
     for b, row in enumerate(rows):
         for step in range(int(counts[b])):
             row.commit(int(tokens[b, step]), hidden[b, step])
@@ -346,7 +346,7 @@ def test_cache_equals_lists(seed):
     prompt = [5, 7, 6]
     cache.reserve(7)
     write(7)
-    cache.commit(torch.tensor(prompt), used=7)
+    cache.commit(torch.tensor(prompt))
     end_pass([list(range(length)) for length in prompt])
 
     for _ in range(90):
@@ -363,7 +363,8 @@ def test_cache_equals_lists(seed):
         counts = torch.randint(1, width + 1, (batch,), generator=generator)
         kept = [sorted(torch.randperm(n, generator=generator)[: int(c)].tolist()) for c in counts]
         cache.keep(torch.tensor([path + [path[-1]] * (width - len(path)) for path in kept]))
-        cache.commit(counts, used=cache.used + int(counts.max()))
+        cache.commit(counts)
+        cache.used = int(cache.lengths.max())
         end_pass(kept)
         assert cache.lengths.tolist() == [len(row) for row in naive.committed[0]]
     assert cache.capacity > 256
@@ -375,7 +376,8 @@ def test_a_path_wider_than_the_pass_stays_inside_the_buffer():
     keys = torch.arange(2.0).view(1, 1, 2, 1)
     cache.update(keys, keys, 0)
     cache.keep(torch.tensor([[1, 1, 1, 1, 1]]))
-    cache.commit(torch.tensor([1]), used=1)
+    cache.commit(torch.tensor([1]))
+    cache.used = 1
     cache.reserve(1)
     visible, _ = cache.update(torch.tensor([[[[5.0]]]]), torch.tensor([[[[5.0]]]]), 0)
     assert visible.flatten().tolist() == [1.0, 5.0]

@@ -5,6 +5,7 @@ device share one buffer, tokens are written by slot number, and keeping a path i
 batch have lengths of their own, so rows may keep different numbers of tokens.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ class TreeCache(Cache):
         super().__init__(layers=[]) if _takes_layers() else super().__init__()
         self.capacity = capacity
         self.used = 0
-        """Host-side upper bound of `lengths`: attention looks at the slots below it."""
+        """Host-side upper bound of `lengths`, as low as the host knows: attention looks at the slots below it."""
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=layer_devices[-1])
         """Committed tokens of each row, (B,), on the device of the last layer."""
         self._layer_devices = list(layer_devices)
@@ -82,10 +83,10 @@ class TreeCache(Cache):
         lowest = torch.finfo(dtype).min
         return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, lowest)[:, None]
 
-    def commit(self, counts: torch.Tensor, used: int) -> None:
-        """Make the first counts[b] provisional tokens of row b committed; `used` bounds the new lengths from above."""
-        self.lengths = self.lengths + counts
-        self.used = used
+    def commit(self, counts: torch.Tensor) -> None:
+        """Make the first counts[b] provisional tokens of row b committed; the host only knows that `used` grows."""
+        self.lengths += counts
+        self.used = self._visible
 
     def keep(self, path: torch.Tensor) -> None:
         """Move the provisional tokens of a path to the front of the provisional slots, in every layer.
@@ -101,6 +102,28 @@ class TreeCache(Cache):
             target = (lengths + torch.arange(p, device=device))[None, None, :, None, :, None]
             shape = (*buffer.shape[:4], p, buffer.shape[5])
             buffer.scatter_(4, target.expand(shape), buffer.gather(4, source.expand(shape)))
+
+    def part(self, start: int, stop: int) -> "TreeCache":
+        """A cache over the rows [start, stop), in the same memory for as long as neither of the two grows."""
+        part = copy.copy(self)
+        part.lengths = self.lengths[start:stop]
+        part._buffers = {device: buffer[:, :, start:stop] for device, buffer in self._buffers.items()}
+        return part
+
+    def room_for(self, batch_size: int, capacity: int) -> "TreeCache":
+        """An empty cache for as many rows, with buffers like those of this one."""
+        room = TreeCache(self._layer_devices, batch_size, capacity)
+        for device, buffer in self._buffers.items():
+            layers, two, _, heads, _, head_dim = buffer.shape
+            room._buffers[device] = buffer.new_zeros(layers, two, batch_size, heads, capacity, head_dim)
+        return room
+
+    def copy_(self, other: "TreeCache") -> None:
+        """Hold what another cache with as many rows holds; this one must be large enough."""
+        for device, buffer in self._buffers.items():
+            buffer[..., : other.used, :] = other._buffers[device][..., : other.used, :]
+        self.lengths.copy_(other.lengths)
+        self.used = other.used
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used

@@ -22,6 +22,7 @@ from vispec.model.draft_config import DraftConfig
 from vispec.model.draft_vocab import DraftVocabulary
 from vispec.model.hub import HubMixin
 from vispec.model.pairs import PairLayout, Span, plan_pairs
+from vispec.model.rows import Rows
 from vispec.model.tree import Candidates, Tree, TreeShape, grow_candidates, grow_tree
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DraftState:
+class DraftState(Rows):
     """What a draft head remembers between the rounds of one generation."""
 
     cache: TreeCache
@@ -44,6 +45,15 @@ class DraftState:
     def estimates(self) -> torch.Tensor:
         """(B, 1, H) what a tree starts from: one level's estimate, the next ones take a pass of the head each."""
         return self.hidden[:, None]
+
+    @property
+    def used(self) -> int:
+        """Host-side upper bound of the committed pairs of any row."""
+        return self.cache.used
+
+    @used.setter
+    def used(self, bound: int) -> None:
+        self.cache.used = bound
 
 
 class BaseHead(HubMixin, nn.Module):
@@ -146,7 +156,7 @@ class DraftHead(BaseHead):
         cache = TreeCache([hidden.device] * len(self.layers), batch, capacity=kept + 256)
         cache.reserve(kept)
         out, global_feature = self._run(layout, hidden, embeds, next_embeds, cache)
-        cache.commit(layout.lengths, used=kept)
+        cache.commit(layout.lengths)
         last = out.gather(1, (layout.lengths - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
         position = torch.full_like(layout.lengths, length)
         return DraftState(cache, position, last, global_feature)
@@ -163,9 +173,7 @@ class DraftHead(BaseHead):
 
     # --- inside the decoding loop ---
 
-    def extend(
-        self, state: DraftState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, longest: int
-    ) -> None:
+    def extend(self, state: DraftState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Commit the pairs of a verified path, with the target's features.
 
         Args:
@@ -173,7 +181,6 @@ class DraftHead(BaseHead):
             hidden: (B, R, H) the target's features of the root and the kept nodes; surplus rows are ignored.
             tokens: (B, R) the token after each of them.
             counts: (B,) how many of the R pairs are real in each row.
-            longest: the largest of the counts, known on the host.
         """
         batch, rows = tokens.shape
         state.cache.reserve(rows)
@@ -182,7 +189,7 @@ class DraftHead(BaseHead):
         x = self.fuse(self.embed(tokens), hidden, state.global_feature)
         out = self._layers(x, state.position[:, None] + steps, mask, state.cache)
         state.hidden = out.gather(1, (counts - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
-        state.cache.commit(counts, used=state.cache.used + longest)
+        state.cache.commit(counts)
         state.position = state.position + counts
 
     def expand(

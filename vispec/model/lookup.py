@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from vispec.model.rows import Rows
 from vispec.model.target import Prompt
 from vispec.model.tree import EMPTY, Candidates, Tree, TreeShape, choose_nodes
 
@@ -22,8 +23,8 @@ GROWTH = 512
 
 
 @dataclass
-class LookupState:
-    """The text of one generation."""
+class LookupState(Rows):
+    """The texts of a generation."""
 
     ids: torch.Tensor
     """(B, W) prompt and answer so far, the root included; EMPTY at image tokens, anything behind the text."""
@@ -31,6 +32,14 @@ class LookupState:
     """(B,)"""
     used: int
     """Host-side upper bound of `lengths`."""
+
+    def room_for(self, batch_size: int, capacity: int) -> "LookupState":
+        ids = self.ids.new_full((batch_size, max(capacity, self.ids.shape[1])), EMPTY)
+        return LookupState(ids, self.lengths.new_zeros(batch_size), self.used)
+
+    def copy_(self, other: "LookupState") -> None:
+        self.ids[:, : other.used] = other.ids[:, : other.used]
+        self.lengths.copy_(other.lengths)
 
 
 class PromptLookup:
@@ -54,9 +63,7 @@ class PromptLookup:
         ids[:, length] = root
         return LookupState(ids, torch.full_like(root, length + 1), length + 1)
 
-    def extend(
-        self, state: LookupState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, longest: int
-    ) -> None:
+    def extend(self, state: LookupState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Add the tokens of a verified path; arguments as for `DraftHead.extend`."""
         steps = tokens.shape[1]
         if state.used + steps > state.ids.shape[1]:
@@ -64,7 +71,7 @@ class PromptLookup:
         places = state.lengths[:, None] + torch.arange(steps, device=tokens.device)
         state.ids.scatter_(1, places, tokens)
         state.lengths = state.lengths + counts
-        state.used += longest
+        state.used += steps
 
     def grow(self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head, token_ids=None) -> Tree:
         """The tree under `root`, which must be `fit`; `lm_head` and `token_ids` are what other drafts need."""

@@ -15,16 +15,19 @@ from torch import nn
 from vispec.model.draft import BaseHead
 from vispec.model.draft_config import DraftConfig
 from vispec.model.pairs import Span
+from vispec.model.rows import Rows
 
 HEADS = 5
 
 
 @dataclass
-class MedusaState:
+class MedusaState(Rows):
     """What the head remembers between the rounds of one generation."""
 
     estimates: torch.Tensor
     """(B, heads, H) outputs at the last committed token: estimates of the feature of the root and of those after it."""
+    used: int = 0
+    """What other heads have read of a text; Medusa remembers its end alone."""
 
 
 class MedusaBlock(nn.Module):
@@ -65,9 +68,7 @@ class MedusaHead(BaseHead):
         """Read the prompt: `hidden` (B, L, H) of the target's pass over it; the rest is what other heads read."""
         return MedusaState(self(hidden[:, -1]))
 
-    def extend(
-        self, state: MedusaState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, longest: int
-    ) -> None:
+    def extend(self, state: MedusaState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Go on from the last committed token of a verified path; arguments as for `DraftHead.extend`."""
         last = hidden.gather(1, (counts - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
         state.estimates = self(last)

@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from vispec.model.acceptance import Sampling
+from vispec.model.batches import row_name, single_prompts
 from vispec.model.checkpoints import load_draft
 from vispec.model.decoding import BaselineDecoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
 from vispec.model.draft_vocab import DraftOutput
 from vispec.model.lookup import PromptLookup
-from vispec.model.target import VIDEO_INPUTS, Target, hub_options, load_target
+from vispec.model.target import Target, hub_options, load_target
 from vispec.model.tree import TreeShape
 
 if TYPE_CHECKING:
@@ -140,22 +141,24 @@ class SpecModel:
         """Answer by tree speculative decoding: the target's own greedy tokens, or samples of its own distribution.
 
         Args:
-            input_ids: (1, L) prompt with its image tokens expanded, as the family's processor returns it.
+            input_ids: (B, L) prompts with their image tokens expanded, padded on the left, as the family's processor
+                returns them.
             temperature: 0 is greedy.
             top_p, top_k: warpers when sampling; 0 is off.
             max_new_tokens: most tokens to add.
-            max_length: most tokens of prompt and answer together, padding included.
+            max_length: most tokens of a prompt and its answer together, padding included.
             log, return_acceptance_len, return_decode_time: what to return besides the ids.
             inputs: whatever else the processor returned (attention_mask, pixel_values, image sizes, grids, …).
 
         Returns:
-            output_ids (1, L + new). When anything else is asked for, a tuple: output_ids; with `log` the number of
-            new tokens and the 0-based index of the last round (-1 if the prompt's pass was enough); with
-            `return_acceptance_len` the accepted draft tokens of each round; with `return_decode_time` the seconds
-            after prefill and first tree.
+            output_ids (B, L + new), filled up with padding behind answers that are shorter than the longest. When
+            anything else is asked for, a tuple: output_ids; with `log` the number of new tokens and the 0-based index
+            of the last round (-1 if the prompt's pass was enough); with `return_acceptance_len` the accepted draft
+            tokens of each round; with `return_decode_time` the seconds after prefill and first tree. For B > 1 all of
+            these but the seconds are lists with one entry for each row.
 
         Raises:
-            ValueError: the prompt is a batch, holds video, or does not fit the target's positions.
+            ValueError: a prompt holds video, or does not fit its images or the target's positions.
         """
         rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
         return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
@@ -190,14 +193,18 @@ class SpecModel:
         speculate: bool = True,
         **inputs,
     ) -> Iterator[StreamedTokens]:
-        """Yield the new tokens after each round; arguments as for `specgenerate`, `speculate=False` for the baseline.
+        """Yield the new tokens of one prompt after each round; arguments as for `specgenerate`.
 
-        Bad input raises here, not at the first token. Closing the iterator early ends the generation.
+        `speculate=False` streams the baseline. Bad input raises here, not at the first token. Closing the iterator
+        early ends the generation.
         """
+        if input_ids.dim() == 2 and len(input_ids) > 1:
+            raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
         rounds = self._rounds(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
-        return (StreamedTokens(r.tokens, [i < r.accepted for i in range(len(r.tokens))], r.accepted) for r in rounds)
+        steps = (step[0] for step in rounds)
+        return (StreamedTokens(r.tokens, [i < r.accepted for i in range(len(r.tokens))], r.accepted) for r in steps)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = 48) -> "Tuning":
         """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
@@ -232,90 +239,73 @@ class SpecModel:
 
     def _rounds(
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
-    ) -> Iterator[Round]:
+    ) -> Iterator[dict[int, Round]]:
         sampling = Sampling(temperature, top_p, int(top_k))
-        padded = input_ids.shape[-1]
-        input_ids, inputs = _without_padding(input_ids, inputs)
-        padding = padded - input_ids.shape[1]
-        limit = self._new_token_limit(input_ids.shape[1], padding, max_new_tokens, max_length)
-        stop = Stop(limit, frozenset(self.target.eos_token_ids))
+        prompts = single_prompts(self.target.model, input_ids, inputs)
+        ends = frozenset(self.target.eos_token_ids)
+        stops = []
+        for row, (ids, _) in enumerate(prompts):
+            name = row_name(row, len(prompts))
+            limit = self._new_token_limit(ids.shape[1], input_ids.shape[1], max_new_tokens, max_length, name)
+            stops.append(Stop(limit, ends))
         if not speculate:
-            return BaselineDecoder(self.target, sampling).rounds(input_ids, inputs, stop)
+            return BaselineDecoder(self.target, sampling).batch_rounds(prompts, stops)
         self._require_draft()
         decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
-        return decoder.rounds(input_ids, inputs, stop)
+        return decoder.batch_rounds(prompts, stops)
 
-    def _new_token_limit(self, length: int, padding: int, max_new_tokens: int, max_length: int | None) -> int:
+    def _new_token_limit(self, length: int, padded: int, max_new_tokens: int, max_length: int | None, row: str) -> int:
+        """Most new tokens of a prompt of `length` tokens in a batch of `padded`; `row` begins a message about it."""
+        positions = self.target.max_positions
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-        if length > self.target.max_positions:
-            raise ValueError(f"the prompt has {length} tokens, the target has {self.target.max_positions} positions")
+        if length > positions:
+            raise ValueError(f"{row}the prompt has {length} tokens, the target has {positions} positions")
         # the last new token is never fed back, so it needs no position
-        limit = min(max_new_tokens, self.target.max_positions - length + 1)
+        limit = min(max_new_tokens, positions - length + 1)
         if limit < max_new_tokens and max_length is None:
             logger.warning(
-                "the prompt has %d tokens, the target %d positions: the answer ends after %d tokens at the latest",
-                *(length, self.target.max_positions, limit),
+                "%sthe prompt has %d tokens, the target %d positions: the answer ends after %d tokens at the latest",
+                *(row, length, positions, limit),
             )
         if max_length is not None:
-            room = max_length - length - padding
-            if room < 1:
-                raise ValueError(
-                    f"the prompt has {length + padding} tokens, max_length {max_length} leaves no room for more"
-                )
-            limit = min(limit, room)
+            if max_length <= padded:
+                raise ValueError(f"the prompt has {padded} tokens, max_length {max_length} leaves no room for more")
+            limit = min(limit, max_length - padded)
         return limit
 
-    def _collect(self, rounds: Iterator[Round], input_ids, log, return_acceptance_len, return_decode_time):
-        tokens = next(rounds).tokens
+    def _collect(self, rounds: Iterator[dict[int, Round]], input_ids, log, return_acceptance_len, return_decode_time):
+        answers = [step.tokens for step in next(rounds).values()]
         start = self._now()
-        acceptance_lengths = []
-        for step in rounds:
-            tokens += step.tokens
-            acceptance_lengths.append(step.accepted)
+        acceptance_lengths: list[list[int]] = [[] for _ in answers]
+        for steps in rounds:
+            for row, step in steps.items():
+                answers[row] += step.tokens
+                acceptance_lengths[row].append(step.accepted)
         seconds = self._now() - start
-        new_ids = torch.tensor([tokens], dtype=input_ids.dtype, device=input_ids.device)
-        result = [torch.cat([input_ids, new_ids], dim=1)]
+        result = [torch.cat([input_ids, self._padded(answers).to(input_ids)], dim=1)]
+        per_row = []
         if log:
-            result += [len(tokens), len(acceptance_lengths) - 1]
+            per_row += [[len(tokens) for tokens in answers], [len(lengths) - 1 for lengths in acceptance_lengths]]
         if return_acceptance_len:
-            result.append(acceptance_lengths)
+            per_row.append(acceptance_lengths)
+        result += per_row if len(answers) > 1 else [values[0] for values in per_row]
         if return_decode_time:
             result.append(seconds)
         return result[0] if len(result) == 1 else tuple(result)
+
+    def _padded(self, answers: list[list[int]]) -> torch.Tensor:
+        """(B, longest) answers, padded on the right by the target's padding token; by an end token if it has none."""
+        padding = self.target.model.generation_config.pad_token_id
+        if padding is None:
+            padding = (self.target.eos_token_ids or [0])[0]
+        longest = max(map(len, answers))
+        return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])
 
     def _now(self) -> float:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
-
-
-def _without_padding(input_ids: torch.Tensor, inputs: Mapping) -> tuple[torch.Tensor, dict]:
-    """A single prompt without the padding on its left; refuses what decoding does not take."""
-    for name in VIDEO_INPUTS:
-        if inputs.get(name) is not None:
-            raise ValueError(f"video is not supported yet, found {name}")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids must have the shape (1, L) with L > 0, found {tuple(input_ids.shape)}")
-    if input_ids.shape[0] != 1:
-        raise ValueError(f"batches are not supported yet: one prompt at a time, found {input_ids.shape[0]}")
-    attention = inputs.get("attention_mask")
-    if attention is None:
-        return input_ids, dict(inputs)
-    if attention.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, found {tuple(attention.shape)}"
-        )
-    padding = int((attention == 0).sum())
-    if padding == 0:
-        return input_ids, dict(inputs)
-    if padding == input_ids.shape[1] or bool(attention[0, :padding].any()):
-        raise ValueError("attention_mask may only hide padding on the left of the prompt")
-    trimmed = {
-        name: value[:, padding:] if name in ("attention_mask", "mm_token_type_ids", "token_type_ids") else value
-        for name, value in inputs.items()
-    }
-    return input_ids[:, padding:], trimmed
 
 
 def _fitted(shape: TreeShape, draft: BaseHead | PromptLookup) -> TreeShape:

@@ -25,8 +25,6 @@ from vispec.model.pairs import Span
 
 logger = logging.getLogger("vispec")
 
-VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-
 
 @dataclass
 class Prompt:
@@ -108,8 +106,7 @@ class Target:
             rope_delta = None
             if self._rope_owner is not None:
                 rope_delta, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
-        counts = torch.full((batch,), length, device=cache.lengths.device)
-        cache.commit(counts, used=length)
+        cache.commit(torch.full_like(cache.lengths, length))
         if rope_delta is not None:
             rope_delta = rope_delta.reshape(batch, 1).to(self.device)
         elif self._rope_owner is not None:
@@ -131,7 +128,8 @@ class Target:
         Args:
             tokens: (B, n).
             positions: (B, n), rope deltas added.
-            ancestors: (B, n, n) bool, which of the new tokens each of them sees; None for n = 1.
+            ancestors: (B, n, n) bool, which of the new tokens each of them sees; None where nothing is to be hidden:
+                a single row with n = 1.
 
         Returns:
             (B, n, H) features.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vispec.model.rows import Rows
+
 if TYPE_CHECKING:  # the heads import this module
     from vispec.model.draft import DraftHead, DraftState
     from vispec.model.medusa import MedusaHead, MedusaState
@@ -48,7 +50,7 @@ class TreeShape:
 
 
 @dataclass
-class Tree:
+class Tree(Rows):
     """A drafted tree; node 0 is the root, parents come before their children."""
 
     tokens: torch.Tensor

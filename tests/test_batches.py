@@ -1,0 +1,156 @@
+"""Prompts of a batch are answered as each of them alone, and sampled independently of each other."""
+
+import pytest
+import torch
+from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from tiny_models import FAMILIES, image_prompt, random_head, random_target, same_target, text_prompt
+
+from vispec import SpecModel
+from vispec.ge_data.answers import collate_prompts
+from vispec.model.lookup import PromptLookup
+
+LAYOUTS = ("a.bb.", ".", ".a.", "..")
+"""Three images of which two touch, none, one, and none: prompts of four lengths."""
+PADDING = 0
+
+
+def prompts_of(target) -> list[dict]:
+    return [image_prompt(target, seed, layout) for seed, layout in enumerate(LAYOUTS)]
+
+
+def batch_of(prompts: list[dict]) -> dict:
+    """What a processor would return for all of them: padded on the left, images one after the other."""
+    names = [name for prompt in prompts for name in prompt]
+    alike = [{name: p[name] for name in ("input_ids", "attention_mask")} for p in prompts]
+    images = {name: torch.cat([p[name] for p in prompts if name in p]) for name in names if name not in alike[0]}
+    return {**collate_prompts(alike, PADDING), **images}
+
+
+def alone(model: SpecModel, prompt: dict, arm: str, **options) -> tuple[list[int], list]:
+    """The answer's tokens, and what else is returned."""
+    out, *others = getattr(model, arm)(**prompt, **options, log=True, return_acceptance_len=True)
+    return out[0, prompt["input_ids"].shape[1] :].tolist(), others
+
+
+def check(model: SpecModel, prompts: list[dict], arm: str, **options) -> list[tuple[list[int], list]]:
+    """The batch gives every row what it gets alone, tokens and counts; returns that."""
+    single = [alone(model, prompt, arm, **options) for prompt in prompts]
+    batch = batch_of(prompts)
+    out, *others = getattr(model, arm)(**batch, **options, log=True, return_acceptance_len=True)
+    length, longest = batch["input_ids"].shape[1], max(len(tokens) for tokens, _ in single)
+    assert torch.equal(out[:, :length], batch["input_ids"])
+    assert out[:, length:].tolist() == [tokens + [PADDING] * (longest - len(tokens)) for tokens, _ in single]
+    assert others == [list(values) for values in zip(*(values for _, values in single), strict=True)]
+    return single
+
+
+def model_of(target, method: str, tree=(12, 3, 4)) -> SpecModel:
+    draft = PromptLookup() if method == "lookup" else random_head(target, method, seed=3)
+    return SpecModel(target, draft, *tree)
+
+
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "medusa", "lookup"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_each_row_alone(family, method):
+    """Answers of very different lengths: a frequent token of one row's answer is the end token."""
+    if method != "vispec" and family in ("llava_1.5", "qwen2_vl"):
+        pytest.skip("the draft does not differ between these families")
+    target = same_target(random_target(family, 2, vocabulary=12))
+    model = model_of(target, method)
+    prompts = prompts_of(target)
+    answers = [alone(model, prompt, "baseline_generate", max_new_tokens=16)[0] for prompt in prompts]
+    target.generation_config.eos_token_id = answers[0][4]
+    model = model_of(target, method)
+    single = check(model, prompts, "specgenerate", max_new_tokens=16)
+    assert len({len(tokens) for tokens, _ in single}) > 1, "all rows end together, so nothing was tested"
+    if method == "vispec":
+        check(model, prompts, "baseline_generate", max_new_tokens=16)
+
+
+def test_limits_of_each_row():
+    target = random_target("llava_1.5", 0, vocabulary=12, max_position_embeddings=40)
+    model = model_of(target, "vispec")
+    prompts = [text_prompt(target, length, seed=length) for length in (4, 36, 30, 40)]
+    single = check(model, prompts, "specgenerate", max_new_tokens=9)
+    assert [len(tokens) for tokens, _ in single] == [9, 5, 9, 1], "where the positions end"
+    batch = batch_of(prompts)
+    out, new, *_ = model.specgenerate(**batch, max_length=43, log=True)
+    assert out.shape == (4, 43) and new == [3, 3, 3, 1], "padding counts"
+
+
+def test_a_batch_outgrows_its_caches(monkeypatch):
+    from vispec.model import cache, decoding
+
+    monkeypatch.setattr(cache, "GROWTH", 8)
+    monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 4)
+    target = random_target("llava_1.5", 5, vocabulary=12)
+    prompts = [text_prompt(target, length, seed=length) for length in (3, 9)]
+    for method in ("eagle2", "lookup"):
+        check(model_of(target, method), prompts, "specgenerate", max_new_tokens=40)
+
+
+def test_padding_behind_short_answers_is_an_end_token_where_there_is_no_other():
+    target = same_target(random_target("llava_1.5", 0, vocabulary=12))
+    target.generation_config.pad_token_id = None
+    target.generation_config.eos_token_id = [11, *range(6)]
+    model = model_of(target, "vispec")
+    prompts = [text_prompt(target, 4, seed) for seed in range(3)]
+    answers = [alone(model, prompt, "specgenerate", max_new_tokens=12)[0] for prompt in prompts]
+    out = model.specgenerate(**batch_of(prompts), max_new_tokens=12)
+    longest = max(map(len, answers))
+    assert out[:, 4:].tolist() == [tokens + [11] * (longest - len(tokens)) for tokens in answers]
+    assert len(set(map(len, answers))) > 1
+
+
+@pytest.mark.parametrize("method", ["eagle2", "medusa", "lookup"])
+def test_sampled_answers_of_every_row_follow_the_target(method):
+    target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
+    draft = PromptLookup() if method == "lookup" else random_head(target, method, seed=12)
+    model = SpecModel(target, draft, total_token=9, depth=1, top_k=4)
+    prompts = [text_prompt(target, length, seed) for length, seed in ((3, 1), (6, 2))]
+    settings = {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
+    copies = 4  # more rows a call make the test quicker
+    batch = batch_of(prompts * copies)
+    torch.manual_seed(5)
+    answers, accepted = [], 0
+    for _ in range(60):
+        out, lengths = model.specgenerate(**batch, **settings, max_new_tokens=3, return_acceptance_len=True)
+        answers.append(out[:, -3:].unflatten(0, (copies, 2)))
+        accepted += sum(map(sum, lengths))
+    answers = torch.cat(answers)
+    assert accepted > 60, "drafts were accepted"
+    for row, prompt in enumerate(prompts):
+        exact = enumerate_target(model, prompt["input_ids"], settings)
+        assert p_value(answers[:, row], exact) > REJECT_BELOW
+    assert p_value(answers[:, 0], enumerate_target(model, prompts[1]["input_ids"], settings)) < REJECT_BELOW
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]])}, "^row 1: attention_mask may only hide"),
+        ({"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])}, "^row 0: attention_mask may only hide"),
+        ({"input_ids": torch.full((2, 1025), 5)}, "^row 0: the prompt has 1025 tokens, the target has 1024 positions"),
+        ({"max_length": 4}, "^the prompt has 4 tokens, max_length 4 leaves no room"),
+        ({"some_mask": torch.zeros(3, 2)}, "^some_mask: expected one entry for each of the 0 images, found 3"),
+        ({"flag": True}, "^flag: expected one entry for each of the 0 images, found bool"),
+    ],
+)
+def test_bad_batches_are_refused(changes, message):
+    model = model_of(random_target("llava_next", 0), "vispec")
+    for arm in (model.specgenerate, model.baseline_generate):
+        with pytest.raises(ValueError, match=message):
+            arm(**{"input_ids": torch.full((2, 4), 5), **changes})
+
+
+def test_images_that_do_not_fit_the_batch_are_refused():
+    target = random_target("llava_next", 0)
+    batch = batch_of(prompts_of(target))
+    with pytest.raises(ValueError, match="ids and images do not belong together"):
+        model_of(target, "vispec").specgenerate(**{**batch, "image_sizes": batch["image_sizes"][:-1]})
+
+
+def test_only_single_prompts_are_streamed():
+    model = model_of(random_target("llava_1.5", 0), "vispec")
+    with pytest.raises(ValueError, match="one prompt at a time can be streamed, found 2"):
+        model.stream(torch.full((2, 4), 5))
