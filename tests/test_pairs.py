@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import bare_head
+from tiny_models import bare_head, image_prompt, random_head, random_target
 
 from vispec.model.draft import DraftHead, ViSpecHead, rotary_angles
 from vispec.model.draft_config import DraftConfig
+from vispec.model.families import image_token_id
 from vispec.model.pairs import Span, plan_pairs
+from vispec.model.target import Target
 
 SIZE = 32
 CONFIG = DraftConfig(
@@ -179,6 +181,23 @@ def test_begin_with_rows_that_shrink_differently():
         torch.testing.assert_close(together.global_feature[row : row + 1], alone.global_feature, **TOLERANCE)
         assert together.cache.lengths[row] == alone.cache.lengths[0]
         assert together.position[row] == alone.position[0]
+
+
+@pytest.mark.parametrize("num_q", [1, 2, 4])
+@torch.inference_mode()
+def test_eight_images_cost_no_more_than_their_compressed_tokens(num_q):
+    """The length of the draft head's cache after one prompt of Qwen's; EAGLE-2's holds every image token."""
+    target = random_target("qwen2_5_vl", seed=11)
+    inputs = image_prompt(target, 11, ".a.bb.c.a.b.cc.")
+    ids = inputs.pop("input_ids")
+    tokens, text = ids.shape[1], int((ids != image_token_id(target.config)).sum())
+    wrapped = Target(target)
+    prompt = wrapped.prefill(wrapped.new_cache(1, tokens), ids, inputs)
+    root = prompt.logits.argmax(-1)
+    states = {m: random_head(target, m, seed=12, num_q=num_q).start(prompt, root) for m in ("vispec", "eagle2")}
+    assert len(prompt.images[0]) == 8 and text < tokens - 8
+    assert states["vispec"].cache.lengths.tolist() == [text + 8 * (num_q - 1)]
+    assert states["eagle2"].cache.lengths.tolist() == [tokens]
 
 
 def test_gradients_reach_every_trained_parameter():
