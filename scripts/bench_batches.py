@@ -1,0 +1,119 @@
+"""Tokens per second of batches of 1, 2, 4 and 8 prompts: tree speculative decoding and the plain baseline.
+
+    python scripts/bench_batches.py                     # the embedded pair
+    python scripts/bench_batches.py --target DIR --draft DIR --tree 30/3/8 --dtype bfloat16
+
+The same demo questions are answered by every arm, in batches of its size; the arms take turns, and medians over the
+repetitions count. All prefill is in the time, and no more than the answers' own tokens are counted. `equal` says how
+many answers of the two arms are those of the baseline that answers one prompt at a time.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vispec.cli import provenance, run_cli, write_json_atomic
+from vispec.demo import embedded
+from vispec.demo.trees import parse_tree
+from vispec.evaluation.loading import Parser, count, load_model, quiet_transformers
+
+ARMS = ("baseline", "spec")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from vispec.demo.runner import questions
+    from vispec.prompts import build_inputs, load_processor, user_turn
+
+    quiet_transformers()
+    target, draft = (args.target, args.draft) if args.target else embedded.require_weights()
+    total_token, depth, top_k = args.tree
+    model = load_model(
+        target, draft, dtype=args.dtype, device_map=args.device_map, total_token=total_token, depth=depth, top_k=top_k
+    )
+    processor = load_processor(target)
+    asked = questions(args.questions)
+    prompts = [build_inputs(processor, [user_turn(question.text, question.image)]) for question in asked]
+    speeds, equal = measure(model, prompts, args.sizes, args.repetitions, args.max_new_tokens, args.temperature)
+
+    print("| B | baseline tokens/s | vispec tokens/s | speedup | equal |\n|---|---|---|---|---|")
+    for size in args.sizes:
+        baseline, spec = (statistics.median(speeds[arm, size]) for arm in ARMS)
+        same = f"{equal['baseline', size]} and {equal['spec', size]} of {len(prompts)}"
+        print(f"| {size} | {baseline:.1f} | {spec:.1f} | {spec / baseline:.2f} | {same} |")
+    if args.json:
+        rows = [
+            {"arm": arm, "batch": size, "tokens_per_second": speeds[arm, size], "equal": equal[arm, size]}
+            for arm, size in speeds
+        ]
+        write_json_atomic(args.json, {"rows": rows, "provenance": provenance(args)})
+    return 0
+
+
+def parse(argv: list[str] | None):
+    parser = Parser(prog="scripts/bench_batches.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--target", help="folder or hub id (default: the embedded one)")
+    add("--draft", help="the target's draft head")
+    add("--tree", type=parse_tree, default=tuple(embedded.TREE.values()), metavar="N/d/k", help="default: 12/3/4")
+    add("--sizes", nargs="+", type=count, default=[1, 2, 4, 8], metavar="B", help="(default: %(default)s)")
+    add("--questions", type=count, default=16, help="a multiple of the sizes (default: %(default)s)")
+    add("--repetitions", type=count, default=3, help="of each arm (default: %(default)s)")
+    add("--max-new-tokens", type=count, default=128, help="(default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="(default: %(default)s)")
+    parser.add_hardware(dtype=embedded.DTYPE)
+    add("--json", metavar="FILE", help="write the numbers and what made them")
+    args = parser.parse_args(argv)
+    if (args.target is None) != (args.draft is None):
+        parser.error("--target and --draft go together")
+    for size in args.sizes:
+        if args.questions % size:
+            parser.error(f"--questions {args.questions}: expected a multiple of --sizes {size}")
+    return args
+
+
+def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_new_tokens: int, temperature: float):
+    """Tokens/s of every repetition, and how many answers are the single baseline's, by (arm, batch size)."""
+    import torch
+
+    from vispec.ge_data.answers import collate_prompts
+
+    batches = {
+        size: [collate_prompts(prompts[i : i + size], pad_token_id=0) for i in range(0, len(prompts), size)]
+        for size in sizes
+    }
+    options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    arms = [(arm, size) for size in sizes for arm in ARMS]
+    speeds = {key: [] for key in arms}
+    answers = {}
+    for repetition in range(repetitions + 1):  # the first one is warm-up
+        for arm, size in arms:
+            torch.manual_seed(0)
+            start = time.perf_counter()
+            answers[arm, size] = answer(model, arm, batches[size], options)
+            seconds = time.perf_counter() - start
+            if repetition:
+                speeds[arm, size].append(sum(map(len, answers[arm, size])) / seconds)
+    torch.manual_seed(0)
+    single = answer(model, "baseline", [collate_prompts([prompt], pad_token_id=0) for prompt in prompts], options)
+    equal = {key: sum(a == b for a, b in zip(found, single, strict=True)) for key, found in answers.items()}
+    return speeds, equal
+
+
+def answer(model, arm: str, batches: list[dict], options: dict) -> list[list[int]]:
+    """The answers' tokens, without the padding behind them."""
+    generate = model.specgenerate if arm == "spec" else model.baseline_generate
+    found = []
+    for batch in batches:
+        output, new, _ = generate(**batch, **options, log=True)
+        new = new if isinstance(new, list) else [new]
+        length = batch["input_ids"].shape[1]
+        found += [row[length : length + n].tolist() for row, n in zip(output, new, strict=True)]
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main)
