@@ -7,6 +7,7 @@ from tiny_models import FAMILIES, image_prompt, random_head, random_target, same
 
 from vispec import SpecModel
 from vispec.ge_data.answers import collate_prompts
+from vispec.model import decoding
 from vispec.model.lookup import PromptLookup
 
 LAYOUTS = ("a.bb.", ".", ".a.", "..")
@@ -79,9 +80,6 @@ def test_limits_of_each_row():
 
 
 def test_a_batch_outgrows_its_caches(monkeypatch):
-    from vispec.model import cache, decoding
-
-    monkeypatch.setattr(cache, "GROWTH", 8)
     monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 4)
     target = random_target("llava_1.5", 5, vocabulary=12)
     prompts = [text_prompt(target, length, seed=length) for length in (3, 9)]

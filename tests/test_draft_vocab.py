@@ -98,8 +98,8 @@ def test_a_full_vocabulary_changes_nothing(method):
         if ids is None:
             model.draft.draft_vocab = None
             model = SpecModel(model.target.model, model.draft, 30, 3, 8)
-        prompt = model.target.prefill(model.target.new_cache(1, 64), *inputs_of(model))
-        state = model.draft.start(prompt, torch.tensor([7]))
+        prompt = model.target.prefill(model.target.new_cache(1, 200), *inputs_of(model))
+        state = model.draft.start(prompt, torch.tensor([7]), capacity=200)
         trees.append(model.draft.grow(state, torch.tensor([7]), model.shape, *model.draft_output))
     for tree in trees[1:]:
         assert torch.equal(tree.tokens, trees[0].tokens) and torch.equal(tree.parents, trees[0].parents)

@@ -24,9 +24,10 @@ class WatchedDecoder(SpeculativeDecoder):
         super().__init__(*args)
         self.trees: list[Tree] = []
 
-    def _grow(self, generation):
-        super()._grow(generation)
-        self.trees.append(generation.tree)
+    def _grow(self, state, root):
+        tree = super()._grow(state, root)
+        self.trees.append(tree)
+        return tree
 
 
 def run(model: SpecModel, recording: Recording) -> tuple[list[Round], list[Tree]]:

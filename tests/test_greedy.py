@@ -19,7 +19,7 @@ from tiny_models import (
 )
 
 from vispec import SpecModel
-from vispec.model import cache, decoding
+from vispec.model import decoding
 
 TREES = ((2, 1, 1), (12, 3, 4), (30, 3, 8), (60, 6, 10))
 NEW_TOKENS = 20
@@ -149,7 +149,6 @@ def test_padding_on_the_left(family, layout):
 @pytest.mark.parametrize(("tree", "tokens"), [((2, 6, 1), 120), ((12, 3, 4), 300)])
 def test_a_long_answer_outgrows_the_caches(tree, tokens, monkeypatch):
     """Buffers grow on the way, and a path wider than a tiny tree never writes behind the last slot."""
-    monkeypatch.setattr(cache, "GROWTH", 8)
     monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 16)
     model = random_pair("llava_1.5", seed=5, vocabulary=12, tree=tree)
     inputs = text_prompt(model.target.model, 4, seed=5)

@@ -6,7 +6,7 @@ from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
 from tiny_models import FAMILIES, generate, image_prompt, random_target
 
 from vispec import SpecModel
-from vispec.model import lookup
+from vispec.model import decoding, lookup
 from vispec.model.lookup import LookupState, PromptLookup
 from vispec.model.target import Prompt
 from vispec.model.tree import EMPTY, Tree, TreeShape
@@ -49,7 +49,7 @@ def test_trees_equal_the_oracle(seed, shape):
     draft = PromptLookup()
     shape = draft.fit(shape)
     prompt, root = ids(3, 9), ids(3)
-    state = draft.start(Prompt(prompt, None, None, None, [[(2, 5)], [], []], None), root)
+    state = draft.start(Prompt(prompt, None, None, None, [[(2, 5)], [], []], None), root, capacity=40)
     texts = [[*row, last] for row, last in zip(prompt.tolist(), root.tolist(), strict=True)]
     texts[0][2:5] = [EMPTY] * 3
     for _ in range(6):
@@ -70,7 +70,8 @@ def test_trees_equal_the_oracle(seed, shape):
 @pytest.mark.parametrize("tree", [(2, 0, 1), (30, 3, 8)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_the_targets(family, tree, monkeypatch):
-    monkeypatch.setattr(lookup, "GROWTH", 8)  # the text outgrows its buffer
+    monkeypatch.setattr(lookup, "MOST_BRANCHES", 8)
+    monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 8)  # the text outgrows its buffer
     target = random_target(family, 2, vocabulary=9)
     model = SpecModel(target, PromptLookup(), *tree)
     lengths = []
@@ -109,7 +110,7 @@ def test_takes_no_draft_head():
 def test_a_tree_has_no_more_branches_than_a_text_has_slots():
     draft = PromptLookup()
     shape = draft.fit(TreeShape(4000, 1, 900))
-    assert (shape.total_token, shape.top_k) == (2 * lookup.GROWTH + 1, lookup.GROWTH)
+    assert (shape.total_token, shape.top_k) == (2 * lookup.MOST_BRANCHES + 1, lookup.MOST_BRANCHES)
     root = torch.tensor([5])
-    state = draft.start(Prompt(torch.tensor([[5, 6, 7]]), None, None, None, [[]], None), root)
+    state = draft.start(Prompt(torch.tensor([[5, 6, 7]]), None, None, None, [[]], None), root, capacity=4)
     assert drafted(draft.grow(state, root, shape, lm_head=None), 0) == [[6], [6, 7]]

@@ -194,7 +194,7 @@ def test_eight_images_cost_no_more_than_their_compressed_tokens(num_q):
     wrapped = Target(target)
     prompt = wrapped.prefill(wrapped.new_cache(1, tokens), ids, inputs)
     root = prompt.logits.argmax(-1)
-    states = {m: random_head(target, m, seed=12, num_q=num_q).start(prompt, root) for m in ("vispec", "eagle2")}
+    states = {m: random_head(target, m, seed=12, num_q=num_q).start(prompt, root, 300) for m in ("vispec", "eagle2")}
     assert len(prompt.images[0]) == 8 and text < tokens - 8
     assert states["vispec"].cache.lengths.tolist() == [text + 8 * (num_q - 1)]
     assert states["eagle2"].cache.lengths.tolist() == [tokens]

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache
 
-GROWTH = 256
-"""Slots by which a full cache grows at least."""
+CUDA_ALIGNMENT = 16
+"""Attention kernels of GPUs want a mask whose rows are so many numbers long, or they copy it in every layer."""
 
 
 class TreeCache(Cache):
@@ -25,12 +25,13 @@ class TreeCache(Cache):
     Args:
         layer_devices: the device of each decoder layer, in order.
         batch_size: number of rows B.
-        capacity: slots to begin with; the cache grows when it is full.
+        capacity: slots of a row; who needs more copies the cache to where there is `room_for` them.
     """
 
     def __init__(self, layer_devices: Sequence[torch.device], batch_size: int, capacity: int):
         super().__init__(layers=[]) if _takes_layers() else super().__init__()
-        self.capacity = capacity
+        self._alignment = CUDA_ALIGNMENT if layer_devices[-1].type == "cuda" else 1
+        self.capacity = self._aligned(capacity)
         self.used = 0
         """Host-side upper bound of `lengths`, as low as the host knows: attention looks at the slots below it."""
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=layer_devices[-1])
@@ -40,12 +41,19 @@ class TreeCache(Cache):
         self._buffers: dict[torch.device, torch.Tensor] = {}  # (layers, 2, B, heads, capacity, head_dim)
         self._slots: dict[torch.device, torch.Tensor] = {}  # (B, n) on every device, where the pass writes
         self._visible = 0
+        self._reserved = 0
+        self._whole: tuple[TreeCache, slice] | None = None  # of a part: whose rows it has
 
     def reserve(self, n: int, offset: int = 0) -> None:
-        """Announce a pass over n tokens a row, to be written `offset` slots after the committed ones."""
-        self._visible = self.used + offset + n
+        """Announce a pass over n tokens a row, to be written `offset` slots after the committed ones.
+
+        Raises:
+            ValueError: the cache has too few slots.
+        """
+        self._reserved = offset + n
+        self._visible = self._aligned(self.used + self._reserved)
         if self._visible > self.capacity:
-            self._grow(max(self._visible, self.capacity + GROWTH))
+            raise ValueError(f"the cache has {self.capacity} slots, the pass needs {self._visible}")
         slots = self.lengths[:, None] + torch.arange(offset, offset + n, device=self.lengths.device)
         self._slots = {device: slots.to(device) for device in set(self._layer_devices)}
 
@@ -86,7 +94,7 @@ class TreeCache(Cache):
     def commit(self, counts: torch.Tensor) -> None:
         """Make the first counts[b] provisional tokens of row b committed; the host only knows that `used` grows."""
         self.lengths += counts
-        self.used = self._visible
+        self.used += self._reserved
 
     def keep(self, path: torch.Tensor) -> None:
         """Move the provisional tokens of a path to the front of the provisional slots, in every layer.
@@ -94,7 +102,7 @@ class TreeCache(Cache):
         Args:
             path: (B, p) indices of provisional tokens, ascending in every row; surplus columns may repeat any index.
         """
-        path = path[:, : self._visible - self.used]  # surplus columns may be more than the pass has slots
+        path = path[:, : self._reserved]  # surplus columns may be more than the pass has slots
         p = path.shape[1]
         for device, buffer in self._buffers.items():
             lengths = self.lengths.to(device)[:, None]
@@ -104,24 +112,32 @@ class TreeCache(Cache):
             buffer.scatter_(4, target.expand(shape), buffer.gather(4, source.expand(shape)))
 
     def part(self, start: int, stop: int) -> "TreeCache":
-        """A cache over the rows [start, stop), in the same memory for as long as neither of the two grows."""
+        """A cache over the rows [start, stop), in the same memory."""
         part = copy.copy(self)
         part.lengths = self.lengths[start:stop]
+        part._whole = self, slice(start, stop)
         part._buffers = {device: buffer[:, :, start:stop] for device, buffer in self._buffers.items()}
         return part
 
     def room_for(self, batch_size: int, capacity: int) -> "TreeCache":
-        """An empty cache for as many rows, with buffers like those of this one."""
+        """An empty cache for as many rows of as many slots, with buffers like those of this one."""
         room = TreeCache(self._layer_devices, batch_size, capacity)
         for device, buffer in self._buffers.items():
-            layers, two, _, heads, _, head_dim = buffer.shape
-            room._buffers[device] = buffer.new_zeros(layers, two, batch_size, heads, capacity, head_dim)
+            room._allocate(device, buffer[0, 0])
         return room
+
+    def zero_(self) -> None:
+        self.lengths.zero_()
+        self.used = 0
+        for buffer in self._buffers.values():
+            buffer.zero_()
 
     def copy_(self, other: "TreeCache") -> None:
         """Hold what another cache with as many rows holds; this one must be large enough."""
         for device, buffer in self._buffers.items():
-            buffer[..., : other.used, :] = other._buffers[device][..., : other.used, :]
+            written, source = (x[..., : other.used, :] for x in (buffer, other._buffers[device]))
+            if written.data_ptr() != source.data_ptr():  # a part of this cache has nothing to bring along
+                written.copy_(source)
         self.lengths.copy_(other.lengths)
         self.used = other.used
 
@@ -139,20 +155,20 @@ class TreeCache(Cache):
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self.capacity
 
+    def _aligned(self, slots: int) -> int:
+        return -(-slots // self._alignment) * self._alignment
+
     def _allocate(self, device: torch.device, keys: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, head_dim = keys.shape
-        layers = self._layer_devices.count(device)
-        shape = (layers, 2, batch, heads, self.capacity, head_dim)
+        if self._whole is not None:
+            whole, rows = self._whole
+            buffer = whole._buffers[device] if device in whole._buffers else whole._allocate(device, keys)
+            self._buffers[device] = buffer[:, :, rows]
+            return self._buffers[device]
+        heads, head_dim = keys.shape[1], keys.shape[3]
+        shape = (self._layer_devices.count(device), 2, len(self.lengths), heads, self.capacity, head_dim)
         # zeros, not empty: slots that no token has written yet are masked, but a NaN there would survive the mask
         self._buffers[device] = torch.zeros(shape, dtype=keys.dtype, device=device)
         return self._buffers[device]
-
-    def _grow(self, capacity: int) -> None:
-        for device, old in self._buffers.items():
-            new = old.new_zeros((*old.shape[:4], capacity, old.shape[5]))
-            new[..., : self.capacity, :] = old
-            self._buffers[device] = new
-        self.capacity = capacity
 
 
 def _takes_layers() -> bool:

@@ -81,9 +81,16 @@ class BaseHead(HubMixin, nn.Module):
         vocabulary = self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
         return shape.fitted(vocabulary, self.fixed_depth)
 
-    def start(self, prompt: "Prompt", root: torch.Tensor):
-        """What the head remembers of a prompt that the target has read; `root` (B,) is the first new token."""
-        return self.begin(prompt.hidden, prompt.embeds, root, prompt.images)
+    def reach(self, shape: TreeShape) -> int:
+        """Slots that a round needs behind what was read before it: for the kept path and the expansions of a tree."""
+        return shape.levels + 1 + shape.depth * shape.top_k
+
+    def start(self, prompt: "Prompt", root: torch.Tensor, capacity: int):
+        """What the head remembers of a prompt that the target has read; `root` (B,) is the first new token.
+
+        `capacity` is how many tokens of a text there must be room for.
+        """
+        return self.begin(prompt.hidden, prompt.embeds, root, prompt.images, capacity)
 
     def grow(
         self, state, root: torch.Tensor, shape: TreeShape, lm_head: Callable, token_ids: torch.Tensor | None = None
@@ -146,14 +153,19 @@ class DraftHead(BaseHead):
         return scattered[:, :-1]
 
     def begin(
-        self, hidden: torch.Tensor, embeds: torch.Tensor, root: torch.Tensor, images: list[list[Span]]
+        self,
+        hidden: torch.Tensor,
+        embeds: torch.Tensor,
+        root: torch.Tensor,
+        images: list[list[Span]],
+        capacity: int | None = None,
     ) -> DraftState:
         """Read the prompt: `hidden`, `embeds` (B, L, H) of the target's pass over it, `root` (B,) the first new one."""
         batch, length, _ = hidden.shape
         next_embeds = torch.cat([embeds[:, 1:], self.embed(root)[:, None]], dim=1)
         layout = self.plan([length] * batch, images).to(hidden.device)
         kept = layout.positions.shape[1]
-        cache = TreeCache([hidden.device] * len(self.layers), batch, capacity=kept + 256)
+        cache = TreeCache([hidden.device] * len(self.layers), batch, capacity or kept + 256)
         cache.reserve(kept)
         out, global_feature = self._run(layout, hidden, embeds, next_embeds, cache)
         cache.commit(layout.lengths)
@@ -188,9 +200,9 @@ class DraftHead(BaseHead):
         mask = state.cache.mask((steps[:, None] >= steps).expand(batch, rows, rows), hidden.dtype)
         x = self.fuse(self.embed(tokens), hidden, state.global_feature)
         out = self._layers(x, state.position[:, None] + steps, mask, state.cache)
-        state.hidden = out.gather(1, (counts - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
+        state.hidden.copy_(out.gather(1, (counts - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0])
         state.cache.commit(counts)
-        state.position = state.position + counts
+        state.position += counts
 
     def expand(
         self, state: DraftState, level: int, hidden: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor

@@ -18,8 +18,8 @@ from vispec.model.tree import EMPTY, Candidates, Tree, TreeShape, choose_nodes
 
 LONGEST_MATCH = 8
 """Tokens of a match that count; matches of more tokens are equally good."""
-GROWTH = 512
-"""Slots by which a full text grows."""
+MOST_BRANCHES = 512
+"""A text has at least as many slots, since the places of branches are chosen among them."""
 
 
 @dataclass
@@ -48,14 +48,18 @@ class PromptLookup:
     method = "lookup"
 
     def fit(self, shape: TreeShape) -> TreeShape:
-        """The largest tree not above this one: top_k branches, not more than a text has slots, of depth + 1 tokens."""
-        k = min(shape.top_k, GROWTH)
+        """The largest tree not above this one: up to MOST_BRANCHES of depth + 1 tokens."""
+        k = min(shape.top_k, MOST_BRANCHES)
         return replace(shape, total_token=min(shape.total_token, k * shape.levels + 1), top_k=k)
 
-    def start(self, prompt: Prompt, root: torch.Tensor) -> LookupState:
-        """Read the prompt; `root` (B,) is the first new token."""
+    def reach(self, shape: TreeShape) -> int:
+        """Slots that a round needs behind what was read before it."""
+        return shape.levels + 1
+
+    def start(self, prompt: Prompt, root: torch.Tensor, capacity: int) -> LookupState:
+        """Read the prompt; `root` (B,) is the first new token, `capacity` the tokens that there must be room for."""
         batch, length = prompt.input_ids.shape
-        ids = root.new_full((batch, length + 1 + GROWTH), EMPTY)
+        ids = root.new_full((batch, max(capacity, MOST_BRANCHES)), EMPTY)
         ids[:, :length] = prompt.input_ids
         for row, spans in enumerate(prompt.images):
             for start, end in spans:
@@ -66,11 +70,9 @@ class PromptLookup:
     def extend(self, state: LookupState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Add the tokens of a verified path; arguments as for `DraftHead.extend`."""
         steps = tokens.shape[1]
-        if state.used + steps > state.ids.shape[1]:
-            state.ids = F.pad(state.ids, (0, GROWTH + steps), value=EMPTY)
         places = state.lengths[:, None] + torch.arange(steps, device=tokens.device)
         state.ids.scatter_(1, places, tokens)
-        state.lengths = state.lengths + counts
+        state.lengths += counts
         state.used += steps
 
     def grow(self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head, token_ids=None) -> Tree:
@@ -122,4 +124,4 @@ def first_alike(tokens: torch.Tensor) -> torch.Tensor:
     k = tokens.shape[1]
     alike = (tokens[:, :, None] == tokens[:, None]).cumprod(3) > 0  # (B, k, k, D)
     others = torch.arange(k, device=tokens.device)[:, None]
-    return torch.where(alike, others, k).amin(2)
+    return others.expand_as(alike).masked_fill(~alike, k).amin(2)

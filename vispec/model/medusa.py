@@ -63,7 +63,12 @@ class MedusaHead(BaseHead):
         return torch.stack([head(hidden) for head in self.medusa_head], dim=-2)
 
     def begin(
-        self, hidden: torch.Tensor, embeds: torch.Tensor, root: torch.Tensor, images: list[list[Span]]
+        self,
+        hidden: torch.Tensor,
+        embeds: torch.Tensor,
+        root: torch.Tensor,
+        images: list[list[Span]],
+        capacity: int | None = None,
     ) -> MedusaState:
         """Read the prompt: `hidden` (B, L, H) of the target's pass over it; the rest is what other heads read."""
         return MedusaState(self(hidden[:, -1]))
@@ -71,4 +76,4 @@ class MedusaHead(BaseHead):
     def extend(self, state: MedusaState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Go on from the last committed token of a verified path; arguments as for `DraftHead.extend`."""
         last = hidden.gather(1, (counts - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
-        state.estimates = self(last)
+        state.estimates.copy_(self(last))

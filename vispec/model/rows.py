@@ -8,8 +8,8 @@ import torch
 class Rows:
     """Base of dataclasses with one row for each prompt of a batch.
 
-    Their fields are tensors with the rows first, None, or again something with `room_for`, `part` and `copy_`; whatever
-    else they hold is the same for all rows.
+    Their fields are tensors with the rows first, None, or again something with the methods below; whatever else they
+    hold is the same for all rows.
     """
 
     def room_for(self, batch_size: int, capacity: int) -> "Rows":
@@ -31,6 +31,12 @@ class Rows:
             return value.part(start, stop) if hasattr(value, "part") else value
 
         return replace(self, **{field.name: part(getattr(self, field.name)) for field in fields(self)})
+
+    def zero_(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if hasattr(value, "zero_"):
+                value.zero_()
 
     def copy_(self, other: "Rows") -> None:
         """Hold what another one with as many rows holds."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vispec.model.acceptance import Sampling
 from vispec.model.batches import row_name, single_prompts
 from vispec.model.checkpoints import load_draft
-from vispec.model.decoding import BaselineDecoder, Round, SpeculativeDecoder, Stop
+from vispec.model.decoding import BaselineDecoder, Decoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
 from vispec.model.draft_vocab import DraftOutput
 from vispec.model.lookup import PromptLookup
@@ -62,8 +62,15 @@ class SpecModel:
         self.draft: BaseHead | PromptLookup | None = None
         self.draft_output = DraftOutput(self.target.logits)
         self.shape = TreeShape(total_token, depth, top_k)
+        self._decoders: dict[bool, tuple[tuple, Decoder]] = {}  # by whether they speculate
         if draft is not None:
             self._attach(draft)
+
+    def __copy__(self) -> "SpecModel":
+        """The same target and draft; what is changed in the copy, the tree for example, is changed in it alone."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _decoders={})
+        return other
 
     @classmethod
     def from_pretrained(
@@ -248,11 +255,22 @@ class SpecModel:
             name = row_name(row, len(prompts))
             limit = self._new_token_limit(ids.shape[1], input_ids.shape[1], max_new_tokens, max_length, name)
             stops.append(Stop(limit, ends))
-        if not speculate:
-            return BaselineDecoder(self.target, sampling).batch_rounds(prompts, stops)
-        self._require_draft()
-        decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
-        return decoder.batch_rounds(prompts, stops)
+        if speculate:
+            self._require_draft()
+        return self._decoder(speculate, sampling).batch_rounds(prompts, stops)
+
+    def _decoder(self, speculate: bool, sampling: Sampling) -> Decoder:
+        """The decoder of an arm; it stays until something is asked for that it was not made for: it has CUDA graphs."""
+        # the decoder holds all of these, so no id can be that of another object
+        made_for = sampling, self.shape, id(self.target), id(self.draft), id(self.draft_output)
+        before, decoder = self._decoders.get(speculate, (None, None))
+        if before != made_for:
+            if speculate:
+                decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
+            else:
+                decoder = BaselineDecoder(self.target, sampling)
+            self._decoders[speculate] = made_for, decoder
+        return decoder
 
     def _new_token_limit(self, length: int, padded: int, max_new_tokens: int, max_length: int | None, row: str) -> int:
         """Most new tokens of a prompt of `length` tokens in a batch of `padded`; `row` begins a message about it."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Pretrained
 
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
+from vispec.model.graphs import obstacle
 from vispec.model.pairs import Span
 
 logger = logging.getLogger("vispec")
@@ -74,9 +76,23 @@ class Target:
         return self.embed_tokens.weight.dtype
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Where embeddings, layers and output head compute."""
+        return [self._input_device, *self.layer_devices, _execution_device(self.lm_head)]
+
+    @property
     def device(self) -> torch.device:
         """Where features and logits come out, and where the draft head lives."""
         return self.layer_devices[-1]
+
+    @cached_property
+    def can_capture(self) -> bool:
+        """Whether steps of decoding are captured in CUDA graphs; says once why they are not."""
+        reason = obstacle(self)
+        if reason is not None:
+            level = logging.INFO if self.device.type == "cpu" else logging.WARNING
+            logger.log(level, "decoding runs without CUDA graphs: %s", reason)
+        return reason is None
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         return TreeCache(self.layer_devices, batch_size, capacity)

@@ -141,7 +141,7 @@ def grow_candidates(
         child_scores = (scores[:, :, None] + log_probs).flatten(1)
         all_scores.append(child_scores)
         all_tokens.append(children.flatten(1))
-        all_parents.append(frontier.repeat_interleave(k, dim=1))
+        all_parents.append(frontier[:, :, None].expand(-1, -1, k).flatten(1))
         if level == shape.depth:
             break
         scores, best = child_scores.topk(k, dim=1)

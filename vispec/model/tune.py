@@ -13,6 +13,7 @@ A larger tree has more tokens accepted in a round, and its rounds take longer. B
 Triples are N/d/k: total_token, depth, top_k.
 """
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,10 +60,10 @@ class Recorder:
         """For every token of the answer but the last, the candidates of each shape."""
 
     def fit(self, shape: TreeShape) -> TreeShape:
-        return TreeShape(2, 0, 1)
+        return shape
 
-    def start(self, prompt, root: torch.Tensor):
-        return self.draft.start(prompt, root)
+    def start(self, *args):
+        return self.draft.start(*args)
 
     def extend(self, *args) -> None:
         self.draft.extend(*args)
@@ -101,7 +102,9 @@ def record(model: "SpecModel", inputs: Mapping, shapes: Sequence[TreeShape], max
         shapes: the deepest one of each k; the last one is the widest, whose candidates tell the ranks.
     """
     recorder = Recorder(model.draft, shapes)
-    listening = model.with_tree(TreeShape(2, 0, 1), recorder)
+    listening = model.with_tree(shapes[-1], recorder)  # with room for the largest candidates
+    listening.target = copy.copy(model.target)
+    listening.target.can_capture = False  # the replay of a graph would not ask the recorder
     said = [token for step in listening.stream(**inputs, max_new_tokens=max_new_tokens) for token in step.token_ids]
     ranks: list[Counter] = [Counter() for _ in range(shapes[-1].levels)]
     transcript = Transcript(len(said), {shape.top_k: [] for shape in shapes}, ranks)

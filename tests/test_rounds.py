@@ -1,0 +1,178 @@
+"""Rounds work on tensors that stay where they are, so that a GPU can replay them; here recordings are replayed."""
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from recorded_steps import record
+from test_batches import batch_of, model_of, prompts_of
+from tiny_models import random_target, recorded_case, recorded_model, same_target, text_prompt
+
+from vispec import SpecModel
+from vispec.model import decoding, graphs
+from vispec.model.cache import TreeCache
+from vispec.model.graphs import Steps
+from vispec.model.rows import Rows
+from vispec.model.target import Target
+
+BUCKET = 16
+ARMS = ("specgenerate", "baseline_generate")
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Counter:
+    """Steps are captured on the CPU, in small buckets; counts how often each key was."""
+    found = Counter()
+    captured = Steps._captured
+
+    def count(self, key, step):
+        found[key] += 1
+        return captured(self, key, step)
+
+    monkeypatch.setattr(graphs, "obstacle", lambda target: None)
+    monkeypatch.setattr("vispec.model.target.obstacle", lambda target: None)
+    monkeypatch.setattr(graphs, "cuda_capture", lambda device: record)
+    monkeypatch.setattr(Steps, "_captured", count)
+    monkeypatch.setattr(decoding, "BUCKET", BUCKET)
+    return found
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    """All tensors that a generation holds."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, TreeCache):
+        return [value.lengths, *value._buffers.values()]
+    return [t for field in vars(value).values() for t in tensors_of(field)] if isinstance(value, Rows) else []
+
+
+def answers(model: SpecModel, inputs: dict, **options) -> list:
+    """The answers of both arms, and what was accepted."""
+    found = []
+    for arm in ARMS:
+        torch.manual_seed(3)
+        out, lengths = getattr(model, arm)(**inputs, **options, return_acceptance_len=True)
+        found += [out.tolist(), lengths]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "rows"),
+    [
+        ("llava_next", "vispec", 1),
+        ("qwen2_5_vl", "vispec", 4),
+        ("qwen2_5_vl", "eagle2", 1),
+        ("llava_1.5", "medusa", 4),
+        ("llava_1.5", "lookup", 4),
+    ],
+)
+def test_replayed_rounds_are_the_eager_ones(family, method, rows, request):
+    """Rows leave the batch on the way; a second prompt in the same tensors replays what the first one captured."""
+    target = same_target(random_target(family, 2, vocabulary=12))
+    prompts = prompts_of(target)
+    first = model_of(target, method).baseline_generate(**prompts[0], max_new_tokens=12)
+    target.generation_config.eos_token_id = int(first[0, -3])
+    batches = [batch_of(prompts[:rows]), batch_of([prompts[1]] * rows)]
+    expected = [answers(model_of(target, method), batch, max_new_tokens=24) for batch in batches]
+
+    captures = request.getfixturevalue("captures")
+    model = model_of(target, method)
+    assert [answers(model, batch, max_new_tokens=24) for batch in batches] == expected
+    assert {"verify", "advance"} == {kind for kind, *_ in captures}
+    assert len({used for _, _, used in captures}) > 1, "no answer went on into a second bucket"
+    assert [answers(model, batch, max_new_tokens=24) for batch in batches] == expected
+    for (kind, *_), count in captures.items():
+        assert count <= {"verify": len(ARMS), "advance": 1}[kind], "captured again although nothing had changed"
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 1.3, "top_p": 0.8, "top_k": 5}])
+def test_sampling_is_captured_too(settings, request):
+    """Replayed random numbers are new ones: with one seed both ways draw the same."""
+    target = random_target("llava_1.5", 0, vocabulary=12)
+    inputs = text_prompt(target, 5, seed=0)
+    expected = answers(model_of(target, "vispec"), inputs, **settings, max_new_tokens=40)
+    captures = request.getfixturevalue("captures")
+    assert answers(model_of(target, "vispec"), inputs, **settings, max_new_tokens=40) == expected
+    assert captures
+
+
+def test_an_answer_moves_to_larger_tensors(request, monkeypatch):
+    target = random_target("llava_1.5", 5, vocabulary=12)
+    inputs = batch_of([text_prompt(target, length, seed=length) for length in (3, 9)])
+    expected = answers(model_of(target, "vispec"), inputs, max_new_tokens=60)
+    request.getfixturevalue("captures")
+    monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 20)
+    assert answers(model_of(target, "vispec"), inputs, max_new_tokens=60) == expected
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_shapes_and_addresses_stay_while_a_key_does(captures, arm, monkeypatch):
+    """From round to round, and from one answer to the next."""
+    places: dict[tuple, set] = {}
+    run = Steps.run
+
+    def watched(self, key, step):
+        (generation,) = step.args
+        places.setdefault(key, set()).add(tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors_of(generation)))
+        run(self, key, step)
+
+    monkeypatch.setattr(Steps, "run", watched)
+    recorded = recorded_model("llava_next", "vispec")
+    model = SpecModel(recorded.target.model, recorded.draft, 12, 3, 4)
+    for case in (0, 1, 0):
+        inputs = recorded_case("llava_next", "vispec", case).inputs
+        getattr(model, arm)(**inputs, max_new_tokens=40)
+        getattr(model, arm)(**inputs, max_new_tokens=3)
+    assert len(places) > 3 and all(len(found) == 1 for found in places.values())
+
+
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "medusa", "lookup"])
+def test_one_transfer_a_round(method, monkeypatch):
+    """Beside the outcome of a round nothing waits for the device."""
+    transfers = Counter()
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__index__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, name=name, original=original):
+            transfers[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    target = random_target("qwen2_5_vl", 0, vocabulary=12)
+    model = model_of(target, method)
+    for speculate in (True, False):
+        stream = model.stream(**text_prompt(target, 5, seed=0), max_new_tokens=30, speculate=speculate)
+        next(stream)
+        transfers.clear()
+        rounds = len(list(stream))
+        assert transfers == {"tolist": rounds} and rounds > 3
+
+
+def test_a_capture_that_fails_is_said_once(captures, monkeypatch, caplog):
+    target = random_target("llava_1.5", 0, vocabulary=12)
+    inputs = text_prompt(target, 5, seed=0)
+
+    def fail(step):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+
+    expected = model_of(target, "vispec").specgenerate(**inputs, max_new_tokens=20)
+    monkeypatch.setattr(graphs, "cuda_capture", lambda device: fail)
+    model = model_of(target, "vispec")
+    for _ in range(2):
+        assert torch.equal(model.specgenerate(**inputs, max_new_tokens=20), expected)
+    assert [r.getMessage() for r in caplog.records] == [
+        "decoding goes on without CUDA graphs: capture failed (operation not permitted when stream is capturing)"
+    ]
+
+
+def test_why_nothing_is_captured_is_said_once(caplog):
+    target = random_target("llava_1.5", 0, vocabulary=12)
+    with caplog.at_level(logging.INFO, "vispec"):
+        model = model_of(target, "vispec")
+        for _ in range(2):
+            answers(model, text_prompt(target, 5, seed=0), max_new_tokens=4)
+    assert [r.getMessage() for r in caplog.records] == ["decoding runs without CUDA graphs: the target is on cpu"]
+    spread = Target(target)
+    spread.layer_devices = [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert graphs.obstacle(spread) == "the target is spread over cpu, cuda:0, cuda:1"
