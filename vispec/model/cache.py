@@ -38,8 +38,9 @@ class TreeCache(Cache):
         """Committed tokens of each row, (B,), on the device of the last layer."""
         self._layer_devices = list(layer_devices)
         self._places = _places_on_device(self._layer_devices)
-        self._buffers: dict[torch.device, torch.Tensor] = {}  # (layers, 2, B, heads, capacity, head_dim)
-        self._slots: dict[torch.device, torch.Tensor] = {}  # (B, n) on every device, where the pass writes
+        self._buffers: dict[torch.device, torch.Tensor] = {}  # (2 * layers, B, heads, capacity, head_dim), keys first
+        self._slots = self.lengths[:, None]  # (B, n) where the pass writes
+        self._passes: dict[torch.device, tuple] = {}  # what all layers of a device need in this pass
         self._visible = 0
         self._reserved = 0
         self._whole: tuple[TreeCache, slice] | None = None  # of a part: whose rows it has
@@ -54,21 +55,25 @@ class TreeCache(Cache):
         self._visible = self._aligned(self.used + self._reserved)
         if self._visible > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots, the pass needs {self._visible}")
-        slots = self.lengths[:, None] + torch.arange(offset, offset + n, device=self.lengths.device)
-        self._slots = {device: slots.to(device) for device in set(self._layer_devices)}
+        self._slots = self.lengths[:, None] + torch.arange(offset, offset + n, device=self.lengths.device)
+        self._passes = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write the keys and values (B, heads, n, head_dim) of one layer; returns all that are visible to the pass."""
         device = self._layer_devices[layer_idx]
-        buffer = self._buffers.get(device)
-        if buffer is None:
-            buffer = self._allocate(device, key_states)
-        keys, values = buffer[self._places[layer_idx]]
-        batch, heads, n, head_dim = key_states.shape
-        slots = self._slots[device][:, None, :, None].expand(batch, heads, n, head_dim)
+        if device not in self._passes:
+            self._passes[device] = self._begin_pass(device, key_states)
+        slots, visible = self._passes[device]
+        keys, values = visible[2 * self._places[layer_idx]], visible[2 * self._places[layer_idx] + 1]
         keys.scatter_(2, slots, key_states)
         values.scatter_(2, slots, value_states)
-        return keys[:, :, : self._visible], values[:, :, : self._visible]
+        return keys, values
+
+    def _begin_pass(self, device: torch.device, keys: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Slots to write, in the shape of one layer's keys, and the visible keys and values of all layers."""
+        buffer = self._buffers[device] if device in self._buffers else self._allocate(device, keys)
+        slots = self._slots.to(device)[:, None, :, None].expand(keys.shape)
+        return slots, buffer[..., : self._visible, :].unbind()
 
     def mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Additive attention mask of the reserved pass.
@@ -106,24 +111,24 @@ class TreeCache(Cache):
         p = path.shape[1]
         for device, buffer in self._buffers.items():
             lengths = self.lengths.to(device)[:, None]
-            source = (lengths + path.to(device))[None, None, :, None, :, None]
-            target = (lengths + torch.arange(p, device=device))[None, None, :, None, :, None]
-            shape = (*buffer.shape[:4], p, buffer.shape[5])
-            buffer.scatter_(4, target.expand(shape), buffer.gather(4, source.expand(shape)))
+            source = (lengths + path.to(device))[None, :, None, :, None]
+            target = (lengths + torch.arange(p, device=device))[None, :, None, :, None]
+            shape = (*buffer.shape[:3], p, buffer.shape[4])
+            buffer.scatter_(3, target.expand(shape), buffer.gather(3, source.expand(shape)))
 
     def part(self, start: int, stop: int) -> "TreeCache":
         """A cache over the rows [start, stop), in the same memory."""
         part = copy.copy(self)
         part.lengths = self.lengths[start:stop]
         part._whole = self, slice(start, stop)
-        part._buffers = {device: buffer[:, :, start:stop] for device, buffer in self._buffers.items()}
+        part._buffers = {device: buffer[:, start:stop] for device, buffer in self._buffers.items()}
         return part
 
     def room_for(self, batch_size: int, capacity: int) -> "TreeCache":
         """An empty cache for as many rows of as many slots, with buffers like those of this one."""
         room = TreeCache(self._layer_devices, batch_size, capacity)
         for device, buffer in self._buffers.items():
-            room._allocate(device, buffer[0, 0])
+            room._allocate(device, buffer[0])
         return room
 
     def zero_(self) -> None:
@@ -162,10 +167,10 @@ class TreeCache(Cache):
         if self._whole is not None:
             whole, rows = self._whole
             buffer = whole._buffers[device] if device in whole._buffers else whole._allocate(device, keys)
-            self._buffers[device] = buffer[:, :, rows]
+            self._buffers[device] = buffer[:, rows]
             return self._buffers[device]
         heads, head_dim = keys.shape[1], keys.shape[3]
-        shape = (self._layer_devices.count(device), 2, len(self.lengths), heads, self.capacity, head_dim)
+        shape = (2 * self._layer_devices.count(device), len(self.lengths), heads, self.capacity, head_dim)
         # zeros, not empty: slots that no token has written yet are masked, but a NaN there would survive the mask
         self._buffers[device] = torch.zeros(shape, dtype=keys.dtype, device=device)
         return self._buffers[device]
