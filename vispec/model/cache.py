@@ -139,8 +139,9 @@ class TreeCache(Cache):
 
     def copy_(self, other: "TreeCache") -> None:
         """Hold what another cache with as many rows holds; this one must be large enough."""
+        slots = min(other.used, other.capacity)  # the bound may be rounded up beyond what is there
         for device, buffer in self._buffers.items():
-            written, source = (x[..., : other.used, :] for x in (buffer, other._buffers[device]))
+            written, source = (x[..., :slots, :] for x in (buffer, other._buffers[device]))
             if written.data_ptr() != source.data_ptr():  # a part of this cache has nothing to bring along
                 written.copy_(source)
         self.lengths.copy_(other.lengths)

@@ -154,7 +154,7 @@ class Decoder:
     """
 
     reach: int
-    """Slots that a round may need behind the committed ones, in the target's cache or in what the draft remembers."""
+    """Slots that a step may need behind the committed ones, in the target's cache or in what the draft remembers."""
 
     def __init__(self, target: Target, sampling: Sampling):
         self.target, self.sampling = target, sampling
@@ -181,9 +181,6 @@ class Decoder:
         yield step
         generation = self._rows(seat, answers)
         while answers:
-            if self._bound(answers) + self.reach > seat.capacity:
-                self._enlarge(seat, generation, answers)
-                generation = self._rows(seat, answers)
             self._set_bounds(generation, answers)
             key = "verify", len(answers), generation.cache.used
             seat.steps.run(key, partial(self._verify, generation))
@@ -196,6 +193,8 @@ class Decoder:
             self._set_bounds(generation, answers)
             generation = _drop_ended(generation, answers)
             if answers:
+                if self._bound(answers) + self.reach > seat.capacity:
+                    generation = self._enlarged(seat, generation, answers)
                 self._prepare(seat, generation)
             yield step
 
@@ -243,9 +242,11 @@ class Decoder:
     def _rows(self, seat: _Seat, answers: list[_Answer]) -> Generation | None:
         return seat.generation and seat.generation.part(0, len(answers))
 
-    def _enlarge(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> None:
-        self._set_bounds(generation, answers)
+    def _enlarged(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> Generation:
         seat.enlarge(generation, len(answers), self._rounded(self._bound(answers) + CAPACITY_AHEAD) + self.reach)
+        generation = self._rows(seat, answers)
+        self._set_bounds(generation, answers)
+        return generation
 
     def _bound(self, answers: Iterable[_Answer]) -> int:
         """Bound of the tokens in the target's cache, for any row."""
