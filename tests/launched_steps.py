@@ -53,6 +53,7 @@ def main(folder: Path) -> None:
         found[stage] = gradients(trainer)
     found["error"] = error_of_a_broken_sample(trainer)
     torch.save(found, folder / f"process{processes.index}.pt")
+    processes.leave()
 
 
 if __name__ == "__main__":

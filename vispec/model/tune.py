@@ -62,6 +62,9 @@ class Recorder:
     def fit(self, shape: TreeShape) -> TreeShape:
         return shape
 
+    def reach(self, shape: TreeShape) -> int:
+        return max(self.draft.reach(one) for one in self.shapes)
+
     def start(self, *args):
         return self.draft.start(*args)
 

@@ -187,6 +187,7 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         )
         write_json_atomic(folder / "training.json", provenance(args))
     trainer.run()
+    processes.leave()
     return 0
 
 

@@ -36,6 +36,11 @@ class Processes:
         dist.all_gather_object(found, values)
         return [value for part in found for value in part]
 
+    def leave(self) -> None:
+        """Part from the others in order: whoever just exits may be aborted by its threads that still listen to them."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def precision(self) -> AbstractContextManager:
         return self.autocast() if self.autocast else torch.autocast(self.device.type, enabled=False)
 
