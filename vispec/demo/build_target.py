@@ -43,7 +43,7 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Recipe:
     """What is spent on each part."""
 
-    minutes: float = 60.0
+    minutes: float = 72.0
     """Wall time of everything but the tokenizer; the learning rate and the growth follow it."""
     steps: int | None = None
     """Decoder steps instead of `minutes`, for a run that can be repeated."""

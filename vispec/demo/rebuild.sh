@@ -8,7 +8,7 @@ WORK=${WORK:-out/rebuild}
 WEIGHTS=vispec/demo/weights
 TARGET=$WORK/target/model
 
-$PYTHON -m vispec.demo.build_target --out "$WORK/target" --minutes "${MINUTES:-60}"
+$PYTHON -m vispec.demo.build_target --out "$WORK/target" --minutes "${MINUTES:-72}"
 $PYTHON -m vispec.demo.check_target --model "$TARGET" || echo "the target misses a threshold; going on with it"
 
 [ -d "$WORK/data" ] || $PYTHON -m vispec.demo.make_data --out "$WORK/data" --text 600 --images 1300 --eval 100
