@@ -22,6 +22,7 @@ from vispec.demo import embedded
 from vispec.demo.trees import Tree, parse_tree
 from vispec.evaluation import bench_report
 from vispec.evaluation.loading import Parser, count, dtype_name, load_model, quiet_transformers
+from vispec.evaluation.published import AVERAGE, published
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.evaluation.roofline import Rates, measure_rates
 from vispec.evaluation.round_times import (
@@ -66,12 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     model.target.model.generation_config = GenerationConfig(pad_token_id=0)
     arms = spec_arms(model, trees)
     result = measure(arms, ids, rates, args.repeats)
-    published = sizes_of(args.random_weights).published if args.random_weights else {}
+    averages = {
+        temperature: methods["vispec"][AVERAGE]
+        for temperature in (0, 1)
+        if args.random_weights and (methods := published(args.random_weights, temperature))
+    }
     for name, row in result["trees"].items():
         row["projected"] = [projection(result, row, tau, "projected") for tau in TAUS]
         row["projected"] += [
-            {**projection(result, row, tau, f"projected, published τ at {at}"), "published_speedup": speedup}
-            for at, (speedup, tau) in published.items()
+            {**projection(result, row, tau, f"projected, published τ at T={at}"), "published_speedup": speedup}
+            for at, (speedup, tau) in averages.items()
         ]
         row["measured"] = answers.get(name)
     result = {"device": describe(model, args), "rates": asdict(rates), **result, "provenance": provenance(args)}

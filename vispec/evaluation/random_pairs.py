@@ -5,7 +5,7 @@ does depend on it: a random draft head is practically never right.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +61,7 @@ _QWEN_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the config of a target says, and the paper's results with it."""
+    """What the config of a target says."""
 
     family: str
     """Its `model_type` in transformers."""
@@ -71,8 +71,6 @@ class Sizes:
     """Values outside the text and vision configs."""
     draft: str | None = None
     """File of its draft head's config; None takes the sizes of the text decoder."""
-    published: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Temperature -> (speedup, τ) of ViSpec, averaged over the paper's eight benchmarks."""
 
 
 TARGETS = {
@@ -82,7 +80,6 @@ TARGETS = {
         _CLIP_LARGE,
         {**_LLAVA, **_TILES},
         "llava_1.6_7B_config.json",
-        {"T=0": (2.58, 2.98), "T=1": (2.14, 2.09)},
     ),
     "llava-v1.6-vicuna-13b-hf": Sizes(
         "llava_next",
@@ -90,7 +87,6 @@ TARGETS = {
         _CLIP_LARGE,
         {**_LLAVA, **_TILES},
         "llava_1.6_13B_config.json",
-        {"T=0": (2.38, 2.89), "T=1": (2.13, 2.11)},
     ),
     "llava-1.5-7b-hf": Sizes("llava", {**_VICUNA, **_VICUNA_7B}, _CLIP_LARGE, _LLAVA, "llava_1.5_7B_config.json"),
     "Qwen2.5-VL-3B-Instruct": Sizes(
@@ -108,7 +104,6 @@ TARGETS = {
         {**_QWEN_TOWER, "out_hidden_size": 2048},
         _QWEN_TOKENS,
         "qwen2.5_vl_3B_config.json",
-        {"T=0": (1.87, 2.19), "T=1": (1.47, 1.42)},
     ),
     "Qwen2.5-VL-7B-Instruct": Sizes(
         "qwen2_5_vl",
@@ -125,7 +120,6 @@ TARGETS = {
         {**_QWEN_TOWER, "out_hidden_size": 3584},
         _QWEN_TOKENS,
         "qwen2.5_vl_7B_config.json",
-        {"T=0": (1.80, 2.24), "T=1": (1.49, 1.66)},
     ),
     # no published VLM: a text decoder small enough for two CPU cores, behind a vision tower that only fills its place
     "llama-135m": Sizes(
