@@ -12,6 +12,7 @@ what was kept and grows the next tree. Steps work in place on the seat's tensors
 upper bound of the used lengths; where steps are captured it is rounded up, so that shapes change rarely.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,7 +147,7 @@ Prompts = Sequence[tuple[torch.Tensor, Mapping]]
 """For each row input_ids (1, L) without padding and the processor's other outputs."""
 
 
-class Decoder:
+class Decoder(ABC):
     """The loop that both ways of decoding share.
 
     Args:
@@ -263,14 +264,15 @@ class Decoder:
         seat.place(place, one)
         return 0
 
+    @abstractmethod
     def _verify(self, generation: Generation) -> None:
         """A round of the target."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _outcome(self, generation: Generation) -> torch.Tensor:
         """(B, 1 + n): how many drafted tokens were accepted, then these and the next root."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prepare(self, seat: _Seat, generation: Generation) -> None:
         """What the next round needs that is not there yet."""
 
@@ -357,6 +359,9 @@ class BaselineDecoder(Decoder):
 
     def _outcome(self, generation: Generation) -> torch.Tensor:
         return F.pad(generation.root[:, None], (1, 0))
+
+    def _prepare(self, seat: _Seat, generation: Generation) -> None:
+        """Nothing: the next pass is over the token that this one chose."""
 
 
 @torch.inference_mode()
