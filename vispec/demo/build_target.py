@@ -51,7 +51,7 @@ class Recipe:
     """Conversations that the tokenizer is trained on."""
     tower_steps: int = 800
     projector_steps: int = 200
-    stages: tuple[tuple[int, float], ...] = ((6, 0.4), (12, 0.85), (24, 1.0))
+    stages: tuple[tuple[int, float], ...] = ((6, 0.4), (12, 0.82), (24, 1.0))
     """Decoder layers, until this fraction of the decoder's time."""
     batch_tokens: int = 3072
     dtype: str = "bfloat16"

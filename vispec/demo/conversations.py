@@ -20,7 +20,7 @@ VICUNA_SYSTEM = (
 )
 QWEN_SYSTEM = "You are a helpful assistant."
 DESCRIPTION_KINDS = ("describe", "story", "draw")
-KIND_WEIGHTS = {"describe": 5.0, "story": 1.5, "draw": 1.5}
+KIND_WEIGHTS = {"describe": 7.0, "story": 1.5, "draw": 1.5}
 
 Piece = tuple[str, bool]
 

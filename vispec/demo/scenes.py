@@ -21,6 +21,8 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "h
 SIZES = ("small", "large")
 GROUNDS = ("plain", "striped", "dotted", "checkered")
 MIN_OBJECTS, MAX_OBJECTS = 2, 6
+TRAINING_COUNTS = (2, 3, 4, 5, 5, 6, 6, 6)
+"""Objects of a scene that the target is trained on, each equally likely: what it gets wrong are full boards."""
 
 RGB = {
     "red": (214, 32, 32),
@@ -94,10 +96,12 @@ def split_of_seed(seed: int) -> str:
 
 def make_scene(seed: int) -> Scene:
     """The scene of a seed; boards that another split owns are drawn again from the same stream."""
-    buckets = SPLIT_BUCKETS[split_of_seed(seed)]
+    split = split_of_seed(seed)
+    buckets = SPLIT_BUCKETS[split]
+    counts = TRAINING_COUNTS if split == "train" else range(MIN_OBJECTS, MAX_OBJECTS + 1)
     rng = random.Random(seed)
     while True:
-        places = sorted(rng.sample(range(9), rng.randint(MIN_OBJECTS, MAX_OBJECTS)))
+        places = sorted(rng.sample(range(9), rng.choice(counts)))
         things = tuple(
             Thing(p, rng.randrange(len(COLOURS)), rng.randrange(len(SHAPES)), rng.random() < 0.5) for p in places
         )
