@@ -101,7 +101,7 @@ def check_tree(tree: Tree, row: int, expected: dict, shape: TreeShape) -> None:
     assert tree.mask[row].tolist() == [[other in path for other in range(n)] for path in paths]
     assert tree.depths[row].tolist() == [len(path) - 1 for path in paths]
     width = shape.levels + 1
-    assert tree.paths[row].tolist() == [path + [-1] * (width - len(path)) for path in paths]
+    assert tree.paths[row].tolist() == [path + path[-1:] * (width - len(path)) for path in paths]
     leaves = [path for node, path in enumerate(paths) if node not in parents]
     longest = max(map(len, leaves))
     assert tree.retrieve_indices(row).tolist() == [path + [-1] * (longest - len(path)) for path in leaves]
@@ -262,8 +262,8 @@ def random_trees(seed: int, n: int, vocabulary: int) -> tuple[Tree, list[list[in
                 used.setdefault(parent, []).append(int(tokens[b, node]))
     paths = [[path_to(parents[b].tolist(), node) for node in range(n)] for b in range(3)]
     mask = torch.tensor([[[j in path for j in range(n)] for path in rows] for rows in paths])
-    padded = torch.tensor([[path + [-1] * (levels + 1 - len(path)) for path in rows] for rows in paths])
-    return Tree(tokens, parents, mask, padded), parents.tolist()
+    padded = torch.tensor([[path + path[-1:] * (levels + 1 - len(path)) for path in rows] for rows in paths])
+    return Tree(tokens, parents, mask.sum(-1) - 1, mask, padded), parents.tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -365,7 +365,7 @@ def test_cache_equals_lists(seed):
         cache.reserve(2, offset=n)
         check(write(2), cache.mask(further, torch.float32), further)
         counts = torch.randint(1, width + 1, (batch,), generator=generator)
-        kept = [sorted(torch.randperm(n, generator=generator)[: int(c)].tolist()) for c in counts]
+        kept = [[0, *sorted((torch.randperm(n - 1, generator=generator)[: int(c) - 1] + 1).tolist())] for c in counts]
         cache.keep(torch.tensor([path + [path[-1]] * (width - len(path)) for path in kept]))
         cache.commit(counts)
         cache.used = int(cache.lengths.max())
@@ -380,10 +380,6 @@ def test_a_path_wider_than_the_pass_stays_inside_the_buffer():
         cache.reserve(3)
     cache.reserve(2)
     keys = torch.arange(2.0).view(1, 1, 2, 1)
-    cache.update(keys, keys, 0)
-    cache.keep(torch.tensor([[1, 1, 1, 1, 1]]))
-    cache.commit(torch.tensor([1]))
-    cache.used = 1
-    cache.reserve(1)
-    visible, _ = cache.update(torch.tensor([[[[5.0]]]]), torch.tensor([[[[5.0]]]]), 0)
-    assert visible.flatten().tolist() == [1.0, 5.0]
+    visible, _ = cache.update(keys, keys, 0)
+    cache.keep(torch.tensor([[0, 1, 1, 1, 1]]))
+    assert visible.flatten().tolist() == [0.0, 1.0]

@@ -84,10 +84,8 @@ def accept(tree: Tree, chosen: torch.Tensor) -> Accepted:
     named = chosen.gather(1, tree.parents) == tree.tokens
     named[:, :1].fill_(True)
     kept = (named[:, None, :] | ~tree.mask).all(-1)
-    depths = tree.depths
     # children of one node differ in their tokens, so the kept nodes form a single path: its deepest node ends it
-    last = depths.masked_fill(~kept, -1).argmax(-1, keepdim=True)
+    last = tree.depths.masked_fill(~kept, -1).argmax(-1, keepdim=True)
     path = tree.paths.gather(1, last[..., None].expand(-1, 1, tree.paths.shape[2]))[:, 0]
-    path = torch.where(path < 0, last, path)
-    count = depths.gather(1, last)[:, 0]
+    count = tree.depths.gather(1, last)[:, 0]
     return Accepted(count, path, chosen.gather(1, path), chosen.gather(1, last)[:, 0])

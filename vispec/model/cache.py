@@ -39,6 +39,7 @@ class TreeCache(Cache):
         self._layer_devices = list(layer_devices)
         self._places = _places_on_device(self._layer_devices)
         self._buffers: dict[torch.device, torch.Tensor] = {}  # (2 * layers, B, heads, capacity, head_dim), keys first
+        self._numbers = torch.arange(self.capacity, device=self.lengths.device)  # of all slots
         self._slots = self.lengths[:, None]  # (B, n) where the pass writes
         self._passes: dict[torch.device, tuple] = {}  # what all layers of a device need in this pass
         self._visible = 0
@@ -55,7 +56,7 @@ class TreeCache(Cache):
         self._visible = self._aligned(self.used + self._reserved)
         if self._visible > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots, the pass needs {self._visible}")
-        self._slots = self.lengths[:, None] + torch.arange(offset, offset + n, device=self.lengths.device)
+        self._slots = self.lengths[:, None] + self._numbers[offset : offset + n]
         self._passes = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -88,13 +89,13 @@ class TreeCache(Cache):
             of `dtype` elsewhere.
         """
         batch, n, m = ancestors.shape
-        device = self.lengths.device
-        committed = torch.arange(self._visible, device=device) < self.lengths[:, None]
-        allowed = committed[:, None, :].repeat(1, n, 1)
-        slots = self.lengths[:, None, None] + torch.arange(m, device=device)
-        allowed.scatter_(2, slots.expand(batch, n, m), ancestors)
-        lowest = torch.finfo(dtype).min
-        return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, lowest)[:, None]
+        lengths, lowest = self.lengths[:, None], torch.finfo(dtype).min
+        committed = torch.zeros(batch, self._visible, dtype=dtype, device=lengths.device)
+        committed.masked_fill_(self._numbers[: self._visible] >= lengths, lowest)
+        among_new = torch.full(ancestors.shape, lowest, dtype=dtype, device=lengths.device)
+        among_new.masked_fill_(ancestors, 0)
+        slots = (lengths + self._numbers[:m])[:, None].expand(batch, n, m)
+        return committed[:, None].repeat(1, n, 1).scatter_(2, slots, among_new)[:, None]
 
     def commit(self, counts: torch.Tensor) -> None:
         """Make the first counts[b] provisional tokens of row b committed; the host only knows that `used` grows."""
@@ -105,14 +106,15 @@ class TreeCache(Cache):
         """Move the provisional tokens of a path to the front of the provisional slots, in every layer.
 
         Args:
-            path: (B, p) indices of provisional tokens, ascending in every row; surplus columns may repeat any index.
+            path: (B, p) indices of provisional tokens, ascending in every row and beginning with 0, which stays where
+                it is; surplus columns may repeat any index.
         """
-        path = path[:, : self._reserved]  # surplus columns may be more than the pass has slots
+        path = path[:, 1 : self._reserved]  # surplus columns may be more than the pass has slots
         p = path.shape[1]
+        lengths = self.lengths[:, None]
+        sources, targets = lengths + path, lengths + self._numbers[1 : p + 1]
         for device, buffer in self._buffers.items():
-            lengths = self.lengths.to(device)[:, None]
-            source = (lengths + path.to(device))[None, :, None, :, None]
-            target = (lengths + torch.arange(p, device=device))[None, :, None, :, None]
+            source, target = (slots.to(device)[None, :, None, :, None] for slots in (sources, targets))
             shape = (*buffer.shape[:3], p, buffer.shape[4])
             buffer.scatter_(3, target.expand(shape), buffer.gather(3, source.expand(shape)))
 

@@ -319,10 +319,9 @@ class DraftAttention(nn.Module):
     def forward(self, x, rotary, mask, cache):
         """(B, R, H) -> (B, R, H); causal over the R pairs when there is no mask."""
         batch, rows, _ = x.shape
-        q = self.q_proj(x).view(batch, rows, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, rows, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, rows, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1).view(batch, rows, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(qk, rotary).split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.update(k, v, 0)
         out = F.scaled_dot_product_attention(
@@ -383,4 +382,4 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.
     """Rotate the halves of x (B, heads, R, head_dim)."""
     cos, sin = rotary
     half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([-x[..., half:], x[..., :half]], dim=-1), sin)

@@ -65,6 +65,7 @@ class Target:
         self.max_positions: int = text_config.max_position_embeddings
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
         self.eos_token_ids = _eos_token_ids(model)
+        self._input_device = _execution_device(self.embed_tokens)
         self._rope_owner = _find_rope_owner(model)
         # hooks sit on modules that all threads share, so only one prompt is read at a time
         self._prefill_lock = threading.Lock()
@@ -166,10 +167,6 @@ class Target:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
         return self.lm_head(hidden).to(self.device)
-
-    @property
-    def _input_device(self) -> torch.device:
-        return _execution_device(self.embed_tokens)
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value

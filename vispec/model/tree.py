@@ -57,22 +57,21 @@ class Tree(Rows):
     """(B, N), EMPTY where a draft had no more to say."""
     parents: torch.Tensor
     """(B, N) index of each node's parent; 0 for the root itself."""
+    depths: torch.Tensor
+    """(B, N) distance from the root."""
     mask: torch.Tensor
     """(B, N, N) bool: each node with its ancestors."""
     paths: torch.Tensor
-    """(B, N, D + 1) for each node the nodes from the root to it, padded with -1."""
-
-    @property
-    def depths(self) -> torch.Tensor:
-        """(B, N) distance from the root."""
-        return self.mask.sum(-1) - 1
+    """(B, N, D + 1) for each node the nodes from the root to it, padded with the node itself."""
 
     def retrieve_indices(self, row: int = 0) -> torch.Tensor:
         """(leaves, longest path) root-to-leaf paths of one row, padded with -1, ordered by leaf."""
         parents = self.parents[row]
         is_leaf = torch.ones_like(parents, dtype=torch.bool).index_fill_(0, parents, False)
-        paths = self.paths[row][is_leaf]
-        return paths[:, : int((paths >= 0).sum(1).max())]
+        depths = self.depths[row][is_leaf]
+        longest = int(depths.max()) + 1
+        beyond = torch.arange(longest, device=depths.device) > depths[:, None]
+        return self.paths[row][is_leaf, :longest].masked_fill(beyond, -1)
 
 
 class Candidates(NamedTuple):
@@ -175,8 +174,8 @@ def choose_nodes(
     return Tree(tokens, parents, *_lineage(parents, shape.levels))
 
 
-def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ancestor mask (B, N, N) and paths from the root (B, N, levels + 1) of a table of parents."""
+def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Depths (B, N), ancestor mask (B, N, N) and paths (B, N, levels + 1) of a table of parents."""
     batch, n = parents.shape
     itself = torch.arange(n, device=parents.device).expand(batch, n)
     upwards = [itself]  # after j steps up; the root's parent is the root
@@ -184,10 +183,9 @@ def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Te
         upwards.append(parents.gather(1, upwards[-1]))
     upwards = torch.stack(upwards, dim=2)
     mask = torch.zeros(batch, n, n, dtype=torch.bool, device=parents.device).scatter_(2, upwards, True)
-    depth = mask.sum(2, keepdim=True) - 1
+    depths = mask.sum(2) - 1
     step = torch.arange(levels + 1, device=parents.device)
-    paths = upwards.gather(2, (depth - step).clamp(min=0))
-    return mask, paths.masked_fill(step > depth, -1)
+    return depths, mask, upwards.gather(2, (depths[..., None] - step).clamp_(min=0))
 
 
 def _top_k(
