@@ -7,9 +7,13 @@ last round), new_tokens, wall_time (seconds, prefill included) and decode_time (
 tree).
 """
 
+import fcntl
 import json
+import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,29 @@ class AnswerFile:
         self.meta_path = meta_path(path)
         self.lines: dict[int | str, dict] = {}
         self._torn = False
-        if path.exists():
-            self.lines, self._torn = read_lines(path)
+        self._read()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from the file while this one fills it, and read what it holds by now.
+
+        The answer file itself is replaced when it is sorted, so a file beside it is locked. The system frees it when
+        a run is killed.
+
+        Raises:
+            UserError: another run has it.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(lock)
+        if handle is None:
+            raise UserError(f"{self.path} is being filled by another run; wait for it or give another --answer-file")
+        try:
+            self._read()
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
 
     def check(self, settings: dict, unknown: tuple[str, ...] = ()) -> None:
         """Refuse settings that differ from those of the answers in the file; `unknown` names are not compared yet."""
@@ -75,6 +100,10 @@ class AnswerFile:
         meta = read_meta(self.path)
         if meta is not None:
             write_json_atomic(self.meta_path, meta | {name: value})
+
+    def _read(self) -> None:
+        if self.path.exists():
+            self.lines, self._torn = read_lines(self.path)
 
     def _rewrite(self) -> None:
         lines = [self.lines[name] for name in sorted(self.lines, key=_question_order)]
@@ -140,6 +169,26 @@ def answers_of(line: dict, path: Path) -> list[Answer]:
         return [answer for choice in line["choices"] for answer in _answers_of_choice(choice)]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}, question {line['question_id']}: no choice as expected ({error!r})") from None
+
+
+def _locked(lock: Path) -> int | None:
+    """The handle of a lock file that this process alone has now; None if another one has it."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # who had it takes it away in the end, and a lock on what is gone keeps nobody out
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:  # it is gone
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def _choice(index: int, answer: Answer, text: str, method: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The same command goes on where it stopped.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
@@ -72,14 +73,20 @@ def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     models = _models(args)
     plans, missing = _plans(args, models)
-    if args.dry_run:
-        for plan in plans:
-            _print_plan(plan)
-        good = True
-    else:
-        good = _answer(plans, models, args)
-        # the models are gone by now, so that there is room for float32
-        good &= _check_lossless(plans, models)
+    tasks = list(chain.from_iterable(plan.tasks for plan in plans))
+    good = True
+    with ExitStack() as held:
+        for task in tasks:
+            if not args.dry_run:
+                held.enter_context(task.file.alone())
+            task.check()
+        if args.dry_run:
+            for plan in plans:
+                _print_plan(plan)
+        else:
+            good = _answer(plans, models, args)
+            # the models are gone by now, so that there is room for float32
+            good &= _check_lossless(plans, models)
     if missing:
         print(f"error: not measured, because their data cannot be read: {', '.join(missing)}", file=sys.stderr)
     return 0 if good and not missing else 1
@@ -163,7 +170,6 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
                 series = Series(name, method, method, generation)
                 file = AnswerFile(args.out / name / f"{method}-temperature-{temperature}.jsonl")
                 tasks.append(Task(series, file, settings_of(series, models, data, options)))
-                tasks[-1].check()
             plans.append(Plan(benchmark, data, questions, slice(args.question_begin, args.question_end), tasks))
     return plans, missing
 

@@ -39,28 +39,29 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
     by_id = {question.question_id: question for question in questions}
     questions = questions[args.question_begin : args.question_end]
     file = AnswerFile(answer_path(args, method))
-    models = _models(args, arm, method)
-    measured = arm == "spec" and args.total_token == MEASURED
-    if measured:
-        models = replace(models, tree=_tree_of(file))
-        if not file.lines and args.num_gpus_total > args.num_gpus_per_model:
-            raise UserError(f"--total-token {MEASURED} measures with one model: begin without --num-gpus-total")
-    generation = Generation(args.temperature, args.max_new_token)
-    series = Series(name, method, _model_id(args, method), generation, args.num_choices)
-    task = Task(series, file, settings_of(series, models, data, options))
-    task.check()
-    left_out = []
-    if open_asks([task], questions):
-        left_out = _answer(task, questions, args, models, measure_tree=measured and not file.lines)
-    finish(task, len(questions), left_out)
-    complete = report_left_out(benchmark, left_out)
-    if check:
+    with file.alone():
+        models = _models(args, arm, method)
+        measured = arm == "spec" and args.total_token == MEASURED
+        if measured:
+            models = replace(models, tree=_tree_of(file))
+            if not file.lines and args.num_gpus_total > args.num_gpus_per_model:
+                raise UserError(f"--total-token {MEASURED} measures with one model: begin without --num-gpus-total")
+        generation = Generation(args.temperature, args.max_new_token)
+        series = Series(name, method, _model_id(args, method), generation, args.num_choices)
+        task = Task(series, file, settings_of(series, models, data, options))
+        task.check()
+        left_out = []
+        if open_asks([task], questions):
+            left_out = _answer(task, questions, args, models, measure_tree=measured and not file.lines)
+        finish(task, len(questions), left_out)
+        good = report_left_out(benchmark, left_out)
+        if check:
 
-        def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
-            return Answerer(replace(models, dtype="float32")).ids_of_both_arms(series, by_id[question_id])
+            def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
+                return Answerer(replace(models, dtype="float32")).ids_of_both_arms(series, by_id[question_id])
 
-        return 0 if check_lossless(task.file, required=bool(args.check_lossless), rerun=rerun) and complete else 1
-    return 0 if complete else 1
+            good &= check_lossless(file, required=bool(args.check_lossless), rerun=rerun)
+        return 0 if good else 1
 
 
 def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:

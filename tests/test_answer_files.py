@@ -1,0 +1,63 @@
+"""Answer files while they are filled."""
+
+from pathlib import Path
+
+import answer_files
+import benchmark_rows
+import pytest
+
+from vispec.evaluation import answering, gen_baseline_answer_gqa, run_all
+from vispec.evaluation.answers import AnswerFile
+
+TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder with one question of GQA."""
+    folder = tmp_path / "data" / "gqa"
+    folder.mkdir(parents=True)
+    benchmark_rows.write_one("gqa", folder)
+    return folder
+
+
+def test_one_run_at_a_time_fills_a_file(tmp_path):
+    path = tmp_path / "new" / "a.jsonl"
+    one, other = AnswerFile(path), AnswerFile(path)
+    with one.alone():
+        one.begin({"method": "baseline"}, {})
+        one.append({"question_id": 7})
+        with pytest.raises(ValueError, match=r"a\.jsonl is being filled by another run"), other.alone():
+            pytest.fail("two runs have the file")
+        one.finish({})
+        with pytest.raises(ValueError, match=r"a\.jsonl is being filled by another run"), other.alone():
+            pytest.fail("two runs have the file")
+    assert not other.lines
+    with other.alone():
+        assert other.lines.keys() == {7}, "it is read when it is free"
+    assert {found.name for found in path.parent.iterdir()} == {"a.jsonl", "a.jsonl.meta.json"}
+    with AnswerFile(path).alone():
+        pass  # what ends frees it
+
+
+def test_commands_leave_a_file_alone_that_another_run_fills(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    path = answer_files.write(tmp_path / "gqa" / "lookup-temperature-0.0.jsonl", {1: []})
+    before = path.read_bytes()
+    single = ["--base-model-path", TARGET, "--data-folder", str(data), "--answer-file", str(path)]
+    together = ["--base-model-path", TARGET, "--data-root", str(data.parent), "--out", str(tmp_path)]
+    with AnswerFile(path).alone():
+        with pytest.raises(ValueError, match=r"gqa/lookup-temperature-0\.0\.jsonl is being filled by another run"):
+            gen_baseline_answer_gqa.main(single)
+        with pytest.raises(ValueError, match=r"gqa/lookup-temperature-0\.0\.jsonl is being filled by another run"):
+            run_all.main([*together, "--benchmarks", "gqa"])
+    assert path.read_bytes() == before
+    with AnswerFile(path.with_name("baseline-temperature-0.0.jsonl")).alone():
+        pass  # the files that were free are free again
+
+
+def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path):
+    (tmp_path / ".a.jsonl.lock").touch()
+    with AnswerFile(tmp_path / "a.jsonl").alone():
+        pass
+    assert not list(tmp_path.iterdir())
