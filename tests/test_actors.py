@@ -6,13 +6,17 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from vispec.evaluation import answering, gen_baseline_answer_gqa
+from vispec.evaluation import actors, answering, gen_baseline_answer_gqa
+from vispec.evaluation.answering import Ask
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
+from vispec.evaluation.loading import Models
 from vispec.prompts import user_turn
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +74,78 @@ def test_questions_of_actors_that_die_are_asked_again(tmp_path, monkeypatch, cap
     printed = capfd.readouterr()
     assert "4 of 5 questions answered" in printed.out
     assert f"error: not answered, because the actors that tried died: {DEADLY}" in printed.err
+
+
+class ActorDied(Exception):
+    """What the ray of `OneProcess` raises for a dead actor."""
+
+
+class OneProcess:
+    """As much of Ray as `Actors` needs, in this process; a call is made when its result is asked for."""
+
+    exceptions = SimpleNamespace(RayActorError=ActorDied)
+
+    def __init__(self):
+        self.killed = []
+
+    def remote(self, num_gpus: float):
+        return lambda kind: SimpleNamespace(remote=lambda models: self._Handle(kind(models)))
+
+    class _Handle:
+        def __init__(self, actor):
+            self._actor = actor
+
+        def __getattr__(self, name):
+            return SimpleNamespace(remote=lambda *args: partial(getattr(self._actor, name), *args))
+
+    def get(self, calls):
+        return [call() for call in calls] if isinstance(calls, list) else calls()
+
+    def wait(self, calls, num_returns: int):
+        return calls[:1], calls[1:]
+
+    def kill(self, actor):
+        self.killed.append(actor)
+
+    def cluster_resources(self):
+        return {}
+
+    def shutdown(self):
+        pass
+
+
+@pytest.mark.parametrize("retrained", [False, True])
+def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys, retrained):
+    """The first of two actors dies of its first question; meanwhile the draft head may have been trained again."""
+    made, asked = [], []
+
+    class Actor:
+        def __init__(self, models):
+            self.number = len(made)
+            made.append(self)
+
+        def loaded_settings(self):
+            head = "new" if retrained and self.number == 2 else "old"
+            return {"baseline": {"devices": 1}, "vispec": {"devices": 1, "spec_model_sha256": head}}
+
+        def answer(self, ask):
+            asked.append((self.number, ask))
+            if self.number == 0:
+                raise ActorDied
+            return [f"answer to {ask.question.question_id}"]
+
+    ray = OneProcess()
+    monkeypatch.setattr(actors, "_ray", lambda: ray)
+    monkeypatch.setattr(actors, "_Actor", Actor)
+    asks = [Ask(question, ()) for question in questions(None)]
+    shared = actors.Actors(Models("target", device_map="cpu"), 2)
+    found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]
+    assert sorted(found) == [(number, [f"answer to {number}"]) for number in range(5)], "each once"
+    assert len(asked) == 6 and len(made) == 3
+    assert any(number == 2 for number, _ in asked) is not retrained
+    assert len(ray.killed) == retrained
+    printed = capsys.readouterr().err
+    assert ("is not used, it has loaded spec_model_sha256 new and old\n" in printed) is retrained
 
 
 def test_without_ray_there_is_one_line(tmp_path, monkeypatch):

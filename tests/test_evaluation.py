@@ -6,15 +6,19 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from vispec import SpecModel
 from vispec.evaluation import answering
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
 from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
+from vispec.evaluation.loading import Models
 from vispec.model import tune
 from vispec.model.checkpoints import load_draft, read_config, save_draft
+from vispec.model.draft_vocab import DraftVocabulary, fingerprint
 from vispec.model.medusa import MedusaHead
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
@@ -111,6 +115,8 @@ def test_meta_has_settings_and_provenance(finished, coco):
     meta = json.loads(finished[1].with_name(finished[1].name + ".meta.json").read_text())
     settings = meta["settings"]
     assert settings["max_new_tokens"] == 12 and settings["dtype"] == "float32" and settings["tree"] == [30, 3, 8]
+    assert (settings["device_type"], settings["devices"]) == ("cpu", 1) and "1 threads" in settings["device"]
+    assert len(settings["spec_model_sha256"]) == 64 and settings["draft_vocab"] is None
     assert settings["data"] == str(coco.resolve())
     assert meta["provenance"]["versions"]["torch"] and meta["left_out"] == []
 
@@ -145,7 +151,7 @@ def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch
     [
         (["--max-new-token", "13"], "max_new_tokens"),
         (["--dtype", "bfloat16"], "dtype"),
-        (["--total-token", "20"], "tree"),
+        (["--total-token", "20"], "asked_tree"),
         (["--num-choices", "2"], "num_choices"),
         (["--use-ours=False", "--spec-model-path", EAGLE2], "method"),
     ],
@@ -155,6 +161,53 @@ def test_other_settings_are_refused(finished, coco, tmp_path, flags, name):
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     with pytest.raises(ValueError, match=f"made with {name} .* found "):
         run_spec(coco, tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("device_type", "cuda"), ("devices", 2), ("draft_vocab", "9 tokens"), ("tree", [9, 3, 8])]
+)
+def test_what_only_loaded_models_tell_is_compared_too(finished, coco, tmp_path, name, value):
+    path = copy_of(finished[1], tmp_path)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    before = path.read_text()
+    meta = path.with_name(path.name + ".meta.json")
+    found = json.loads(meta.read_text())
+    found["settings"][name] = value
+    meta.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"made with {name} .* found "):
+        run_spec(coco, tmp_path)
+    assert path.read_text() == before
+
+
+def test_a_retrained_head_is_refused(coco, tmp_path, monkeypatch):
+    folder = tmp_path / "head"
+    shutil.copytree(VISPEC, folder)
+    run_spec(coco, tmp_path, "--spec-model-path", str(folder), "--question-end", "1")
+    head = load_draft(str(folder))
+    head.fc.bias.data += 1
+    save_draft(head, folder)
+    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    with pytest.raises(ValueError, match="made with spec_model_sha256 .* found "):
+        run_spec(coco, tmp_path, "--spec-model-path", str(folder), "--question-end", "1")
+
+
+def test_settings_are_those_of_the_loaded_models(tmp_path):
+    """A narrow target fills no tree of 900 tokens, Medusa's depth is its heads', and some heads propose few tokens."""
+    head = MedusaHead(read_config(Path(EAGLE2) / "config.json"))
+    head.embed_tokens = load_draft(EAGLE2).embed_tokens
+    save_draft(head, tmp_path / "medusa")
+    shutil.copytree(EAGLE2, tmp_path / "eagle2")
+    ids = torch.arange(3, 38)
+    tokens = fingerprint(AutoTokenizer.from_pretrained(TARGET), ids)
+    DraftVocabulary(ids, head.config.vocab_size, tokens).write(tmp_path / "eagle2")
+    drafts = {"medusa": str(tmp_path / "medusa"), "eagle2": str(tmp_path / "eagle2"), "lookup": None}
+    found = answering.Answerer(Models(TARGET, drafts, (900, 3, 8), dtype="auto")).loaded_settings()
+    assert found.keys() == {"baseline", "medusa", "eagle2", "lookup"}
+    assert {settings["dtype"] for settings in found.values()} == {"float32"}
+    assert found["medusa"]["tree"][1] == 4 and found["medusa"]["tree"][0] < 900
+    assert found["lookup"]["tree"] == [33, 3, 8] and "spec_model_sha256" not in found["lookup"]
+    assert found["eagle2"]["draft_vocab"].startswith("35 tokens, sha256 ")
+    assert "tree" not in found["baseline"]
 
 
 def test_measured_tree(coco, tmp_path, monkeypatch, capsys):

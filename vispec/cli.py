@@ -10,9 +10,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import vispec
 from vispec.children import end_with_parent
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Of a target, as flags spell them; auto is the dtype of its files."""
@@ -70,13 +74,14 @@ def provenance(args: argparse.Namespace | dict) -> dict:
     }
 
 
-def device_name() -> str:
-    """The GPU, or without one the CPU and how many of its threads are used."""
+def device_name(device: "torch.device | None" = None) -> str:
+    """A GPU's name, or the CPU's and how many of its threads are used; None is the first GPU if there is one."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    kind = device.type if device else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads" if kind == "cpu" else kind
 
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:

@@ -6,7 +6,8 @@ is replaced and its question asked again; a question that several actors have di
 """
 
 import logging
-from collections import Counter, deque
+import sys
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,7 +40,7 @@ class Actors:
         """Start Ray and `copies` actors, and wait until they have loaded their models.
 
         Raises:
-            UserError: Ray is not installed or has not enough GPUs, a model cannot be loaded, or GPUs differ.
+            UserError: Ray is not installed or has not enough GPUs, a model cannot be loaded, or GPUs or models differ.
         """
         self._ray = _ray()
         gpus = 0 if models.device_map == "cpu" else models.gpus
@@ -56,20 +57,20 @@ class Actors:
         for _ in range(copies):
             self._start()
         try:
-            self._hardware = self._common_hardware()
+            self._settings = self._common_settings()
         except BaseException:
             self.close()
             raise
 
-    def hardware(self) -> dict[str, str]:
-        return self._hardware
+    def loaded_settings(self) -> dict[str, dict]:
+        return self._settings
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, list[Answered | LeftOut]]]:
         """Every actor answers one question at a time; answers come as they are ready."""
         ray = self._ray
         waiting, idle = deque(asks), list(self._actors)
         deaths: Counter[int | str] = Counter()
-        # what each actor is at that is not idle; a new one is at None until it has loaded its models
+        # what each actor is at that is not idle; a new one is at None until it has told what it has loaded
         busy = {}
         while waiting or any(ask for _, ask in busy.values()):
             while waiting and idle:
@@ -86,7 +87,7 @@ class Actors:
                 if ask is None:  # one that dies while it loads is not replaced
                     continue
                 new = self._start()
-                busy[new.hardware.remote()] = new, None
+                busy[new.loaded_settings.remote()] = new, None
                 name = ask.question.question_id
                 deaths[name] += 1
                 if deaths[name] < MOST_DEATHS:
@@ -94,24 +95,33 @@ class Actors:
                 else:
                     yield ask, [LeftOut(name, f"{MOST_DEATHS} actors died while they answered it", "died")]
                 continue
-            idle.append(actor)
             if ask is not None:
+                idle.append(actor)
                 yield ask, outcomes
+            elif outcomes == self._settings:
+                idle.append(actor)
+            else:  # its answers do not belong into the same files
+                self._actors.remove(actor)
+                ray.kill(actor)
+                what = _differences([self._settings, outcomes])
+                print(f"an actor in place of a dead one is not used, it has loaded {what}", file=sys.stderr)
 
     def _start(self):
         actor = self._kind.remote(self._models)
         self._actors.append(actor)
         return actor
 
-    def _common_hardware(self) -> dict[str, str]:
+    def _common_settings(self) -> dict[str, dict]:
         try:
-            found = self._ray.get([actor.hardware.remote() for actor in self._actors])
+            found = self._ray.get([actor.loaded_settings.remote() for actor in self._actors])
         except self._ray.exceptions.RayActorError as error:
             reason = str(error).strip().splitlines()[-1]  # after the actor's traceback
             raise UserError(f"--num-gpus-total: a model could not be loaded: {reason}") from None
         if any(one != found[0] for one in found):
-            kinds = ", ".join(sorted({str(one) for one in found}))
-            raise UserError(f"--num-gpus-total: expected GPUs of one kind, since speeds are compared; found {kinds}")
+            raise UserError(
+                "--num-gpus-total: expected the same models on GPUs of one kind, since speeds are compared; found "
+                + _differences(found)
+            )
         return found[0]
 
     def close(self) -> None:
@@ -124,11 +134,23 @@ class _Actor:
     def __init__(self, models: Models):
         self._answerer = Answerer(models)
 
-    def hardware(self) -> dict[str, str]:
-        return self._answerer.hardware()
+    def loaded_settings(self) -> dict[str, dict]:
+        return self._answerer.loaded_settings()
 
     def answer(self, ask: Ask) -> list[Answered | LeftOut]:
         return list(self._answerer.answer(ask))
+
+
+def _differences(found: Sequence[dict[str, dict]]) -> str:
+    """The settings that are not the same everywhere, with all their values."""
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for one in found:
+        for method, settings in one.items():
+            for name, value in settings.items():
+                values[method, name].add(str(value))
+    # what differs of the target differs for every method
+    differing = {f"{name} {' and '.join(sorted(all_))}" for (_, name), all_ in values.items() if len(all_) > 1}
+    return ", ".join(sorted(differing))
 
 
 def _ray():

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vispec.cli import device_name
 from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import Models, dtype_name, load_models, quiet_transformers
+from vispec.evaluation.loading import Models, load_models, loaded_settings, quiet_transformers, weights_sha256
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.text import answer_text
 from vispec.prompts import UNREADABLE, build_inputs, load_processor
@@ -48,16 +47,21 @@ class Task:
     series: Series
     file: AnswerFile
     settings: dict
-    """Without what only the loaded target tells, see `UNKNOWN_BEFORE_LOADING`."""
+    """Without what only loaded models tell, see `UNKNOWN_BEFORE_LOADING`."""
 
-    def check(self, hardware: Mapping[str, str] | None = None) -> None:
-        """Refuse a file that was made with other settings; without `hardware`, as far as they are known before loading.
+    def check(self, loaded: Mapping[str, Mapping] | None = None) -> None:
+        """Refuse a file that was made with other settings, as far as they are known.
+
+        Args:
+            loaded: what loaded models tell, see `AnswersQuestions.loaded_settings`; the series' method may lack.
 
         Raises:
             UserError: it names the setting.
         """
-        settings = self.settings | (hardware or {})
-        self.file.check(settings, tuple(name for name in UNKNOWN_BEFORE_LOADING if name not in settings))
+        known = self.settings
+        if loaded:
+            known = known | loaded.get(self.series.method, loaded["baseline"])
+        self.file.check(known, tuple(name for name in UNKNOWN_BEFORE_LOADING if name not in known))
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,16 @@ class LeftOut:
 class AnswersQuestions(Protocol):
     """Loaded models, in this process or in others."""
 
-    def hardware(self) -> dict[str, str]:
-        """The settings that only loaded models tell: dtype and device."""
+    def loaded_settings(self) -> dict[str, dict]:
+        """For each method that is loaded, the settings that only loaded models tell."""
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
         """Answer the questions; in which order is not said."""
 
 
-UNKNOWN_BEFORE_LOADING = ("dtype", "device")
+UNKNOWN_BEFORE_LOADING = (
+    "dtype", "device", "device_type", "devices", "tree", "draft_vocab", "spec_model_sha256",
+)  # fmt: skip
 
 
 class Answerer:
@@ -104,18 +110,13 @@ class Answerer:
 
     def __init__(self, models: Models):
         quiet_transformers()
-        self._path = models.base_model_path
+        self._path, self._drafts = models.base_model_path, models.drafts
         self._models = load_models(models)
         self._processors: dict[bool, object] = {}
         self._warm: set[Series] = set()
 
-    def hardware(self) -> dict[str, str]:
-        import torch
-
-        model = self._models["baseline"]
-        here = model.target.device.type
-        named = here == "cuda" or not torch.cuda.is_available()
-        return {"dtype": dtype_name(model), "device": device_name() if named else here}
+    def loaded_settings(self) -> dict[str, dict]:
+        return {name: loaded_settings(model, self._drafts.get(name)) for name, model in self._models.items()}
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
         for ask in asks:
@@ -151,7 +152,7 @@ class Answerer:
         """Measure on the first questions which tree is the fastest; the series answers with it from now on.
 
         Returns:
-            total_token, depth and top_k, as they stand in the settings of an answer file.
+            total_token, depth and top_k.
         """
         model, processor = self._models[series.method], self._processor(series)
         prompts = []
@@ -206,10 +207,12 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
     if models.dtype != "auto":
         settings["dtype"] = models.dtype
     if series.method != "baseline":
-        settings["tree"] = list(models.tree)
+        settings["asked_tree"] = list(models.tree)  # what a draft can fill of it may be less
         draft = models.drafts[series.method]
         if draft is not None:
             settings["spec_model"] = _absolute(draft)
+            if Path(draft).is_dir():  # a retrained head shows before minutes of loading
+                settings["spec_model_sha256"] = weights_sha256(draft)
     return settings
 
 
@@ -239,12 +242,12 @@ def answer_all(
     asks = open_asks(tasks, questions)
     unfinished = {series for ask in asks for series in ask.series}
     files = {task.series: task.file for task in tasks if task.series in unfinished}
-    hardware = answerer.hardware()
+    loaded = answerer.loaded_settings()
     for task in tasks:
-        task.check(hardware)
+        task.check(loaded)
     for task in tasks:
         if task.series in files:
-            task.file.begin(task.settings | hardware, made_by)
+            task.file.begin(task.settings | loaded[task.series.method], made_by)
     left_out = []
     for ask, outcomes in tqdm(answerer.answers(asks), total=len(asks), desc=title, unit="question"):
         for outcome in outcomes:

@@ -1,11 +1,14 @@
 """Loading a target with its draft head, for command lines."""
 
 import argparse
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from vispec.cli import DTYPES, parse_bool
+from vispec.cli import DTYPES, device_name, parse_bool
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -123,6 +126,43 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
     return loaded
 
 
+def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
+    """What stands behind a method's answers, as a loaded model has it and not as flags asked for it.
+
+    Args:
+        spec_model_path: where its draft head was loaded from; None for the baseline and lookup.
+
+    Returns:
+        The target's dtype, device (name), device_type and number of devices; with a draft also tree (total_token,
+        depth, top_k), with a draft head draft_vocab (None where it proposes all tokens) and spec_model_sha256.
+    """
+    devices = list(dict.fromkeys(model.target.devices))
+    settings = {
+        "dtype": dtype_name(model),
+        "device": ", ".join(dict.fromkeys(map(device_name, devices))),
+        "device_type": ", ".join(dict.fromkeys(device.type for device in devices)),
+        "devices": len(devices),
+    }
+    if model.draft is not None:
+        settings["tree"] = [model.shape.total_token, model.shape.depth, model.shape.top_k]
+    if spec_model_path is not None:
+        vocabulary = model.draft.draft_vocab
+        settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)
+        settings["spec_model_sha256"] = weights_sha256(spec_model_path)
+    return settings
+
+
+def weights_sha256(spec_model_path: str) -> str | None:
+    """Tells a draft head from a retrained one under the same name; None where there are no weights."""
+    from vispec.model.checkpoints import PICKLED, SAFETENSORS, find_file
+
+    file = find_file(spec_model_path, SAFETENSORS) or find_file(spec_model_path, PICKLED)
+    if file is None:
+        return None
+    found = file.stat()
+    return _sha256(file, found.st_mtime_ns, found.st_size)
+
+
 def dtype_name(model) -> str:
     """The dtype that a model computes in, as the flag spells it."""
     return str(model.target.dtype).removeprefix("torch.")
@@ -133,3 +173,18 @@ def quiet_transformers() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+
+
+@lru_cache
+def _sha256(file: Path, modified: int, size: int) -> str:
+    """Of a file's content, read once for each `modified` and `size`: a head of a large target has gigabytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _described(token_ids) -> str:
+    """A draft vocabulary of ids (V',) by its size and content."""
+    return f"{len(token_ids)} tokens, sha256 {hashlib.sha256(token_ids.cpu().numpy().tobytes()).hexdigest()}"

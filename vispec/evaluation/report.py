@@ -65,7 +65,9 @@ def about(table: Table) -> str:
     """What all numbers of a table have in common, in one line."""
     settings = table.settings
     sampling = "greedy" if table.temperature <= GREEDY else f"temperature {table.temperature:g}"
-    return f"{settings['device']}, {settings['dtype']}, {sampling}, at most {settings['max_new_tokens']} new tokens"
+    several = f" ({settings['devices']} devices)" if (settings["devices"] or 1) > 1 else ""
+    device, cap = settings["device"] + several, settings["max_new_tokens"]
+    return f"{device}, {settings['dtype']}, {sampling}, at most {cap} new tokens"
 
 
 def title(method: str) -> str:
@@ -95,9 +97,10 @@ def _section(table: Table) -> str:
 
 
 def _described(row: Row) -> str:
-    head, tree = row.settings["spec_model"], row.settings["tree"]
+    head, tree, vocabulary = (row.settings[name] for name in ("spec_model", "tree", "draft_vocab"))
     # of a folder, the end is enough for people; the whole path is in the JSON
     parts = [f"draft head {'/'.join(Path(head).parts[-2:])}"] if head else []
+    parts += [f"draft vocabulary of {vocabulary.partition(',')[0]}"] if vocabulary else []
     parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"] if tree else []
     return ", ".join(parts) or "no draft head"
 

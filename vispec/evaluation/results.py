@@ -28,8 +28,8 @@ from vispec.evaluation.speed import (
 )
 
 NEEDED = ("benchmark", "method", "base_model", "temperature")
-SHARED_BY_TABLE = ("dtype", "device", "max_new_tokens", "num_choices")
-SHARED_BY_ROW = ("spec_model", "tree")
+SHARED_BY_TABLE = ("dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices")
+SHARED_BY_ROW = ("spec_model", "spec_model_sha256", "draft_vocab", "tree")
 """Settings without which an average over benchmarks would mean nothing."""
 
 
@@ -61,7 +61,7 @@ class Row:
 
     method: str
     settings: Mapping
-    """Those that do not depend on the benchmark: spec_model, tree; empty if the method has no answers here."""
+    """Those that do not depend on the benchmark, see `SHARED_BY_ROW`; empty if the method has no answers here."""
     cells: Mapping[str, Cell | None]
 
     @property
@@ -86,7 +86,7 @@ class Table:
     base_model: str
     temperature: float
     settings: Mapping
-    """Those that all files share: dtype, device, max_new_tokens, num_choices."""
+    """Those that all files share, see `SHARED_BY_TABLE`."""
     baseline: Mapping[str, ArmSpeed | None]
     """By benchmark, over all questions that the baseline has answered."""
     baseline_questions: Mapping[str, int]

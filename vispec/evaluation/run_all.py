@@ -197,9 +197,9 @@ def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> 
     made_by = provenance(args)
     complete = True
     with loaded(models, args.num_gpus_total) as answerer:
-        hardware = answerer.hardware()
+        found = answerer.loaded_settings()
         for task in chain.from_iterable(plan.tasks for plan in plans):
-            task.check(hardware)  # so that none is refused hours later
+            task.check(found)  # so that none is refused hours later
         for number, plan in enumerate(unfinished, start=1):
             title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.temperature:g}"
             complete &= plan.finish(answer_all(plan.tasks, plan.questions, answerer, made_by, title))

@@ -138,7 +138,7 @@ def answer_path(args: argparse.Namespace, method: str) -> Path:
 def _tree_of(file: AnswerFile) -> tuple[int, int, int]:
     """The tree that an answer file was begun with, which is not measured again; else the default one."""
     meta = read_meta(file.path) if file.lines else None
-    return tuple(meta["settings"]["tree"]) if meta else Models.tree
+    return tuple(meta["settings"].get("asked_tree", Models.tree)) if meta else Models.tree
 
 
 def _answer(
@@ -147,7 +147,7 @@ def _answer(
     title = f"{args.bench_name} {task.series.method}"
     with loaded(models, args.num_gpus_total) as answerer:
         if measure_tree:
-            task.settings["tree"] = answerer.tune(task.series, questions)
+            task.settings["asked_tree"] = answerer.tune(task.series, questions)
         return answer_all([task], questions, answerer, provenance(args), title)
 
 

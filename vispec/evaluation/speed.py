@@ -26,7 +26,7 @@ from vispec.evaluation.measure import Answer
 
 COMPARABLE = (
     "benchmark", "data", "benchmark_options", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype",
-    "device",
+    "device", "device_type", "devices",
 )  # fmt: skip
 """Settings that two arms must share."""
 
