@@ -7,7 +7,7 @@ import benchmark_rows
 import pytest
 
 from vispec.evaluation import answering, gen_baseline_answer_gqa, run_all
-from vispec.evaluation.answers import AnswerFile
+from vispec.evaluation.answers import AnswerFile, read_meta
 
 TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
 
@@ -29,7 +29,7 @@ def test_one_run_at_a_time_fills_a_file(tmp_path):
         one.append({"question_id": 7})
         with pytest.raises(ValueError, match=r"a\.jsonl is being filled by another run"), other.alone():
             pytest.fail("two runs have the file")
-        one.finish({})
+        one.finish()
         with pytest.raises(ValueError, match=r"a\.jsonl is being filled by another run"), other.alone():
             pytest.fail("two runs have the file")
     assert not other.lines
@@ -61,3 +61,22 @@ def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path):
     with AnswerFile(tmp_path / "a.jsonl").alone():
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_question_is_left_out_until_it_is_answered(tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    file.begin({"method": "baseline"}, {})
+    for name in (9, 5, 9):
+        file.leave_out(name, "no picture")
+    file.finish()
+    again = AnswerFile(file.path)
+    again.begin({"method": "baseline"}, {})
+    again.append({"question_id": 5})
+    again.leave_out(3, "no picture either")
+    assert [one["question_id"] for one in read_meta(file.path)["left_out"]] == [3, 9], "kept without a finish"
+    again.finish()
+    assert read_meta(file.path)["left_out"] == [
+        {"question_id": 3, "reason": "no picture either"},
+        {"question_id": 9, "reason": "no picture"},
+    ]
+    assert AnswerFile(file.path).lines.keys() == {5}

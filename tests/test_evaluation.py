@@ -247,8 +247,21 @@ def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "3 of 5 questions answered" in printed.out and "left out" in printed.err
     assert "the files of coco_caption can be had from https://" in printed.out
-    left_out = json.loads(path.with_name(path.name + ".meta.json").read_text())["left_out"]
-    assert {row["question_id"] for row in left_out} == {10, 40}
+    meta = path.with_name(path.name + ".meta.json")
+    assert {row["question_id"] for row in json.loads(meta.read_text())["left_out"]} == {10, 40}
+    # a run over other questions, and one after the pictures were repaired
+    run_baseline(data, tmp_path, "--question-end", "1")
+    assert {row["question_id"] for row in json.loads(meta.read_text())["left_out"]} == {10, 40}
+    shutil.copytree(coco, data, dirs_exist_ok=True)
+    run_baseline(data, tmp_path)
+    assert json.loads(meta.read_text())["left_out"] == [] and len(read(path)) == 5
+
+
+def test_a_benchmark_without_any_readable_image_fails(coco, tmp_path, capsys):
+    (tmp_path / "dataset_coco.json").write_text((coco / "dataset_coco.json").read_text())
+    flags = ["--base-model-path", TARGET, "--data-folder", str(tmp_path), "--answer-file", str(tmp_path / "a")]
+    assert baseline_command.main([*flags, "--temperature", "0", "--question-end", "2"]) == 1
+    assert "error: no question has an answer" in capsys.readouterr().err
 
 
 def test_prompts_beyond_the_positions_are_left_out(coco, tmp_path, capsys):

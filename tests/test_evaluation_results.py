@@ -15,6 +15,7 @@ from PIL import Image
 
 from vispec.demo import embedded
 from vispec.evaluation import chart, speed
+from vispec.evaluation.answers import meta_path
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.bootstrap import DRAWS, SEED, average, estimates
 from vispec.evaluation.measure import Answer
@@ -190,6 +191,20 @@ def test_questions_of_one_arm_and_unfinished_files(folder):
     assert "vispec-temperature-0.0.jsonl: 2 question(s) that only one arm has answered" in notices
     assert "vizwiz/vispec-temperature-0.0.jsonl is not counted: it has no answer yet" in notices
     assert "loose.jsonl is not counted: no loose.jsonl.meta.json beside it" in notices
+
+
+def test_questions_that_were_left_out_are_counted(folder, capsys):
+    for method in ("baseline", "vispec"):
+        path = folder / "gqa" / f"{method}-temperature-0.0.jsonl"
+        meta = json.loads(meta_path(path).read_text())
+        # the second one has been answered since
+        meta["left_out"] = [{"question_id": name, "reason": "no picture"} for name in (8, 1, 9)]
+        meta_path(path).write_text(json.dumps(meta))
+    assert f"{path}: 2 question(s) left out, the first one is question 8: no picture" in read_results(folder).notices
+    lines = [_cells(line) for line in report(folder, capsys).splitlines() if "| left out" in line]
+    assert len(lines) == 2 and all(line[2:] == ["—"] * 6 + ["2", "—", ""] for line in lines)
+    files = json.loads(report(folder, capsys, "--format", "json"))["tables"][0]["files"]
+    assert sum(len(file["left_out"]) for file in files) == 4
 
 
 def test_no_common_question_is_a_hole(folder):

@@ -255,15 +255,20 @@ def answer_all(
                 files[outcome.series].append(outcome.line)
             else:
                 left_out.append(outcome)
+                for series in ask.series:
+                    files[series].leave_out(outcome.question_id, outcome.reason)
                 tqdm.write(f"question {ask.question.question_id} is left out: {outcome.reason}", file=sys.stderr)
     return left_out
 
 
-def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> None:
-    """Bring an answer file into its final order and print how much of what was asked is answered."""
-    reasons = {one.question_id: one.reason for one in left_out if one.question_id not in task.file.lines}
-    task.file.finish(reasons)
-    print(f"{asked - len(reasons)} of {asked} questions answered: {task.file.path}")
+def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> bool:
+    """Bring an answer file into its final order and print how much of what was asked is answered; False if nothing."""
+    task.file.finish()
+    answered = asked - len({one.question_id for one in left_out} - task.file.lines.keys())
+    print(f"{answered} of {asked} questions answered: {task.file.path}")
+    if asked and not answered:
+        print(f"error: no question has an answer: {task.file.path}", file=sys.stderr)
+    return bool(answered or not asked)
 
 
 def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> bool:

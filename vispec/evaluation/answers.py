@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,11 @@ class AnswerFile:
         if self._torn:
             print(f"{self.path}: the last line was cut off by a kill, its question is answered again", flush=True)
             self._rewrite()
-        meta = read_meta(self.path) if self.lines else None
-        if meta is None:
-            meta = {"settings": settings, "provenance": provenance}
-        else:
+        meta = read_meta(self.path)
+        if meta is not None and (self.lines or meta["settings"] == settings):
             meta.setdefault("resumed", []).append(provenance)
+        else:
+            meta = {"settings": settings, "provenance": provenance, "left_out": []}
         write_json_atomic(self.meta_path, meta)
 
     def append(self, line: dict) -> None:
@@ -90,10 +90,16 @@ class AnswerFile:
             file.flush()
         self.lines.setdefault(line["question_id"], line)
 
-    def finish(self, left_out: dict[int | str, str]) -> None:
-        """Sort the file by question, and note which questions could not be asked, and why."""
+    def leave_out(self, question_id: int | str, reason: str) -> None:
+        """Note that a question could not be asked; kept by later runs until it is answered."""
+        others = [one for one in left_out_of(read_meta(self.path), self.lines) if one["question_id"] != question_id]
+        found = [*others, {"question_id": question_id, "reason": reason}]
+        self.note("left_out", sorted(found, key=lambda one: _question_order(one["question_id"])))
+
+    def finish(self) -> None:
+        """Sort the file by question; what has been answered by now is no longer left out."""
         self._rewrite()
-        self.note("left_out", [{"question_id": name, "reason": reason} for name, reason in left_out.items()])
+        self.note("left_out", left_out_of(read_meta(self.path), self.lines))
 
     def note(self, name: str, value: Any) -> None:
         """Put something that was found out beside the settings, if there are any."""
@@ -129,6 +135,11 @@ def read_meta(path: Path) -> dict | None:
     if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
         raise UserError(f"{meta}: expected an object with `settings`")
     return value
+
+
+def left_out_of(meta: Mapping | None, answered: Container[int | str]) -> list[dict]:
+    """The questions, as {question_id, reason}, that a file's runs could not ask and that are not answered by now."""
+    return [one for one in (meta or {}).get("left_out", []) if one["question_id"] not in answered]
 
 
 def read_lines(path: Path) -> tuple[dict[int | str, dict], bool]:

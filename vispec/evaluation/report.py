@@ -21,6 +21,7 @@ LEGEND = f"""\
 - 95 %: bootstrap interval over questions; (n): the average is over n benchmarks
 - round in steps: time of a draft round over that of a plain step, both without prefill
 - identical: questions with the baseline's output ids, of those that both arms have answered
+- left out: questions that could not be asked, the image unreadable or the prompt longer than the target's positions
 - the baseline's tokens/s are over all questions that it has answered"""
 MEASURES = ("speedup", "decode_speedup", "tau")
 
@@ -125,18 +126,25 @@ def _speeds(table: Table) -> list[list[str]]:
 def _behind(table: Table) -> list[list[str]]:
     """What a speedup is made of: questions, time without prefill, cost of a round, identity."""
     lines = [[title("baseline"), "questions", *map(_count, table.baseline_questions.values()), ""]]
+    lines += _left_out(table, "baseline")
     for row in table.rows:
         cells = row.cells.values()
         average = row.average("decode_speedup")
         decode = [cell.estimates["decode_speedup"].value if cell else None for cell in cells]
         rounds = [cell.round_in_steps if cell else None for cell in cells]
         lines.append([title(row.method), "questions", *(_count(_questions(cell)) for cell in cells), ""])
+        lines += _left_out(table, row.method)
         lines.append(["", "decode-only", *map(_number, [*decode, average.value])])
         lines.append(["", "round in steps", *map(_number, rounds), ""])
         if table.temperature <= GREEDY:
             identical = [cell.comparison.identical_questions if cell else None for cell in cells]
             lines.append(["", "identical", *map(_share, identical, map(_questions, cells)), ""])
     return lines
+
+
+def _left_out(table: Table, method: str) -> list[list[str]]:
+    counts = table.left_out(method)
+    return [["", "left out", *map(_count, counts), ""]] if any(counts) else []
 
 
 def _published(table: Table) -> list[list[str]]:
@@ -259,7 +267,13 @@ def _json_table(table: Table) -> dict:
         "methods": [_json_row(row) for row in table.rows],
         "published_not_measured_here": pairs or None,
         "files": [
-            {"path": str(file.path), "settings": file.settings, "provenance": file.provenance} for file in table.files
+            {
+                "path": str(file.path),
+                "settings": file.settings,
+                "provenance": file.provenance,
+                "left_out": file.left_out,
+            }
+            for file in table.files
         ],
     }
 

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from vispec.cli import UserError
 from vispec.demo import embedded
-from vispec.evaluation.answers import meta_path, read_meta
+from vispec.evaluation.answers import left_out_of, meta_path, read_meta
 from vispec.evaluation.bootstrap import Estimate, average, estimates
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
@@ -41,6 +41,8 @@ class AnswersOf:
     settings: Mapping
     provenance: Mapping
     answers: Mapping[int | str, list[Answer]]
+    left_out: list[dict]
+    """{question_id, reason} of each question that could not be asked."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ class Table:
         """The target's name, without its folder or organisation."""
         parts = Path(self.base_model).parts
         return "the embedded target" if parts[-4:] == embedded.TARGET.parts[-4:] else parts[-1]
+
+    def left_out(self, method: str) -> list[int]:
+        """How many questions of each benchmark a method has left out."""
+        files = [file for file in self.files if file.settings["method"] == method]
+        counts = {file.settings["benchmark"]: len(file.left_out) for file in files}
+        return [counts.get(name, 0) for name in self.baseline]
 
     @property
     def baseline_average(self) -> float | None:
@@ -160,7 +168,11 @@ def _find(folder: Path, notices: list[str]) -> list[AnswersOf]:
             continue
         answers = read_answers(path)
         if answers:
-            found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers))
+            left_out = left_out_of(meta, answers)
+            if left_out:
+                first = "question {question_id}: {reason}".format_map(left_out[0])
+                notices.append(f"{path}: {len(left_out)} question(s) left out, the first one is {first}")
+            found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers, left_out))
         else:
             notices.append(f"{path} is not counted: it has no answer yet")
     return found

@@ -63,10 +63,11 @@ class Plan:
         return {series.method for ask in open_asks(self.tasks, self.questions) for series in ask.series}
 
     def finish(self, left_out: Sequence[LeftOut]) -> bool:
-        """Bring the files into order and report; False where asking again may bring more answers."""
+        """Bring the files into order and report; False where asking again may bring more answers, or none came."""
+        good = True
         for task in self.tasks:
-            finish(task, len(self.questions), left_out)
-        return report_left_out(self.benchmark, left_out)
+            good &= finish(task, len(self.questions), left_out)
+        return report_left_out(self.benchmark, left_out) and good
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,7 +184,7 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> bool:
-    """Fill all answer files; False where asking again may bring more answers."""
+    """Fill all answer files; False where asking again may bring more answers, or none came."""
     unfinished = []
     for plan in plans:
         if plan.open_methods:

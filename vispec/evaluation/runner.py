@@ -53,8 +53,8 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
         left_out = []
         if open_asks([task], questions):
             left_out = _answer(task, questions, args, models, measure_tree=measured and not file.lines)
-        finish(task, len(questions), left_out)
-        good = report_left_out(benchmark, left_out)
+        good = finish(task, len(questions), left_out)
+        good &= report_left_out(benchmark, left_out)
         if check:
 
             def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
