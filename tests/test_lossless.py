@@ -10,6 +10,7 @@ import pytest
 
 from vispec.evaluation import answering, gen_baseline_answer_gqa, gen_spec_answer_gqa
 from vispec.evaluation.answers import AnswerFile
+from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, find_baseline, first_position, wants_check
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
@@ -70,6 +71,54 @@ def test_a_difference_in_half_precision_is_looked_at_in_float32(tmp_path, again,
     same, note = check(path, rerun=lambda question: asked.append(question) or again)
     assert asked == [1] and same == note["identical_in_float32"] == expected
     assert "question 1 again in float32" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nTried to allocate"), MemoryError()])
+def test_without_room_for_float32_the_check_goes_on(tmp_path, error, capsys):
+    def fail(question):
+        raise error
+
+    write(tmp_path / "b.jsonl", {1: [[5, 6]]}, "baseline", dtype="bfloat16")
+    same, note = check(write(tmp_path / "s.jsonl", {1: [[5, 7]]}, "vispec", dtype="bfloat16"), rerun=fail)
+    reason = "CUDA out of memory. Tried to allocate" if str(error) else "MemoryError"
+    assert same and note["not_answered_in_float32"] == reason and "identical_in_float32" not in note
+    said = f"lossless: question 1 cannot be answered again in float32: {reason}\n"
+    assert said in capsys.readouterr().out
+
+
+def test_differences_are_noted_before_anything_is_answered_again(tmp_path):
+    def killed(question):
+        raise KeyboardInterrupt
+
+    write(tmp_path / "b.jsonl", {1: [[5, 6]], 2: [[7]]}, "baseline", dtype="bfloat16")
+    path = write(tmp_path / "s.jsonl", {1: [[5, 7]], 2: [[7]]}, "vispec", dtype="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        check(path, rerun=killed)
+    note = json.loads(path.with_name(path.name + ".meta.json").read_text())["lossless"]
+    assert (note["questions"], note["identical"], note["first_difference"]["question_id"]) == (2, 1, 1)
+
+
+def test_what_keeps_models_from_float32_is_found_out_once(tmp_path, monkeypatch):
+    tries = []
+
+    def no_room(models):
+        tries.append(models.dtype)
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(answering, "load_models", no_room)
+    target = str(FAMILY / "target")
+    large = answering.InFloat32(Models(target, dtype="bfloat16"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not enough memory"):
+            large.ids_of_both_arms(None, None)
+    assert tries == ["float32"]
+    shutil.copytree(target, tmp_path / "quantised")
+    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantised is quantised"):
+        answering.InFloat32(Models(str(tmp_path / "quantised"))).ids_of_both_arms(None, None)
+    assert len(tries) == 1
 
 
 def test_the_baseline_has_the_same_settings(tmp_path):

@@ -5,16 +5,19 @@ together: they take turns question by question over one loaded target, so that a
 command with a single method is the same loop with one series.
 """
 
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from vispec.cli import UserError
 from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models, load_models, loaded_settings, quiet_transformers, weights_sha256
+from vispec.evaluation.lossless import RERUN_FAILS
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.text import answer_text
 from vispec.prompts import UNREADABLE, build_inputs, load_processor
@@ -184,6 +187,43 @@ class Answerer:
         if limits not in self._processors:
             self._processors[limits] = load_processor(self._path, limits)
         return self._processors[limits]
+
+
+class InFloat32:
+    """The target and its drafts once more in float32, read from their files when a question is asked.
+
+    Converting loaded models there and back would leave nothing behind either, but needs room for both at once.
+    """
+
+    def __init__(self, models: Models):
+        self._models = replace(models, dtype="float32")
+        self._answerer: Answerer | None = None
+        self._obstacle: str | None = None
+
+    def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
+        """Output ids of the baseline and of the series' method.
+
+        Raises:
+            UserError: the models cannot be had in float32; a second time this is said without another try.
+        """
+        if self._answerer is None and self._obstacle is None:
+            self._load()
+        if self._obstacle is not None:
+            raise UserError(self._obstacle)
+        return self._answerer.ids_of_both_arms(series, question)
+
+    def _load(self) -> None:
+        from transformers import AutoConfig
+
+        path = self._models.base_model_path
+        try:
+            if getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None:
+                self._obstacle = f"{path} is quantised"
+                return
+            gc.collect()  # what answered before may still be there
+            self._answerer = Answerer(self._models)
+        except RERUN_FAILS as error:
+            self._obstacle = " ".join(str(error).split()) or type(error).__name__
 
 
 def settings_of(series: Series, models: Models, data: str, options: Mapping) -> dict:

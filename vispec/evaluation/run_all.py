@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from vispec.cli import UserError, provenance, run_cli
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
-    Answerer,
+    InFloat32,
     LeftOut,
     Series,
     Task,
@@ -209,11 +209,11 @@ def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> 
 
 def _check_lossless(plans: Sequence[Plan], models: Models) -> bool:
     """Compare every method with the baseline where decoding is greedy; False where one differs in float32."""
-    float32 = cache(lambda: Answerer(replace(models, dtype="float32")))
+    float32 = InFloat32(models)
 
     def rerun(plan: Plan, series: Series, question_id: int | str) -> tuple[list[int], list[int]]:
         question = next(question for question in plan.all_questions if question.question_id == question_id)
-        return float32().ids_of_both_arms(series, question)
+        return float32.ids_of_both_arms(series, question)
 
     same = True
     for plan in plans:

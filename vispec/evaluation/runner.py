@@ -8,7 +8,7 @@ from pathlib import Path
 from vispec.cli import UserError, parse_bool, provenance
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
-    Answerer,
+    InFloat32,
     LeftOut,
     Series,
     Task,
@@ -58,7 +58,7 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
         if check:
 
             def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
-                return Answerer(replace(models, dtype="float32")).ids_of_both_arms(series, by_id[question_id])
+                return InFloat32(models).ids_of_both_arms(series, by_id[question_id])
 
             good &= check_lossless(file, required=bool(args.check_lossless), rerun=rerun)
         return 0 if good else 1
