@@ -5,7 +5,9 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
+from PIL import Image
 
 from vispec.demo import make_benchmarks
 from vispec.evaluation import answering, gen_spec_answer_gqa, run_all, speed
@@ -147,6 +149,25 @@ def test_missing_data_is_a_hole_and_an_exit_code(finished, data, tmp_path, capsy
     printed = capsys.readouterr()
     assert printed.err.index("mme: llava_mme.jsonl is missing") < printed.err.index("error: not measured")
     assert "lossless: 3 of 3 questions" in printed.out and not (tmp_path / "mme").exists()
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_what_is_not_under_the_data_root_comes_from_the_hub(data, tmp_path, monkeypatch, capsys, reached):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data / "gqa", tmp_path / "root" / "gqa")
+    features = datasets.Features({"imgid": datasets.Value("int64"), "image": datasets.Image()})
+    hub = datasets.Dataset.from_dict({"imgid": [7, 8], "image": [Image.new("L", (8, 8))] * 2}, features=features)
+    if reached:
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
+    assert run_all.main(flags(tmp_path / "root", tmp_path / "out", "--dry-run")) == (0 if reached else 1)
+    printed = capsys.readouterr()
+    assert "gqa, temperature 0.0: 3 questions of" in printed.out
+    if reached:
+        assert "coco_caption, temperature 0.0: 2 questions of hub:HuggingFaceM4/COCO" in printed.out
+        assert "root/coco, its questions are from hub:HuggingFaceM4/COCO" in printed.err
+    else:
+        assert "from https://cs.stanford.edu" in printed.err and "(here a folder coco under --data-root)" in printed.err
+        assert "error: not measured, because their data cannot be read: coco_caption" in printed.err
 
 
 def test_a_difference_fails(finished, data, tmp_path, capsys):

@@ -117,7 +117,7 @@ def _make_parser() -> Parser:
     add("--benchmarks", nargs="+", choices=tuple(BENCHMARKS), default=list(BENCHMARKS), help="(default: all)")
     add("--temperatures", nargs="+", type=float, default=[0.0], metavar="T", help="0 is greedy (default: 0)")
     add("--out", type=Path, required=True, help="folder of the answer files")
-    add("--data-root", type=Path, help="folder with the benchmarks' folders (default: each one's own)")
+    add("--data-root", type=Path, help="folder with the benchmarks' folders (default: each one's own; the hub)")
     add("--dry-run", action="store_true", help="print what would be done")
     add_common_flags(parser)
     add_tree_flags(parser)
@@ -157,12 +157,12 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
     for name in dict.fromkeys(args.benchmarks):
         benchmark = BENCHMARKS[name]
         options = benchmark.defaults
-        folder = str(args.data_root / Path(benchmark.folder).name) if args.data_root else None
         try:
-            questions, data = benchmark.questions(folder, **options)
-        except UserError as error:
+            questions, data = _questions(benchmark, args.data_root)
+        except (UserError, OSError) as error:
             missing.append(name)
-            print(f"notice: not measured: {error}", file=sys.stderr)
+            where = f"here a folder {Path(benchmark.folder).name} under --data-root"
+            print(f"notice: not measured: {error} ({where})", file=sys.stderr)
             continue
         for temperature in dict.fromkeys(args.temperatures):
             generation = Generation(temperature, args.max_new_token)
@@ -173,6 +173,16 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
                 tasks.append(Task(series, file, settings_of(series, models, data, options)))
             plans.append(Plan(benchmark, data, questions, slice(args.question_begin, args.question_end), tasks))
     return plans, missing
+
+
+def _questions(benchmark: Benchmark, data_root: Path | None) -> tuple[list[Question], str]:
+    """Its questions and where they come from; what is not under `data_root` and on the hub is sought as without one."""
+    folder = data_root and data_root / Path(benchmark.folder).name
+    elsewhere = folder is not None and benchmark.hub is not None and not folder.is_dir()
+    questions, data = benchmark.questions(None if folder is None or elsewhere else str(folder), **benchmark.defaults)
+    if elsewhere:
+        print(f"notice: {benchmark.name}: there is no {folder}, its questions are from {data}", file=sys.stderr)
+    return questions, data
 
 
 def _print_plan(plan: Plan) -> None:
