@@ -10,7 +10,7 @@ from test_batches import batch_of, model_of, prompts_of
 from tiny_models import random_target, recorded_case, recorded_model, same_target, text_prompt
 
 from vispec import SpecModel
-from vispec.model import decoding, graphs
+from vispec.model import decoding, graphs, lookup
 from vispec.model.cache import TreeCache
 from vispec.model.graphs import Steps
 from vispec.model.rows import Rows
@@ -97,13 +97,18 @@ def test_sampling_is_captured_too(settings, request):
     assert captures
 
 
-def test_an_answer_moves_to_larger_tensors(request, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["vispec", "medusa", "lookup"])
+def test_an_answer_moves_to_larger_tensors(request, monkeypatch, method, rows):
+    """Rounded bounds may be beyond the tensors that are left; texts of several lengths go along whole."""
+    monkeypatch.setattr(lookup, "MOST_BRANCHES", 8)
     target = random_target("llava_1.5", 5, vocabulary=12)
-    inputs = batch_of([text_prompt(target, length, seed=length) for length in (3, 9)])
-    expected = answers(model_of(target, "vispec"), inputs, max_new_tokens=60)
+    inputs = batch_of([text_prompt(target, length, seed=length) for length in (3, 9, 15)[:rows]])
+    expected = answers(model_of(target, method), inputs, max_new_tokens=60)
+    assert expected[0] == expected[2], "both arms answer alike"
     request.getfixturevalue("captures")
     monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 20)
-    assert answers(model_of(target, "vispec"), inputs, max_new_tokens=60) == expected
+    assert answers(model_of(target, method), inputs, max_new_tokens=60) == expected
 
 
 @pytest.mark.parametrize("arm", ARMS)

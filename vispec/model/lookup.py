@@ -38,7 +38,8 @@ class LookupState(Rows):
         return LookupState(ids, self.lengths.new_zeros(batch_size), self.used)
 
     def copy_(self, other: "LookupState") -> None:
-        self.ids[:, : other.used] = other.ids[:, : other.used]
+        slots = min(other.used, other.ids.shape[1])  # the bound may be rounded up beyond what is there
+        self.ids[:, :slots] = other.ids[:, :slots]
         self.lengths.copy_(other.lengths)
 
 
