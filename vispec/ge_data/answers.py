@@ -1,9 +1,10 @@
 """The target's own answers, in batches: left padding and transformers' generate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from vispec.model.target import Target
 
@@ -31,40 +32,46 @@ def collate_prompts(prompts: Sequence[Inputs], pad_token_id: int) -> dict[str, t
 def generate_answers(
     target: Target,
     prompts: Sequence[Inputs],
-    max_new_tokens: int,
+    max_new_tokens: Sequence[int],
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
 ) -> list[torch.Tensor]:
     """Answers as token ids, each up to its first end token.
 
-    No repetition penalty or other processor of the generation config is applied, since decoding applies none.
+    Nothing of the target's generation config is applied but its end and padding tokens, as in decoding: no repetition
+    penalty, no sampling defaults, no minimal length.
 
     Args:
         prompts: at least one; they are answered as one batch.
-        max_new_tokens: limit of every answer.
+        max_new_tokens: the limit of each answer, at least 1.
         temperature: 0 is greedy.
         seeds: one for each prompt, for temperature > 0; an answer depends on its own seed only.
     """
     model = target.model
+    ends = list(target.eos_token_ids)
     pad = model.generation_config.pad_token_id
-    pad = pad if pad is not None else (target.eos_token_ids or [0])[0]
+    pad = pad if pad is not None else (ends or [0])[0]
     batch = {name: value.to(model.device) for name, value in collate_prompts(prompts, pad).items()}
     length = batch["input_ids"].shape[1]
-    sampling = [SeededSampling(temperature, seeds, model.device)] if temperature > 0 else []
-    output = model.generate(
-        **batch,
-        do_sample=False,  # sampling is the greedy choice among perturbed logits, see SeededSampling
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        logits_processor=sampling,
+    sampling = LogitsProcessorList([SeededSampling(temperature, seeds, model.device)] if temperature > 0 else [])
+    # sampling is the greedy choice among perturbed logits, see SeededSampling
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max(max_new_tokens), pad_token_id=pad, eos_token_id=ends or None
     )
-    return [_until_end(row, target.eos_token_ids) for row in output[:, length:].cpu()]
+    with _only(model, greedy):
+        output = model.generate(**batch, logits_processor=sampling)
+    rows = zip(output[:, length:].cpu(), max_new_tokens, strict=True)
+    return [_until_end(row[:limit], ends) for row, limit in rows]
+
+
+@contextmanager
+def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """With this generation config in place of the model's, from which generate() fills in what it is not given."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _until_end(answer: torch.Tensor, eos_token_ids: Sequence[int]) -> torch.Tensor:

@@ -21,12 +21,15 @@ class SkipRow(Exception):
 
 
 def read_turns(row: dict) -> list[Turn]:
-    """The turns of a row's `conversations`, beginning with the human's.
+    """The turns of a row's `conversations`, beginning with the human's; a turn may be empty.
+
+    Args:
+        row: whatever a data file holds as one.
 
     Raises:
         SkipRow: the row has no usable conversation.
     """
-    conversation = row.get("conversations")
+    conversation = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(conversation, list) or not conversation:
         raise SkipRow("no conversation")
     turns = [(turn.get("from"), turn.get("value")) for turn in conversation if isinstance(turn, dict)]
@@ -40,7 +43,17 @@ def read_turns(row: dict) -> list[Turn]:
         raise SkipRow("no human turn")
     if len(turns) < 2:
         raise SkipRow("no answer")
+    for _, value in turns:
+        check_unicode(value)
     return turns
+
+
+def check_unicode(text: str) -> None:
+    """SkipRow where a tokenizer would refuse a text: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SkipRow("broken unicode") from None
 
 
 def render_vicuna(turns: Sequence[Turn]) -> tuple[str, list[CharSpan]]:

@@ -12,6 +12,7 @@ from vispec.ge_data.conversations import (
     QWEN_SYSTEM,
     ChatRenderer,
     SkipRow,
+    check_unicode,
     read_turns,
     render_vicuna,
     tokenize,
@@ -93,6 +94,10 @@ class ImageJob:
 
     def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
         self.target, self.processor, self.rows, self.settings = target, processor, rows, settings
+        # a target that cannot be asked is no fault of a row
+        build_inputs(processor, [user_turn(LONG_ANSWER)])
+        named = (image_token_id(target.config), getattr(target.config, "video_token_id", None))
+        self.media_tokens = torch.tensor([token for token in named if token is not None])
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows.
@@ -119,28 +124,38 @@ class ImageJob:
 
     def _prompt(self, row: dict) -> dict[str, torch.Tensor]:
         """The processor's output for one row, (1, L)."""
-        question = _question(row)
+        question = _question(row).replace(IMAGE_TAG, "")
         if not isinstance(row.get("image"), str):
             raise SkipRow("no image")
-        turn = user_turn(question.replace(IMAGE_TAG, ""), image_file(self.rows.folder / row["image"]), LONG_ANSWER)
+        if self._has_media(torch.tensor(self.processor.tokenizer(question).input_ids)):
+            raise SkipRow("more than one image tag")
         try:
-            inputs = dict(build_inputs(self.processor, [turn]))
+            picture = image_file(self.rows.folder / row["image"])()
         except UNREADABLE:
             raise SkipRow("unreadable image") from None
+        try:
+            inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
+        except ValueError:  # too small or too narrow
+            raise SkipRow("the processor refuses the image") from None
         if inputs["input_ids"].shape[1] >= self._limit:
             raise SkipRow("prompt exceeds the length limit")
         return inputs
+
+    def _has_media(self, ids: torch.Tensor) -> bool:
+        """Whether one of some token ids stands for an image or a video."""
+        return bool(torch.isin(ids.long(), self.media_tokens).any())
 
     @property
     def _limit(self) -> int:
         return min(self.target.max_positions, self.settings.max_len or self.target.max_positions)
 
     def _answers(self, prepared: dict[int, dict]) -> dict[int, torch.Tensor]:
-        longest = max(inputs["input_ids"].shape[1] for inputs in prepared.values())
+        # each prompt's own room: an answer may not be cut because a neighbour's prompt is long
+        rooms = [self._limit - inputs["input_ids"].shape[1] for inputs in prepared.values()]
         answers = generate_answers(
             self.target,
             list(prepared.values()),
-            min(self.settings.max_new_tokens, self._limit - longest),
+            [min(self.settings.max_new_tokens, room) for room in rooms],
             self.settings.temperature,
             seeds=[self.settings.seed + index for index in prepared],
         )
@@ -149,6 +164,8 @@ class ImageJob:
     def _sample(self, inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> Tokens:
         if len(answer) == 0 or int(answer[0]) in self.target.eos_token_ids:
             raise SkipRow("empty answer")
+        if self._has_media(answer):
+            raise SkipRow("image tag in the answer")
         ids = torch.cat([inputs["input_ids"][0], answer])
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[-len(answer) :] = True
@@ -160,7 +177,7 @@ class ImageJob:
 
 def _question(row: dict) -> str:
     """The human's text of a LLaVA-Pretrain row, image tag included."""
-    conversation = row.get("conversations")
+    conversation = row.get("conversations") if isinstance(row, dict) else None
     turns = [turn for turn in conversation or [] if isinstance(turn, dict)] if isinstance(conversation, list) else []
     question = next((turn.get("value") for turn in turns if turn.get("from") == "human"), None)
     if not isinstance(question, str):
@@ -169,6 +186,7 @@ def _question(row: dict) -> str:
         raise SkipRow("image tag missing")
     if question.count(IMAGE_TAG) > 1:
         raise SkipRow("more than one image tag")
+    check_unicode(question)
     return question
 
 

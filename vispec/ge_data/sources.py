@@ -59,7 +59,7 @@ def load_image(data_folder: str | None) -> Rows:
 
 
 def _read_rows(file: Path) -> list[dict]:
-    """A JSON list of objects, or one object a line."""
+    """A JSON list of objects, or one object a line; a row that is none is skipped where it is used."""
     with open(file, encoding="utf-8") as stream:
         try:
             rows = (
@@ -67,6 +67,6 @@ def _read_rows(file: Path) -> list[dict]:
             )
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list):
         raise ValueError(f"{file}: expected a list of objects")
     return rows
