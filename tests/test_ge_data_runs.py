@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_rows import CONFIGS, TARGETS, contents, generate, read_questions, write_questions, write_rows
 
@@ -143,6 +145,31 @@ def test_a_worker_that_dies_is_reported_and_the_others_finish(tmp_path, monkeypa
     assert errors.count("one line") < 20
 
 
+def test_a_worker_s_death_is_reported_while_the_others_work(tmp_path, monkeypatch):
+    """The first worker ends only when it sees what has been said about the second one."""
+    (tmp_path / "fake_worker.py").write_text(
+        "import os, sys, time\n"
+        "if sys.argv[-1] == '1/2': sys.exit(4)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    class Reports:
+        def write(self, text):
+            if "worker 1 ended with exit code 4" in text:
+                (tmp_path / "said").touch()
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stderr", Reports())
+    watch = threading.Timer(60, (tmp_path / "said").write_text, ["too late"])
+    watch.start()
+    assert workers.run_workers("fake_worker", [str(tmp_path / "said")], ["0", "1"], tmp_path / "logs") == 4
+    watch.cancel()
+    assert (tmp_path / "said").read_text() == ""
+
+
 def test_workers_make_the_files_of_one_process(data, unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workers, "visible_gpus", lambda: ["0", "1"])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -220,6 +247,7 @@ def test_bad_conversations_are_counted_and_listed(tmp_path, capsys):
     bad = {
         "no conversation": [],
         "malformed turn": [turn("human", 3), turn("gpt", "a")],
+        "broken unicode": [turn("human", "a \ud83d"), turn("gpt", "b")],
         "roles do not alternate": [*good, turn("gpt", "b")],
         "no human turn": [turn("gpt", "a")],
         "no answer": [turn("human", "a")],
@@ -251,8 +279,24 @@ def processor():
     return AutoProcessor.from_pretrained(TARGETS["llava"])
 
 
-def reasons(target, processor, rows, **settings):
-    job = ImageJob(target, processor, rows, Settings("llava", max_new_tokens=4, **settings))
+@pytest.mark.parametrize("store", ["tokens", "pairs"])
+def test_malformed_rows_end_no_run(tmp_path, store):
+    """Whatever stands in a row's place is skipped, and the rows beside it become samples."""
+    good = [turn("human", "what?"), turn("gpt", "a dog.")]
+    turns = [None, "what?", 3, {"from": "human"}, [None, None], ["human", "gpt"], [{"from": "human"}], [{"value": "a"}]]
+    turns += [[turn("human", value), good[1]] for value in (None, 3, ["a"], {"a": 1})]
+    turns += [[{"from": ["human"], "value": "a"}, good[1]], [{"value": "a"}, good[1], *good[:1]]]
+    rows = [{"conversations": value} for value in turns] + [None, [], "row", 3, {}]
+    rows += [{"conversations": [turn("human", ""), good[1]]}, {"conversations": good}]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    assert generate("text", "llava", tmp_path, tmp_path / "out", "--store", store) == 0
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["samples"] == 2
+    assert sum(entry["count"] for entry in manifest["skipped"].values()) == len(rows) - 2
+
+
+def reasons(target, processor, rows, family="llava", **settings):
+    job = ImageJob(target, processor, rows, Settings(family, max_new_tokens=4, **settings))
     return {index: str(found) for index, found in job.samples(range(len(rows)), range(len(rows)))}
 
 
@@ -268,9 +312,35 @@ def test_bad_image_rows_have_reasons(data, target, processor, tmp_path):
         ({"conversations": question}, "no image"),
         ({"image": "gone.png", "conversations": question}, "unreadable image"),
         ({"image": "text.png", "conversations": question}, "unreadable image"),
+        ({"image": "dot.png", "conversations": question}, "the processor refuses the image"),
+        ({"image": None, "conversations": question}, "no image"),
+        ({"image": "", "conversations": question}, "unreadable image"),
+        ({"image": "a\0.png", "conversations": question}, "unreadable image"),
+        ({"image": "dot.png", "conversations": [turn("human", "<im<image>age>")]}, "more than one image tag"),
+        ({"image": "dot.png", "conversations": [turn("human", "<image> \ud83d")]}, "broken unicode"),
+        ({"image": "dot.png", "conversations": {"from": "human"}}, "no human turn"),
+        ({"image": "dot.png", "conversations": [None, ["human"], {"value": "<image>"}]}, "no human turn"),
+        (None, "no human turn"),
+        ("row", "no human turn"),
     ]
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     rows = Rows([row for row, _ in cases], range(len(cases)), tmp_path)
     assert reasons(target, processor, rows) == {i: reason for i, (_, reason) in enumerate(cases)}
+
+
+def test_image_tokens_in_a_question_of_qwen_are_no_second_image(tmp_path):
+    from transformers import AutoProcessor
+
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
+    rows = [
+        {"image": "0.png", "conversations": [turn("human", f"<image> {text}")]}
+        for text in ("<|image_pad|>", "<|vision_start|><|video_pad|>")
+    ]
+    target = Target(load_target(TARGETS["qwen"]))
+    limits = {"min_pixels": 784, "max_pixels": 7056}
+    processor = AutoProcessor.from_pretrained(TARGETS["qwen"], **limits)
+    found = reasons(target, processor, Rows(rows, range(2), tmp_path), "qwen")
+    assert found == dict.fromkeys(range(2), "more than one image tag")
 
 
 def test_rows_without_room_or_answer_have_reasons(data, target, processor, monkeypatch):
@@ -280,4 +350,8 @@ def test_rows_without_room_or_answer_have_reasons(data, target, processor, monke
     end = torch.tensor(target.eos_token_ids[:1])
     monkeypatch.setattr(jobs, "generate_answers", lambda *arguments, **seeds: [end])
     assert reasons(target, processor, rows) == {0: "empty answer"}
+    media = torch.tensor([5, target.config.image_token_index, *end])
+    monkeypatch.setattr(jobs, "generate_answers", lambda *arguments, **seeds: [media])
+    assert reasons(target, processor, rows) == {0: "image tag in the answer"}
+    monkeypatch.setattr(jobs, "generate_answers", lambda *arguments, **seeds: [end])
     assert isinstance(next(ImageJob(target, processor, rows, Settings("llava")).samples([0], [0]))[1], SkipRow)

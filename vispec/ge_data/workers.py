@@ -2,10 +2,13 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from vispec.children import start_child
+
+POLL_SECONDS = 0.1
 
 
 def gpu_groups(gpus: Sequence[str], gpus_per_model: float) -> list[str]:
@@ -43,27 +46,32 @@ def run_workers(module: str, argv: Sequence[str], groups: Sequence[str], logs: P
     """Run `python -m module argv --worker i/n` once for each GPU group; all of them finish, or end with this process.
 
     Returns:
-        0, or the exit code of the first worker that failed; the end of its log goes to stderr.
+        0, or the exit code of the first worker that failed; the end of its log goes to stderr as soon as it has.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    running = []
+    running = {}
     for i, group in enumerate(groups):
         log = logs / f"worker_{i}.log"
         log.unlink(missing_ok=True)
         command = [module, *argv, "--worker", f"{i}/{len(groups)}"]
-        running.append((i, log, start_child(command, log, {"CUDA_VISIBLE_DEVICES": group})))
+        running[i] = (log, start_child(command, log, {"CUDA_VISIBLE_DEVICES": group}))
         print(f"worker {i}/{len(groups)} on GPU {group}: progress in {log}", flush=True)
     failed = 0
     try:
-        for i, log, process in running:
-            code = process.wait()
-            if code:
-                code = code if code > 0 else 128 - code
-                failed = failed or code
-                end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-                print(f"worker {i} ended with exit code {code}; the end of {log}:\n{end}", file=sys.stderr)
+        while running:
+            for i, (log, process) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[i]
+                if code:
+                    code = code if code > 0 else 128 - code
+                    failed = failed or code
+                    end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+                    report = f"worker {i} ended with exit code {code}; the end of {log}:\n{end}"
+                    print(report, file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS if running else 0)
     finally:
-        for _, _, process in running:
-            if process.poll() is None:
-                process.terminate()
+        for _, process in running.values():
+            process.terminate()
     return failed
