@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train_chain import LargestTensor
 
 from vispec.ge_data.sample_file import make_sample, write_sample
 from vispec.model.checkpoints import load_draft
@@ -173,6 +174,57 @@ def test_an_interrupted_run_ends_with_the_same_weights(data, tmp_path):
     assert (tmp_path / "a" / "state_3" / "model.safetensors").is_file()
 
 
+def test_a_crash_in_evaluation_does_not_lose_the_epoch(data, tmp_path):
+    settings = {"epochs": 3, "batch_size": 2}
+    make_trainer(data, tmp_path / "a", **settings).run()
+    broken = make_trainer(data, tmp_path / "b", **settings)
+    evaluate, epochs = broken.evaluate, iter((1, 2))
+
+    def fail_in_the_second():
+        if next(epochs) == 2:
+            raise MemoryError
+        return evaluate()
+
+    broken.evaluate = fail_in_the_second
+    with pytest.raises(MemoryError):
+        broken.run()
+    again = make_trainer(data, tmp_path / "b", **settings)
+    steps = []
+    again.update = lambda step: steps.append(step) or Trainer.update(again, step)
+    assert again.resume()
+    again.run()
+    assert steps == [6, 7, 8]
+    ends = [(tmp_path / name / "state_3" / "model.safetensors").read_bytes() for name in "ab"]
+    assert ends[0] == ends[1]
+    lines = [[json.loads(x) for x in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in "ab"]
+    assert [(x["epoch"], x["train"], x["held_out"]) for x in lines[0]] == [
+        (x["epoch"], x["train"], x["held_out"]) for x in lines[1]
+    ]
+
+
+def test_drafts_are_followed_in_some_steps_of_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("vispec.train.trainer.DRAFTS_EVERY", 4)
+    trainer = make_trainer(data, tmp_path / "cp", epochs=3, batch_size=2)
+    trainer.run()
+    lines = [json.loads(x) for x in (tmp_path / "cp" / "metrics.jsonl").read_text().splitlines()]
+    # the steps 0, 4 and 8, one of each epoch
+    assert all({"first1", "first5", "tau_of_chain"} <= line["train"].keys() for line in lines)
+    sums = trainer.accumulate([collate([trainer.train_set[(i, 0)] for i in range(6)])])
+    assert trainer.steps_done == 9 and "first1" not in sums.summary()
+    trainer.epoch, trainer.step_in_epoch = 0, 4
+    summary = trainer.accumulate([collate([trainer.train_set[(i, 0)] for i in range(6)])]).summary()
+    assert summary["first1"] == pytest.approx(summary["top1"], abs=1e-6)
+
+
+def test_tokens_are_chosen_some_rows_at_a_time(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "cp")
+    trainer.lm_head, features = torch.randn(5000, SIZE), torch.randn(2000, SIZE)
+    with LargestTensor() as largest:
+        found = trainer._tokens(features)
+    assert torch.equal(found, (features @ trainer.lm_head.T).argmax(-1))
+    assert largest.numel <= 2**20 + 5000 * 256
+
+
 def test_a_run_of_other_arguments_is_refused(data, tmp_path):
     trainer = make_trainer(data, tmp_path / "cp")
     trainer.save()
@@ -309,7 +361,7 @@ def test_tensorboard_has_every_step_once(data, tmp_path):
     losses = {"loss", "feature", "token", "ranking", "top1", "top2", "top3"}
     drafts = {"first1", "first2", "first3", "first4", "first5", "tau_of_chain"}
     groups = {"train_step": losses | {"lr", "gradient_norm"}, "held_out": losses | drafts}
-    groups["train"] = groups["train_step"]
+    groups["train"] = groups["train_step"] | drafts
     tags = events.Tags()["scalars"]
     for group, names in groups.items():
         assert {f"{group}/{name}" for name in names} <= set(tags)

@@ -3,11 +3,16 @@
 Shapes: B rows, L tokens, H hidden size, R pairs after compression, S scored pairs.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from vispec.model.draft import DraftHead, rotary_angles, rotate
 from vispec.model.pairs import Span
+
+SCORES = 2**24
+"""Attention scores held at a time where drafts are followed: a long sample has rows x rows of them for every head."""
 
 
 def draft_chain(
@@ -54,14 +59,14 @@ def drafted_in_a_row(
     images: list[list[Span]],
     lengths: list[int],
     depth: int,
-) -> list[torch.Tensor]:
+) -> Iterator[torch.Tensor]:
     """What the head would draft from every pair at once, along the given tokens.
 
     A draft of m tokens that ends at pair p reads the target's features up to pair p-m+1 and its own after that. All
     starts share the keys of the first pass, so pass m needs the keys of passes 2 … m at one pair each: the attention is
     one masked matrix and m-1 single columns.
 
-    Returns:
+    Yields:
         `depth` outputs (B, L, H): the m-th one at pair p is that of a draft whose m-th token is predicted by pair p.
     """
     if len(head.layers) != 1:
@@ -70,15 +75,13 @@ def drafted_in_a_row(
     layout = head.plan(lengths, images).to(hidden.device)
     index = layout.positions[..., None].expand(-1, -1, hidden.shape[2])
     next_embeds = shift_left(embeds, lengths).gather(1, index)
-    rows, groups = index.shape[1], attention.heads // attention.kv_heads
-    offsets = torch.arange(rows, device=hidden.device)
-    offsets = offsets[:, None] - offsets  # how far key j lies behind query i
+    groups = attention.heads // attention.kv_heads
 
     def project(x, projection, heads):
         return projection(x).view(*x.shape[:2], heads, attention.head_dim).transpose(1, 2)
 
-    features, keys, values, outs = hidden.gather(1, index), [], [], []
-    for m in range(1, depth + 1):
+    features, keys, values = hidden.gather(1, index), [], []
+    for _ in range(depth):
         x, _ = head._inputs(layout, features, embeds, next_embeds)
         rotary = rotary_angles(layout.positions, attention.head_dim, head.config.rope_theta, x.dtype)
         q = rotate(project(x, attention.q_proj, attention.heads), rotary)
@@ -86,20 +89,37 @@ def drafted_in_a_row(
         v = project(x, attention.v_proj, attention.kv_heads).repeat_interleave(groups, 1)
         keys.append(k)
         values.append(v)
-        scores = (q @ keys[0].transpose(2, 3)).masked_fill(offsets < m - 1, -torch.inf)
-        own = [_delay(keys[s], m - 1 - s) for s in range(1, m)]
-        scores = torch.cat([scores, *[(q * key).sum(-1, keepdim=True) for key in own]], dim=-1)
-        weights = (scores.float() * attention.head_dim**-0.5).softmax(-1).nan_to_num().to(v.dtype)
-        mixed = weights[..., :rows] @ values[0]
-        for s in range(1, m):
-            mixed = mixed + weights[..., rows + s - 1, None] * _delay(values[s], m - 1 - s)
-        x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        x = x + attention.o_proj(_attend(q, keys, values).transpose(1, 2).flatten(2))
         out = x + layer.mlp(layer.post_attention_layernorm(x))
         places = index.masked_fill(~layout.valid[..., None], hidden.shape[1])
         full = out.new_zeros(out.shape[0], hidden.shape[1] + 1, out.shape[2]).scatter(1, places, out)
-        outs.append(full[:, :-1])
+        yield full[:, :-1]
         features = F.pad(out[:, :-1], (0, 0, 1, 0))
-    return outs
+
+
+def _attend(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    """Attention of the last of m passes, some queries at a time: all (B, heads, R, head_dim), one key a pass.
+
+    A query sees what the first pass has made of the pairs at least m-1 before it, and of each later pass one pair.
+    """
+    behind = len(keys) - 1
+    own = [(_delay(keys[s], behind - s), _delay(values[s], behind - s)) for s in range(1, len(keys))]
+    rows = q.shape[2]
+    size = max(SCORES // (q.shape[0] * q.shape[1] * rows), 1)
+    places = torch.arange(rows, device=q.device)
+    mixed = torch.empty_like(q)
+    for start in range(0, rows, size):
+        end = min(start + size, rows)
+        query = q[:, :, start:end]
+        unseen = places[start:end, None] - places[:end] < behind
+        scores = (query @ keys[0][:, :, :end].transpose(2, 3)).masked_fill(unseen, -torch.inf)
+        columns = [(query * key[:, :, start:end]).sum(-1, keepdim=True) for key, _ in own]
+        weights = (torch.cat([scores, *columns], dim=-1).float() * q.shape[3] ** -0.5).softmax(-1)
+        weights = weights.nan_to_num().to(q.dtype)
+        mixed[:, :, start:end] = weights[..., :end] @ values[0][:, :, :end]
+        for column, (_, value) in enumerate(own, end):
+            mixed[:, :, start:end] += weights[..., column, None] * value[:, :, start:end]
+    return mixed
 
 
 def _delay(x: torch.Tensor, pairs: int) -> torch.Tensor:

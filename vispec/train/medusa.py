@@ -7,7 +7,7 @@ one pair further back. Batches, losses and numbers are those of the other method
 Shapes: B samples, L tokens, H hidden size, S scored pairs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -33,8 +33,8 @@ class MedusaTrainer(Trainer):
         hidden = batch.hidden.flatten(0, 1)
         return torch.stack([block(hidden[batch.scored - j]) for j, block in enumerate(self.head.medusa_head)], dim=1)
 
-    def drafted(self, batch: Batch) -> list[torch.Tensor]:
-        return list(self.outputs(batch).unbind(1))[:DEPTH]
+    def drafted(self, batch: Batch) -> Iterable[torch.Tensor]:
+        return self.outputs(batch).unbind(1)[:DEPTH]
 
     def _loader(self, *dataset_and_keys) -> Iterator[Batch]:
         batches = super()._loader(*dataset_and_keys)

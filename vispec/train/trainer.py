@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from vispec.cli import changes, write_atomic
 from vispec.model.draft import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
-from vispec.train.losses import Objective, summed_loss
+from vispec.train.losses import Objective, chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.processes import Processes
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the target's code takes seconds to import, and training on 
 
 RESUME_FILE = "resume.pt"
 RESUME_FORMAT = 2
+DRAFTS_EVERY = 25
+"""Steps of training between two whose drafts are followed: that takes several passes of the head."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,15 @@ class Trainer:
         """
         pairs = self.processes.sum(torch.tensor(sum(len(b.scored) for b in batches))).item()
         steps = self.recipe.mtp_steps + 1
+        follow_drafts = self.steps_done % DRAFTS_EVERY == 0
         sums = Sums()
         for batch in batches:
             batch = batch.to(self.processes.device, torch.float32)
             loss, parts = self.loss(batch)
             (loss / max(pairs * steps, 1)).backward()
             sums.add(parts, len(batch.scored), steps, len(batch.lengths))
+            if follow_drafts:
+                sums.add_drafts(*self._drafts(batch))
         for parameter in self.parameters:
             if parameter.grad is None:  # the image parameters in a step without images
                 parameter.grad = torch.zeros_like(parameter)
@@ -161,7 +166,10 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
     def run(self) -> None:
-        """Train to the last epoch, from wherever `resume` has put us."""
+        """Train to the last epoch, from wherever `resume` has put us.
+
+        An epoch's last step is on disk before the evaluation begins: what goes wrong there does not cost the epoch.
+        """
         log = None
         if self.processes.is_main:
             remove_leftovers(self.folder, (RESUME_FILE, METRICS_FILE, "training.json"))
@@ -229,7 +237,8 @@ class Trainer:
             )
             if log and log.writer:
                 log.step(self.steps_done, sums.summary() | {"lr": self.optimizer.param_groups[0]["lr"]})
-            if self.recipe.save_steps and self.step_in_epoch % self.recipe.save_steps == 0:
+            due = self.recipe.save_steps and self.step_in_epoch % self.recipe.save_steps == 0
+            if due or self.step_in_epoch == self.steps_per_epoch:
                 self.save()
         bar.close()
 
@@ -245,30 +254,32 @@ class Trainer:
             with self.processes.precision():
                 rows = self.outputs(batch)
                 _, parts = summed_loss(self.recipe.objective, rows, batch.targets, self.lm_head)
-                sums.add(parts, len(batch.scored), self.recipe.mtp_steps + 1, len(batch.lengths))
-                sums.add_drafts(*self._drafts(batch))
+            sums.add(parts, len(batch.scored), self.recipe.mtp_steps + 1, len(batch.lengths))
+            sums.add_drafts(*self._drafts(batch))
         self.head.train()
         return Sums(self.processes.sum(sums.values).tolist())
 
-    def drafted(self, batch: Batch) -> list[torch.Tensor]:
+    def drafted(self, batch: Batch) -> Iterable[torch.Tensor]:
         """Up to DEPTH outputs (S, H): the m-th at a scored pair is that of the draft whose m-th token it predicts."""
         embeds = batch.embeds(self._table)
         outs = drafted_in_a_row(self.head, batch.hidden, embeds, batch.images, batch.lengths, DEPTH)
-        return [out.flatten(0, 1)[batch.scored] for out in outs]
+        return (out.flatten(0, 1)[batch.scored] for out in outs)
 
+    @torch.no_grad()
     def _drafts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         shape = batch.ids.shape
         choice = self._tokens(batch.targets)
         right = torch.zeros(DEPTH, shape.numel(), dtype=torch.bool, device=choice.device)
-        for m, out in enumerate(self.drafted(batch)):
-            right[m, batch.scored] = self._tokens(out) == choice
+        with self.processes.precision():
+            for m, out in enumerate(self.drafted(batch)):
+                right[m, batch.scored] = self._tokens(out) == choice
         along, scored = torch.zeros_like(right[0]), torch.zeros_like(right[0])
         scored[batch.scored] = True
         along[batch.scored] = batch.ids.flatten()[batch.scored + 2] == choice
         return count_in_a_row(right.view(DEPTH, *shape), along.view(shape), scored.view(shape))
 
     def _tokens(self, features: torch.Tensor) -> torch.Tensor:
-        chunks = features.split(1024)
+        chunks = features.split(chunk_rows(features.device.type, self.lm_head.shape[0], 1))
         return torch.cat([(c.to(self.lm_head.dtype) @ self.lm_head.T).argmax(-1) for c in chunks])
 
     @property
