@@ -74,8 +74,11 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
         _work(stage, family, args, rows, folder, share(batches, worker, count), worker)
         return 0
 
+    from vispec.ge_data.target_identity import identify_target
+
     arguments = {k: v for k, v in vars(args).items() if k not in ("outdir", "worker", "gpus_per_model")}
-    folder = RunFolder.open(args.outdir, {"stage": stage, "family": family, **arguments, "end": end})
+    arguments = {"stage": stage, "family": family, **arguments, "end": end}
+    folder = RunFolder.open(args.outdir, arguments, identify_target(args.model, args.dtype))
     groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
     if len(groups) > 1:
         module = f"vispec.ge_data.allocation_{family}_{'shargpt' if stage == 'text' else 'pretrain_gen'}"

@@ -36,12 +36,10 @@ def full_matrices(stage: str, model: str, dtype: str) -> FullMatrices:
     import torch
     from transformers import AutoConfig
 
+    from vispec.ge_data.target_identity import dtype_of
+
     config = AutoConfig.from_pretrained(model)
-    if dtype == "auto":
-        # the argument has a new name in transformers 5; where the config says nothing the smaller dtype is fair
-        found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.bfloat16
-    else:
-        found = getattr(torch, dtype)
+    found = dtype_of(config, dtype) or torch.bfloat16  # where the config says nothing the smaller dtype is fair
     count = 1 if stage == "text" else 2
     return FullMatrices(count, count, config.get_text_config().hidden_size, found.itemsize)
 

@@ -21,27 +21,31 @@ class RunFolder:
     manifest: dict = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: str | Path, arguments: Mapping) -> "RunFolder":
+    def open(cls, path: str | Path, arguments: Mapping, target: Mapping) -> "RunFolder":
         """Begin a run, or go on with one that was interrupted.
 
+        Args:
+            target: what `identify_target` says of it.
+
         Raises:
-            ValueError: the folder holds files that other arguments made.
+            ValueError: the folder holds files that other arguments or another target made.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         arguments = json.loads(json.dumps(dict(arguments)))
         file = path / MANIFEST
-        if file.is_file():
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            found = manifest["arguments"]
-            if differences := changes(found, arguments):
+        if manifest := read_manifest(path):
+            if differences := changes(manifest["arguments"], arguments):
                 raise ValueError(f"{path} was made with other arguments ({differences}); choose another --outdir")
+            # earlier versions did not note the target
+            if differences := changes(manifest.get("target", target), target):
+                raise ValueError(f"{path} was made by another target ({differences}); choose another --outdir")
         elif any(path.glob(f"*{SUFFIX}")):
             raise ValueError(f"{path} holds sample files but no {MANIFEST}; choose another --outdir")
         else:
             made_by = provenance(arguments)
             made_by.pop("arguments")
-            manifest = {"arguments": arguments, "complete": False, **made_by}
+            manifest = {"arguments": arguments, "target": dict(target), "complete": False, **made_by}
             write_json_atomic(file, manifest)
         for leftover in [*path.glob(f".*{SUFFIX}.*"), *path.rglob(".*.json.*")]:  # of writes that were killed
             leftover.unlink()
@@ -71,6 +75,24 @@ class RunFolder:
         )
         write_json_atomic(self.path / MANIFEST, self.manifest)
         return self.manifest
+
+
+def read_manifest(folder: Path) -> dict:
+    """What made the data in a folder; empty where no manifest says it.
+
+    Raises:
+        ValueError: the file is not a manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a manifest of data generation ({error})") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("arguments"), dict):
+        raise ValueError(f"{path}: not a manifest of data generation (no arguments)")
+    return manifest
 
 
 def batches_of(indices: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -15,6 +15,7 @@ from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
 from vispec.model.hub import model_card
 from vispec.model.medusa import MedusaHead
+from vispec.train.folders import check_folders
 from vispec.train.medusa import MedusaTrainer
 from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
@@ -138,7 +139,9 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     if not args.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
 
-    train_paths, held_out_paths = hold_out(find_samples(args.tmpdir))
+    paths = find_samples(args.tmpdir)
+    check_folders(paths, stored=not args.online)
+    train_paths, held_out_paths = hold_out(paths)
     all_features = method == "eagle2"
     online = None
     if args.online:

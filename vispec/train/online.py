@@ -4,7 +4,6 @@ The processes that load data read token ids and pictures only. The target runs i
 unpadded sample at a time: exactly the pass of data generation, so the features are those that would have been stored.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vispec.ge_data.jobs import features, image_inputs
-from vispec.ge_data.run_folder import MANIFEST
+from vispec.ge_data.run_folder import MANIFEST, read_manifest
 from vispec.ge_data.sample_file import Sample, Tokens, read_tokens
 from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER
 from vispec.model.target import Target, load_target
@@ -43,7 +42,7 @@ class Pictures:
 
     def __init__(self, model: str, folders: Iterable[Path], data_folder: str | None = None):
         self.data_folder = data_folder
-        self._arguments = {folder: _manifest_arguments(folder) for folder in sorted(folders)}
+        self._arguments = {folder: read_manifest(folder).get("arguments", {}) for folder in sorted(folders)}
         limits = {_pixel_limits(arguments) for arguments in self._arguments.values()}
         self._processors = {pair: _load_processor(model, pair) for pair in limits}
 
@@ -135,17 +134,6 @@ def load_frozen(model: str, dtype: str, device: torch.device) -> Target:
             {"": device} if device.type == "cuda" else None,
         )
     )
-
-
-def _manifest_arguments(folder: Path) -> dict:
-    """What the data in a folder was made with; empty where no manifest says it."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path}: not a manifest of data generation ({error})") from None
 
 
 def _pixel_limits(arguments: dict) -> tuple[int | None, ...]:
