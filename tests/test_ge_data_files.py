@@ -5,6 +5,7 @@ import torch
 
 from vispec.ge_data.sample_file import (
     Sample,
+    Tokens,
     make_sample,
     needed_positions,
     read_length,
@@ -100,6 +101,9 @@ def test_cut_never_splits_an_image():
     for max_len, length, spans in ((20, 20, 3), (16, 15, 2), (10, 8, 1), (5, 3, 0)):
         cut = sample.cut(max_len)
         assert (len(cut), len(cut.images)) == (length, spans)
+        tokens = Tokens(ids, mask, images, picture="a.png").cut(max_len)
+        assert torch.equal(tokens.input_ids, cut.input_ids) and torch.equal(tokens.loss_mask, cut.loss_mask)
+        assert tokens.images == cut.images and tokens.picture == "a.png"
         assert cut.image_embeds.shape[0] == sum(end - start for start, end in cut.images)
         assert (cut.hidden_positions < length).all()
         assert len(cut.hidden) == len(cut.hidden_positions)

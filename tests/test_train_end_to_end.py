@@ -1,6 +1,7 @@
 """The whole way on a tiny random target: text data, stage 1, image data, stage 2, a head that decodes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from vispec.ge_data.sample_file import read_sample
 from vispec.model.checkpoints import build_head, load_draft, read_config
 from vispec.model.target import Target, load_target
 from vispec.train import main, main_mtp
+from vispec.train.processes import Processes
 from vispec.train.target_weights import read_tables
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -199,6 +201,25 @@ def test_published_configs_build_heads(file, name):
     entry = entry.get("tensors", entry)
     head = build_head(read_config(CONFIGS / file), "vispec", 2)
     assert {key: list(value.shape) for key, value in head.state_dict().items()} == entry
+
+
+def test_a_run_goes_on_with_its_own_target_and_precision_only(samples, tmp_path, monkeypatch):
+    target = shutil.copytree(LLAVA, tmp_path / "target")
+    arguments = ["--basepath", str(target), "--configpath", CONFIG, "--tmpdir", str(samples / "t")]
+    arguments += ["--cpdir", str(tmp_path / "cp"), "--num-epochs", "1", "--bs", "8"]
+    assert main.main(arguments) == 0
+    tensors = load_file(target / "model.safetensors")
+    (head,) = [name for name in tensors if name.endswith("lm_head.weight")]
+    tensors[head][3, 5] += 1
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="cp holds a run of other arguments .target_tables '.*' there, '.*' now"):
+        main.main(arguments)
+    arguments[1] = LLAVA
+    assert main.main(arguments) == 0
+    bf16 = Processes(torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr("vispec.train.command.launched_processes", lambda: bf16)
+    with pytest.raises(ValueError, match="mixed_precision 'no' there, 'bf16' now"):
+        main.main(arguments)
 
 
 def test_refusals_name_the_flag(samples, tmp_path):

@@ -89,6 +89,20 @@ def test_the_plan_counts_the_target_s_memory(made, tmp_path, capsys):
     assert size == pytest.approx(2 * count / 2**20, abs=0.05)
 
 
+def test_the_plan_counts_what_training_cuts(made, tmp_path, capsys):
+    """The same numbers from ids as from stored features."""
+    plans = []
+    for store, more in (("tokens", ["--online"]), ("pairs", [])):
+        arguments = ["--basepath", TARGETS["llava"], "--configpath", CONFIGS["llava"], "--cpdir", str(tmp_path / "cp")]
+        arguments += ["--tmpdir", str(made / f"image_{store}"), "--max-len", "240", "--dry-run", *more]
+        assert main_mtp.main(arguments) == 0
+        plan = capsys.readouterr().out
+        plans.append([line for line in plan.splitlines() if line.startswith(("tokens", "images", "scored", "cut"))])
+        plans[-1].append(plan.split("⟦")[1])
+    assert plans[0] == plans[1]
+    assert re.search(r"cut +[1-6] of all samples by \d+ tokens", plans[0][3])
+
+
 def test_token_files_are_small_and_complete(made):
     for stage in ("text", "image"):
         for path in (made / f"{stage}_tokens").glob("*.safetensors"):

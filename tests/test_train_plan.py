@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import command, finish
 from test_train_steps import EIGHT_SHAPES, write_data
 
 from vispec.ge_data.sample_file import make_sample, read_sample
@@ -33,6 +34,7 @@ def test_the_plan_of_a_run(arguments, tmp_path, capsys):
     # the mask of each sample ends one before its end, and pair i stands for token i+2
     scored = sum(int(sample.loss_mask[2:].sum()) for sample in samples)
     assert f"scored pairs  {scored}, held out {int(held_out.loss_mask[2:].sum())}\n" in plan
+    assert "cut           0 of all samples by 0 tokens together, to --max-len 4,096; 0 have nothing to score\n" in plan
     assert "steps         4 an epoch of 2 samples each, 20 in 5 epochs\n" in plan
     trained = int(re.search(r"parameters +([\d,]+) trained, 2,432 frozen", plan)[1].replace(",", ""))  # 38 x 64
     assert f"MiB  AdamW's two moments: {trained:,} x 8 bytes" in plan
@@ -52,6 +54,25 @@ def test_the_plan_of_a_run_that_goes_on(arguments, tmp_path, capsys):
     with pytest.raises(ValueError, match="--begin-epoch 1: --cpdir .* is at epoch 2"):
         main.main([*arguments, *more, "--dry-run", "--begin-epoch", "1"])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cp").rglob("*")} == before
+
+
+def test_the_plan_tells_what_is_cut(arguments, tmp_path, capsys):
+    """EIGHT_SHAPES has samples of 9, 40, 23, 30, 12, 17, 14 and 60 tokens, some with images around the 13th."""
+    assert main.main([*arguments, "--max-len", "13", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    cuts = [read_sample(path).cut(13) for path in sorted((tmp_path / "data").iterdir())]
+    lost = 9 + 40 + 23 + 30 + 12 + 17 + 14 + 60 - sum(map(len, cuts))
+    empty = sum(not sample.scored().any() for sample in cuts)
+    assert empty and len(cuts[1]) == 3
+    line = f"cut           6 of all samples by {lost} tokens together, to --max-len 13; {empty} have nothing to score\n"
+    assert line in plan
+
+
+def test_processes_plan_once_and_part_in_order(arguments, tmp_path):
+    text = finish(command(2, "-m", "vispec.train.main_mtp", *arguments, "--dry-run"), tmp_path / "log")
+    assert text.count("plan of this run") == text.count("starts from random weights") == 1
+    assert "2 an epoch of 4 samples each" in text
+    assert "warn" not in text.lower() and "destroy_process_group" not in text
 
 
 def test_flags_that_exclude_each_other(arguments):

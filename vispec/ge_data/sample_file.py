@@ -44,6 +44,17 @@ class Tokens:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def length_within(self, max_len: int) -> int:
+        """How many of the first `max_len` tokens stay: an image that would be cut in two goes with all that follows."""
+        length = min(len(self), max_len)
+        return min([length] + [start for start, end in self.images if start < length < end])
+
+    def cut(self, max_len: int) -> "Tokens":
+        """The first `max_len` tokens, see `length_within`."""
+        length = self.length_within(max_len)
+        images = [span for span in self.images if span[1] <= length]
+        return Tokens(self.input_ids[:length], self.loss_mask[:length], images, picture=self.picture, name=self.name)
+
     def scored(self) -> torch.Tensor:
         """(L,) bool: pair i is scored iff token i+2, which its target feature predicts, is the assistant's."""
         return scored_pairs(self.loss_mask)
@@ -71,22 +82,14 @@ class Sample(Tokens):
         return self.hidden_positions.shape[0] >= len(self) - 1
 
     def cut(self, max_len: int) -> "Sample":
-        """The first `max_len` tokens; an image that would be cut in two is left out with all that follows."""
-        length = min(len(self), max_len)
-        length = min([length] + [start for start, end in self.images if start < length < end])
-        if length == len(self):
-            return self
-        images = [span for span in self.images if span[1] <= length]
-        kept = self.hidden_positions < length
+        """The first `max_len` tokens with their features, see `length_within`."""
+        tokens = super().cut(max_len)
+        kept = self.hidden_positions < len(tokens)
         return Sample(
-            self.input_ids[:length],
-            self.loss_mask[:length],
-            images,
-            self.image_embeds[: sum(end - start for start, end in images)],
-            self.hidden_positions[kept],
-            self.hidden[kept],
-            picture=self.picture,
-            name=self.name,
+            **vars(tokens),
+            image_embeds=self.image_embeds[: sum(end - start for start, end in tokens.images)],
+            hidden_positions=self.hidden_positions[kept],
+            hidden=self.hidden[kept],
         )
 
 

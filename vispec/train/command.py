@@ -20,7 +20,7 @@ from vispec.train.medusa import MedusaTrainer
 from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths
-from vispec.train.target_weights import read_tables
+from vispec.train.target_weights import read_tables, tables_digest
 from vispec.train.trainer import Recipe, Trainer, recipe_identity
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, n
 def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None = None) -> int:
     """Everything behind a training command once its arguments are read."""
     processes = launched_processes()
+    if not processes.is_main:
+        logger.setLevel(logging.ERROR)  # the main process says it
     embedding, lm_head = read_tables(args.basepath)
     head = start_head(args, embedding, method, num_q)
     blind = getattr(args, "blind", False)
@@ -155,6 +157,8 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     lengths = (read_lengths(train_paths, args.max_len), read_lengths(held_out_paths, args.max_len))
     identity = {
         "method": method,
+        "target_tables": tables_digest(embedding, lm_head),
+        "mixed_precision": processes.mixed_precision,
         "num_q": num_q,
         "blind": blind,
         "max_len": args.max_len,
@@ -178,7 +182,8 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         raise ValueError(f"--begin-epoch {args.begin_epoch}: --cpdir {folder} is at epoch {trainer.epoch}")
     if args.dry_run:
         if processes.is_main:
-            print_plan(trainer, args.basepath)
+            print_plan(trainer, args.basepath, args.max_len)
+        processes.leave()
         return 0
     if processes.is_main:
         trained = sum(p.numel() for p in trainer.parameters)
@@ -213,7 +218,8 @@ def _online_data(
 
 def _describe(args: argparse.Namespace, identity: dict, head: BaseHead, epoch: int, line: dict) -> str:
     """The model card of a head after an epoch."""
-    told = {name: value for name, value in identity.items() if value is not None and name not in ("tmpdir", "loadpath")}
+    untold = ("tmpdir", "loadpath", "target_tables")
+    told = {name: value for name, value in identity.items() if value is not None and name not in untold}
     return model_card(head, args.basepath, args.tmpdir, {"epoch": epoch, **told}, line["held_out"])
 
 

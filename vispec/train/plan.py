@@ -1,23 +1,31 @@
 """--dry-run: what a training command would do with its data, by counting and arithmetic."""
 
+from functools import partial
+
 import torch
 from torch.utils.data import DataLoader
 
-from vispec.ge_data.sample_file import Sample
+from vispec.ge_data.sample_file import Tokens, read_length
 from vispec.train.losses import chunk_rows
-from vispec.train.samples import SampleFolder, without_tracebacks
+from vispec.train.samples import without_tracebacks
 from vispec.train.trainer import Trainer
 
 LOGIT_TENSORS = 6
 """Of a chunk of the loss: logits and probabilities of target and draft, their difference, the logits' gradient."""
 
 
-def print_plan(trainer: Trainer, basepath: str) -> None:
-    """Read all samples and print what `trainer` would do; `basepath` has the target's tokenizer."""
+def print_plan(trainer: Trainer, basepath: str, max_len: int) -> None:
+    """Read all samples and print what `trainer` would do.
+
+    Args:
+        basepath: has the target's tokenizer.
+        max_len: to which training cuts samples.
+    """
     tokenizer = _tokenizer(basepath)
     recipe = trainer.recipe
-    tokens, scored, images = _count(trainer.train_set, recipe.workers)
-    held_out = _count(trainer.held_out_set, recipe.workers)
+    tokens, scored, images, *cut = _count(trainer.train_set, recipe.workers, max_len)
+    held_out = _count(trainer.held_out_set, recipe.workers, max_len)
+    cut, lost, empty = (a + b for a, b in zip(cut, held_out[3:], strict=True))
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     frozen = sum(parameter.numel() for parameter in trainer.head.parameters()) - trained
     begun = trainer.steps_done
@@ -27,6 +35,8 @@ def print_plan(trainer: Trainer, basepath: str) -> None:
         f"tokens        {tokens:,}, held out {held_out[0]:,}; the longest sample has {max(trainer.lengths[0]):,}\n"
         f"images        {images:,}, held out {held_out[2]:,}\n"
         f"scored pairs  {scored:,}, held out {held_out[1]:,}\n"
+        f"cut           {cut:,} of all samples by {lost:,} tokens together, to --max-len {max_len:,}; "
+        f"{empty:,} have nothing to score\n"
         f"steps         {trainer.steps_per_epoch:,} an epoch of {trainer.group_size} samples each, "
         f"{trainer.steps_per_epoch * recipe.epochs:,} in {recipe.epochs} epochs"
         + (f"; {begun:,} of them are done" if begun else "")
@@ -38,7 +48,7 @@ def print_plan(trainer: Trainer, basepath: str) -> None:
     print("  not counted: the allocator's reserve, the libraries, the processes that read samples")
     sample, _ = trainer.train_set[(0, None)]
     print(f"first sample  {sample.name}, scored tokens in ⟦ ⟧:")
-    print(marked_text(sample, tokenizer))
+    print(marked_text(sample.cut(max_len), tokenizer), flush=True)
 
 
 def memory_estimate(trainer: Trainer) -> dict[str, int]:
@@ -71,7 +81,7 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
     return parts
 
 
-def marked_text(sample: Sample, tokenizer) -> str:
+def marked_text(sample: Tokens, tokenizer) -> str:
     """The text of a sample with its scored tokens in ⟦ ⟧; token i+2 is that of scored pair i. An image is one word."""
     kind = torch.zeros(len(sample), dtype=torch.long)
     kind[2:] = sample.scored()[:-2]
@@ -97,16 +107,20 @@ def _tokenizer(basepath: str):
         raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
 
 
-def _count(samples: SampleFolder, workers: int) -> list[int]:
-    """Tokens, scored pairs and images of all samples, each read as training reads it."""
+def _count(samples: torch.utils.data.Dataset, workers: int, max_len: int) -> list[int]:
+    """Sums of `_numbers` over all samples, each read as training reads it."""
     from tqdm import tqdm
 
     keys = [(index, None) for index in range(len(samples))]
-    loader = DataLoader(samples, sampler=keys, batch_size=None, collate_fn=_numbers, num_workers=workers)
+    loader = DataLoader(
+        samples, sampler=keys, batch_size=None, collate_fn=partial(_numbers, max_len), num_workers=workers
+    )
     bar = tqdm(without_tracebacks(loader), total=len(keys), desc="samples", leave=False)
-    return sum(bar, torch.zeros(3, dtype=torch.long)).tolist()
+    return sum(bar, torch.zeros(6, dtype=torch.long)).tolist()
 
 
-def _numbers(item: tuple[Sample, torch.Tensor]) -> torch.Tensor:
-    sample, _ = item
-    return torch.tensor([len(sample), int(sample.scored().sum()), len(sample.images)])
+def _numbers(max_len: int, item: tuple) -> torch.Tensor:
+    """Tokens, scored pairs and images of a sample; whether it is cut, by how many tokens; whether nothing is scored."""
+    sample = item[0].cut(max_len)
+    scored, lost = int(sample.scored().sum()), read_length(sample.name) - len(sample)
+    return torch.tensor([len(sample), scored, len(sample.images), lost > 0, lost, scored == 0])

@@ -18,6 +18,11 @@ class Processes:
     """A context manager's factory for mixed precision."""
 
     @property
+    def mixed_precision(self) -> str:
+        """As accelerate's --mixed_precision says it."""
+        return "bf16" if self.autocast else "no"
+
+    @property
     def is_main(self) -> bool:
         return self.index == 0
 

@@ -1,5 +1,6 @@
 """Of the target, training needs two tables only: the token embedding and the output head."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
     if not _is_tied(basepath):
         raise ValueError(f"{basepath}: no tensor {HEAD}, and the config does not tie it to the embedding")
     return embedding, embedding
+
+
+def tables_digest(*tables: torch.Tensor) -> str:
+    """What tells tables from others: a hash of their dtypes, shapes and numbers."""
+    digest = hashlib.blake2b(digest_size=8)
+    for table in tables:
+        digest.update(f"{table.dtype} {tuple(table.shape)}".encode())
+        digest.update(table.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _weight_files(basepath: str) -> dict[str, Path]:
