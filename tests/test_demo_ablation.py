@@ -12,6 +12,7 @@ from vispec.cli import UserError
 from vispec.demo import ablation, curves, embedded, runner, tau
 from vispec.model.checkpoints import load_draft
 from vispec.train import main, main_mtp
+from vispec.train.metrics import MetricsLog
 
 QUICK = ["--epochs", "1", "--questions", "2"]
 
@@ -79,6 +80,37 @@ def test_what_is_there_is_not_made_again(work, started, tmp_path, capsys):
     assert (tmp_path / "tau" / "reference_0.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds other trainings .epochs 1 there, 3 now"):
         ablation.main([*arguments, "--epochs", "3"])
+    commands = json.loads((tmp_path / "settings.json").read_text())["commands"]
+    assert commands.keys() == {"reference_0", "reference_1"}
+    loaded = work / "stage1" / "state_2"
+    assert commands["reference_0"].startswith("python -m vispec.train.main_mtp --basepath=")
+    assert f" --loadpath={loaded} " in commands["reference_0"] and " --seed=0 " in commands["reference_0"]
+
+
+def test_other_command_lines_are_refused(work, started, tmp_path, monkeypatch):
+    arguments = ["--work", str(work), "--out", str(tmp_path), "--variants", "ce", *QUICK, "--seeds", "0", "0"]
+    assert ablation.main(arguments) == 0
+    assert len(started) == 2  # one training and one measurement
+    monkeypatch.setitem(ablation.FLAGS, "--bs", "8")
+    with pytest.raises(
+        UserError, match="other trainings .ce_0 'python .* --bs=16 .*' there, 'python .* --bs=8 .*' now"
+    ):
+        ablation.main(arguments)
+
+
+def test_a_training_killed_before_it_could_note_its_end_goes_on(work, started, tmp_path, monkeypatch):
+    arguments = ["--work", str(work), "--out", str(tmp_path), "--variants", "ce", *QUICK, "--seeds", "0"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(MetricsLog, "epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ablation.main(arguments)
+    assert (tmp_path / "ce_0" / "state_1").is_dir()
+    assert ablation.main(arguments) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["held_out"]["samples"] == 1
 
 
 def test_a_cell_has_the_mean_and_each_seed():
@@ -93,7 +125,7 @@ def test_a_cell_has_the_mean_and_each_seed():
 
 def test_the_reference_is_stage_2_of_the_rebuild():
     script = Path(embedded.__file__).with_name("rebuild.sh").read_text()
-    command = script[script.index("vispec.train.main_mtp") : script.index("rm -rf")].replace("=", " ")
+    command = script.split("vispec.train.main_mtp")[1].split("rm -rf")[0].replace("=", " ")
     for name, value in ablation.FLAGS.items():
         assert f"{name} {value}" in command
 

@@ -3,11 +3,13 @@
 python -m vispec.demo.ablation --work out/rebuild --out out/ablation
 
 Every variant is trained by the command line of stage 2, once for each seed and with equally many epochs, then τ is
-measured on unseen scenes. The same command goes on where it was stopped.
+measured on unseen scenes. The same command goes on where it was stopped; settings.json has the command line of every
+training.
 """
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +75,10 @@ class Head:
     def name(self) -> str:
         return self.variant.name if self.seed is None else f"{self.variant.name}_{self.seed}"
 
+    @property
+    def cpdir(self) -> Path:
+        return self.folder.parent
+
 
 def heads_of(variants: Sequence[Variant], seeds: Sequence[int], work: Path, out: Path, epochs: int) -> list[Head]:
     """All heads of a comparison.
@@ -120,6 +126,18 @@ def newest_state(folder: Path) -> Path:
     return max(states, key=lambda path: int(STATE.fullmatch(path.name)[1]))
 
 
+def read_metrics(cpdir: Path) -> list[dict]:
+    """The epochs of a training; none where it has not begun."""
+    file = cpdir / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def is_trained(head: Head) -> bool:
+    """Whether a head's last epoch is written; its line is there after its checkpoint, so a kill may fall between."""
+    return head.folder.is_dir() and head.folder.name in {f"state_{line['epoch']}" for line in read_metrics(head.cpdir)}
+
+
 def run_side_by_side(commands: Mapping[str, list[str]], logs: Path, jobs: int) -> None:
     """Run named commands, `jobs` at a time, each with its share of the cores.
 
@@ -155,8 +173,7 @@ def rows_of(heads: Sequence[Head], taus: Path) -> Iterator[dict]:
     """What was found for each head, as plain values."""
     for head in heads:
         measured = json.loads((taus / f"{head.name}.json").read_text(encoding="utf-8"))["heads"][str(head.folder)]
-        metrics = head.folder.parent / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        lines = read_metrics(head.cpdir)
         yield {
             "variant": head.variant.name,
             "seed": head.seed,
@@ -201,10 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--jobs", type=count, default=2, help="trainings side by side, which share the cores (default: %(default)s)")
     args = parser.parse_args(argv)
     variants = [variant for variant in VARIANTS if variant.name in args.variants]
-    heads = heads_of(variants, args.seeds, args.work, args.out, args.epochs)
-    _claim(args)
+    seeds = list(dict.fromkeys(args.seeds))
+    heads = heads_of(variants, seeds, args.work, args.out, args.epochs)
+    _claim(args, heads)
     # the last variant takes longest: first, so that no core is left waiting for it
-    trainings = {head.name: head.command for head in reversed(heads) if head.command and not head.folder.is_dir()}
+    trainings = {head.name: head.command for head in reversed(heads) if head.command and not is_trained(head)}
     run_side_by_side(trainings, args.out / "logs", args.jobs)
     taus = args.out / "tau"
     shared = [f"--model={args.work / 'target' / 'model'}", f"--questions={args.questions}", "--trees", *TREES]
@@ -215,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     run_side_by_side(measurements, args.out / "logs", args.jobs)
 
     rows = list(rows_of(heads, taus))
-    print(table(rows, variants, args.seeds))
+    print(table(rows, variants, seeds))
     same = len({answer for row in rows for answer in row["answers"]}) == 1
     minutes = sum(row["training_seconds"] or 0 for row in rows) / 60
     print(f"\nall heads gave the same answers: {'yes' if same else 'no'}; trainings of {minutes:.0f} minutes together")
@@ -223,8 +241,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _claim(args) -> None:
-    """Note what decides the heads in --out; one that holds others is refused."""
+def _claim(args, heads: Sequence[Head]) -> None:
+    """Note what decides the heads in --out, and the command lines; one that holds others is refused.
+
+    Other variants and seeds may join those that are there.
+    """
     settings = {
         "work": str(args.work),
         "epochs": args.epochs,
@@ -232,9 +253,15 @@ def _claim(args) -> None:
         "stage1": weights_digest(newest_state(args.work / "stage1")),
     }
     file = args.out / "settings.json"
-    if file.is_file() and (differences := changes(json.loads(file.read_text(encoding="utf-8")), settings)):
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else dict(settings)
+    there = found.pop("commands", {})
+    commands = {head.name: shlex.join(["python", "-m", *head.command]) for head in heads if head.command}
+    differences = changes(found, settings) or changes(
+        {name: there.get(name, commands[name]) for name in commands}, commands
+    )
+    if differences:
         raise UserError(f"--out {args.out} holds other trainings ({differences}); choose another folder")
-    write_json_atomic(file, settings)
+    write_json_atomic(file, {**settings, "commands": {**there, **commands}})
 
 
 if __name__ == "__main__":
