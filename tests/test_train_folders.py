@@ -89,6 +89,24 @@ def test_folders_of_different_targets_are_refused(made, tmp_path):
     assert train([made / "a", changed(made / "b", tmp_path / "older")], tmp_path / "cp") == 0
 
 
+def test_unfinished_data_and_those_of_another_target_are_told(made, tmp_path, caplog):
+    paths = find_samples([made / "a"])
+    check_folders(paths, True, TARGETS["llava"])
+    assert not caplog.records
+    check_folders(paths, True, TARGETS["qwen"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"--basepath {TARGETS['qwen']} (revision sha256:")
+    assert f"the data was made by {TARGETS['llava']} (revision sha256:" in record.getMessage()
+    caplog.clear()
+    copy = shutil.copytree(made / "a", tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    check_folders(find_samples([copy]), True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--tmpdir {copy}: its data generation has not finished"
+    ]
+
+
 def test_a_sample_in_two_folders_is_refused(made, data, tmp_path):
     assert generate("text", "llava", data, tmp_path / "c", "--start", "2") == 0
     with pytest.raises(ValueError, match=r"--tmpdir: \S*/a/00000002.* and \S*/c/00000002.* are the same sample"):

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+FINGERPRINT = "sha256:"
+"""Begins the revision of a target in a folder."""
 SAMPLED = 2**20
 """Bytes at the beginning and at the end of a weight file that tell it from others."""
 
@@ -35,7 +37,7 @@ def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the config, the weights' index, and size, beginning and end of each weight file: "sha256:…"."""
+    """SHA-256 of the config, the weights' index, and size, beginning and end of each weight file."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.index.json")]):
         digest.update(path.name.encode() + path.read_bytes())
@@ -46,4 +48,4 @@ def fingerprint(folder: Path) -> str:
             digest.update(file.read(SAMPLED))
             file.seek(max(size - SAMPLED, 0))
             digest.update(file.read(SAMPLED))
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return f"{FINGERPRINT}{digest.hexdigest()[:16]}"

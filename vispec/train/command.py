@@ -142,7 +142,7 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         folder.mkdir(parents=True, exist_ok=True)
 
     paths = find_samples(args.tmpdir)
-    check_folders(paths, stored=not args.online)
+    check_folders(paths, not args.online, args.basepath)
     train_paths, held_out_paths = hold_out(paths)
     all_features = method == "eagle2"
     online = None

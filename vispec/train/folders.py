@@ -1,5 +1,6 @@
 """Folders of samples that are trained on together: of one target, and no sample twice."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +8,16 @@ from pathlib import Path
 from vispec.ge_data.run_folder import read_manifest
 from vispec.ge_data.sample_file import read_note
 
+logger = logging.getLogger("vispec")
 
-def check_folders(paths: Sequence[Path], stored: bool) -> None:
-    """Refuse sample files that do not belong together.
+
+def check_folders(paths: Sequence[Path], stored: bool, basepath: str | None = None) -> None:
+    """Refuse sample files that do not belong together; warn of unfinished ones, and of those of another target.
 
     Args:
         paths: of all samples.
         stored: the files' features are trained on, so that their dtype counts too.
+        basepath: the target that training reads.
 
     Raises:
         ValueError: folders of different targets, or a sample that is in two folders; names both.
@@ -21,6 +25,21 @@ def check_folders(paths: Sequence[Path], stored: bool) -> None:
     manifests = {folder: read_manifest(folder) for folder in sorted({path.parent for path in paths})}
     _check_targets(manifests, ("revision", "dtype") if stored else ("revision",))
     _check_overlap(paths, manifests)
+    for folder, manifest in manifests.items():
+        if not manifest.get("complete", True):
+            logger.warning("--tmpdir %s: its data generation has not finished", folder)
+    made_by = next((manifest["target"] for manifest in manifests.values() if "target" in manifest), None)
+    if basepath is not None and made_by is not None:
+        _compare_with(basepath, made_by)
+
+
+def _compare_with(basepath: str, made_by: Mapping) -> None:
+    """One line where the target of training is not that of the data; a commit and a folder cannot be compared."""
+    from vispec.ge_data.target_identity import FINGERPRINT, identify_target
+
+    here, there = identify_target(basepath, "auto")["revision"] or "", made_by["revision"] or ""
+    if here and there and here.startswith(FINGERPRINT) == there.startswith(FINGERPRINT) and here != there:
+        logger.warning("--basepath %s (revision %s): the data was made by %s", basepath, here, _told(made_by))
 
 
 def _check_targets(manifests: Mapping[Path, Mapping], names: Sequence[str]) -> None:
