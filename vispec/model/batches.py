@@ -10,9 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vispec.model.families import image_spans
-
-VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-PER_TOKEN = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+from vispec.model.inputs import PER_TOKEN
 
 SinglePrompt = tuple[torch.Tensor, dict]
 """input_ids (1, L) without padding, and the other inputs."""
@@ -24,19 +22,15 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
     Args:
         model: the target.
         input_ids: (B, L), padded on the left.
-        inputs: what else the processor returned; tensors are (B, L), or have one row for each image of the batch, or
-            (pixel_values of Qwen) for each patch.
+        inputs: what else the processor returned, as `prompt_inputs` leaves it; tensors are (B, L), or have one row for
+            each image of the batch, or (pixel_values of Qwen) for each patch.
 
     Raises:
         ValueError: the shapes do not fit each other, something else than the left is padded, the images do not fit the
             image tokens, or an input is there whose rows cannot be told apart.
     """
-    for name in VIDEO_INPUTS:
-        if inputs.get(name) is not None:
-            raise ValueError(f"video is not supported yet, found {name}")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must have the shape (B, L) with B, L > 0, found {tuple(input_ids.shape)}")
-    inputs = {name: value for name, value in inputs.items() if value is not None}
     shape, attention = tuple(input_ids.shape), inputs.get("attention_mask")
     if attention is not None and tuple(attention.shape) != shape:
         raise ValueError(f"attention_mask must have the shape {shape} of input_ids, found {tuple(attention.shape)}")

@@ -16,6 +16,7 @@ from vispec.model.checkpoints import load_draft
 from vispec.model.decoding import BaselineDecoder, Decoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
 from vispec.model.draft_vocab import DraftOutput
+from vispec.model.inputs import prompt_inputs
 from vispec.model.lookup import PromptLookup
 from vispec.model.target import Target, hub_options, load_target
 from vispec.model.tree import TreeShape
@@ -165,8 +166,10 @@ class SpecModel:
             these but the seconds are lists with one entry for each row.
 
         Raises:
+            TypeError: an argument is neither one of these nor a processor's output that the target takes.
             ValueError: a prompt holds video, or does not fit its images or the target's positions.
         """
+        inputs = prompt_inputs(self.specgenerate, self.target.model, input_ids, inputs)
         rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
         return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
 
@@ -185,6 +188,7 @@ class SpecModel:
         **inputs,
     ):
         """Answer by plain autoregressive decoding; arguments and returns are those of `specgenerate`."""
+        inputs = prompt_inputs(self.baseline_generate, self.target.model, input_ids, inputs)
         rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
         return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
 
@@ -205,6 +209,7 @@ class SpecModel:
         `speculate=False` streams the baseline. Bad input raises here, not at the first token. Closing the iterator
         early ends the generation.
         """
+        inputs = prompt_inputs(self.stream, self.target.model, input_ids, inputs)
         if input_ids.dim() == 2 and len(input_ids) > 1:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
         rounds = self._rounds(

@@ -5,7 +5,6 @@ last hidden states) is seen by hooks on the text decoder, so no line here knows 
 After the prompt only the text decoder and the output head are called, with our cache, mask and positions.
 """
 
-import inspect
 import logging
 import textwrap
 import threading
@@ -23,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Pretrained
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
 from vispec.model.graphs import obstacle
+from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
 
 logger = logging.getLogger("vispec")
@@ -110,7 +110,7 @@ class Target:
         batch, length = input_ids.shape
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
-        if "mm_token_type_ids" in _forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
+        if "mm_token_type_ids" in forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
             inputs["mm_token_type_ids"] = _image_positions(spans, length).to(self._input_device)
         cache.reserve(length)
         with self._prefill_lock:
@@ -313,10 +313,6 @@ def _execution_device(module: nn.Module) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else next(module.parameters()).device
-
-
-def _forward_parameters(model: PreTrainedModel) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(model).forward).parameters)
 
 
 def _image_positions(spans: list[list[Span]], length: int) -> torch.Tensor:

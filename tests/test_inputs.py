@@ -1,0 +1,61 @@
+"""Which keyword arguments the arms take: processor outputs of the target's family, and none that is misspelt."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, image_prompt, random_pair, random_target, recorded_model
+
+from vispec import SpecModel
+from vispec.model.inputs import forward_parameters
+
+PROMPT = torch.tensor([[5, 6, 7, 8]])
+ARMS = ("specgenerate", "baseline_generate", "stream")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_tokens", "; did you mean max_new_tokens?"),
+        ("do_sampel", r"; did you mean temperature \(0 is greedy\)?"),
+        ("do_sample", r"; did you mean temperature \(0 is greedy\)?"),
+        ("pixel_value", "; did you mean pixel_values?"),
+        ("position_ids", ""),
+        ("use_cache", ""),
+        ("quality", ""),
+    ],
+)
+def test_unknown_arguments_are_refused_by_name(arm, name, hint, monkeypatch):
+    model = recorded_model("llava_next", "vispec")
+    monkeypatch.setattr(model.target, "prefill", lambda *_: pytest.fail("work before the check"))
+    with pytest.raises(TypeError, match=rf"^{arm}\(\) got an unexpected keyword argument '{name}'{hint}") as caught:
+        getattr(model, arm)(PROMPT, **{name: None})
+    assert "\n" not in str(caught.value)
+
+
+def test_options_of_another_arm_are_no_hint():
+    with pytest.raises(TypeError, match=r"stream\(\) got an unexpected keyword argument 'log'$"):
+        recorded_model("llava_next", "vispec").stream(PROMPT, log=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_processors_return_is_taken(family):
+    """Also what a processor says about its ids that this family's forward does not take."""
+    model = random_pair(family, 0)
+    inputs = image_prompt(model.target.model, 0, "a.")
+    assert inputs.keys() - {"input_ids"} <= set(forward_parameters(model.target.model))
+    kinds = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), "pixel_values_videos": None}
+    expected = model.baseline_generate(**inputs, max_new_tokens=3)
+    assert torch.equal(model.specgenerate(**inputs, **kinds, max_new_tokens=3), expected)
+
+
+@pytest.mark.parametrize("ids", [[[5, 6]], PROMPT.float()])
+def test_ids_that_are_no_ids(ids):
+    with pytest.raises(TypeError, match="input_ids must be a tensor of ids, found (list|torch.float32); .*return_tens"):
+        recorded_model("llava_next", "vispec").specgenerate(ids)
+
+
+@pytest.mark.parametrize("wrong", [12, -1])
+def test_ids_beyond_the_vocabulary(wrong):
+    model = SpecModel(random_target("llava_1.5", 0, vocabulary=12))
+    with pytest.raises(ValueError, match=f"input_ids has the id {wrong}, the target's vocabulary 12: is the processor"):
+        model.baseline_generate(torch.tensor([[5, wrong, 6]]))

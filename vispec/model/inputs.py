@@ -1,0 +1,81 @@
+"""Which keyword arguments a prompt may come with: what the family's processor returns and the target's forward takes.
+
+Everything else is refused, so that a misspelt option is not mistaken for a processor's output.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+
+import torch
+from transformers import PreTrainedModel
+
+from vispec.model.families import image_token_id
+
+VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_metadata")
+PER_TOKEN = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+"""Of the shape of input_ids. Processors give them also to targets that do not take them; there they are dropped."""
+
+DECODING_SETS = frozenset(
+    ("self", "inputs_embeds", "position_ids", "cache_position", "past_key_values", "rope_deltas", "use_cache")
+    + ("logits_to_keep", "num_logits_to_keep", "labels", "return_dict", "output_attentions", "output_hidden_states")
+    + ("vision_feature_layer", "vision_feature_select_strategy")  # the config's: how many tokens an image has follows
+)
+"""What targets' forwards take besides a processor's outputs; none of it is a caller's to choose."""
+
+INSTEAD = {"do_sample": "temperature (0 is greedy)"}
+"""What transformers' generate() takes and is said in another way here."""
+
+
+def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> dict:
+    """Those keyword arguments of `arm` that the target's forward takes, without the absent ones.
+
+    Args:
+        arm: the method that was called; messages name it, hints come from its signature.
+        model: the target.
+        input_ids: (B, L).
+        inputs: keyword arguments of the call that are none of its own options.
+
+    Raises:
+        TypeError: one of them is neither an option nor a processor's output that the target takes.
+        ValueError: there is video among them, or an id that the target does not have.
+    """
+    for name in VIDEO_INPUTS:
+        if inputs.get(name) is not None:
+            raise ValueError(f"video is not supported yet, found {name}")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+        found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be a tensor of ids, found {found}; processors take return_tensors='pt'")
+    taken = forward_parameters(model)
+    for name in inputs:
+        if name not in taken and name not in PER_TOKEN and name not in VIDEO_INPUTS:
+            raise TypeError(f"{arm.__name__}() got an unexpected keyword argument {name!r}{_hint(arm, name, taken)}")
+    _check_ids(model, input_ids)
+    return {name: value for name, value in inputs.items() if name in taken and value is not None}
+
+
+def forward_parameters(model: PreTrainedModel) -> tuple[str, ...]:
+    """Processor outputs that the target's forward takes by name."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    named = (parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
+    return tuple(name for name in named if name not in DECODING_SETS)
+
+
+def _hint(arm: Callable, name: str, taken: tuple[str, ...]) -> str:
+    known = {*inspect.signature(arm).parameters, *taken, *INSTEAD} - {"inputs"}
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {INSTEAD.get(close[0], close[0])}?" if close else ""
+
+
+def _check_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """An id beyond the embedding table would end deep inside: on a CPU in an index error, on a GPU with the process."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    wrong = (input_ids < 0) | (input_ids >= vocabulary)
+    image = image_token_id(model.config)
+    if image is not None:  # some families mark images by an id behind their table
+        wrong &= input_ids != image
+    if wrong.any():
+        raise ValueError(
+            f"input_ids has the id {int(input_ids[wrong][0])}, the target's vocabulary {vocabulary}: is the processor "
+            "that of another target?"
+        )
