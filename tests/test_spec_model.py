@@ -234,35 +234,6 @@ def test_a_bad_tree_is_refused_before_loading():
         SpecModel.from_pretrained("someone/nowhere", total_token=1)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("qwen2_5_vl", {"sliding_window": 16, "use_sliding_window": True}, "sliding window of 16 tokens"),
-        ("llava_next", {"sliding_window": 16}, "sliding window of 16 tokens"),
-        ("llava_next", {"layer_types": ["full_attention", "chunked_attention"] * 2}, "has chunked_attention layers"),
-        ("llava_next", {"final_logit_softcapping": 30.0}, "rescales logits"),
-        ("llava_next", {"logits_scaling": 8.0}, "rescales logits"),
-    ],
-)
-def test_targets_that_a_tree_does_not_fit_are_refused_by_name(family, changes, message):
-    target = random_target(family, 0)
-    for name, value in changes.items():
-        setattr(target.config.get_text_config(), name, value)
-    with pytest.raises(ValueError, match=f"{type(target).__name__} .*{message}"):
-        SpecModel(target)
-
-
-def test_a_model_that_hides_its_decoder_is_refused():
-    class Hidden(torch.nn.Module):
-        config = None
-
-        def get_output_embeddings(self):
-            return None
-
-    with pytest.raises(ValueError, match="Hidden: no text decoder with `layers` and `embed_tokens` was found"):
-        SpecModel(Hidden())
-
-
 # --- notices ---
 
 

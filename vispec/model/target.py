@@ -5,6 +5,7 @@ last hidden states) is seen by hooks on the text decoder, so no line here knows 
 After the prompt only the text decoder and the output head are called, with our cache, mask and positions.
 """
 
+import inspect
 import logging
 import textwrap
 import threading
@@ -26,6 +27,9 @@ from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
 
 logger = logging.getLogger("vispec")
+
+DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+"""What a text decoder is called with after the prompt."""
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Target:
         self.embed_tokens = model.get_input_embeddings()
         text_config = model.config.get_text_config()
         _refuse_unsupported(model, text_config)
+        _refuse_decoder(model, self.decoder, self.lm_head)
         self.text_config = text_config
         self.max_positions: int = text_config.max_position_embeddings
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
@@ -273,6 +278,23 @@ def _refuse_unsupported(model: PreTrainedModel, text_config) -> None:
     window = getattr(text_config, "sliding_window", None)
     if window and getattr(text_config, "use_sliding_window", True):
         raise ValueError(f"{name} attends to a sliding window of {window} tokens; tree decoding needs full attention")
+    if getattr(text_config, "max_position_embeddings", None) is None:
+        raise ValueError(f"{name} does not say how many positions it has: no max_position_embeddings in its config")
+
+
+def _refuse_decoder(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Module | None) -> None:
+    """After the prompt the text decoder is called alone, with embeddings: images must have become rows among them."""
+    name, kind = type(model).__name__, type(decoder).__name__
+    takes = inspect.signature(type(decoder).forward).parameters
+    if getattr(model.config.get_text_config(), "cross_attention_layers", None) or "cross_attention_states" in takes:
+        raise ValueError(f"{name} reads its images through cross-attention layers, which tree decoding does not do yet")
+    if "pixel_values" in takes:
+        raise ValueError(f"{name} merges images inside its text decoder {kind}, which tree decoding does not do yet")
+    missing = [part for part in DECODER_INPUTS if part not in takes]
+    if missing:
+        raise ValueError(f"{name}: its text decoder {kind} does not take {', '.join(missing)}")
+    if lm_head is None:
+        raise ValueError(f"{name} has no output head (get_output_embeddings() is None)")
 
 
 def _use_maskable_attention(model: PreTrainedModel) -> None:
