@@ -130,8 +130,8 @@ def test_sampled_answers_of_every_row_follow_the_target(method):
         ({"attention_mask": torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])}, "^row 0: attention_mask may only hide"),
         ({"input_ids": torch.full((2, 1025), 5)}, "^row 0: the prompt has 1025 tokens, the target has 1024 positions"),
         ({"max_length": 4}, "^the prompt has 4 tokens, max_length 4 leaves no room"),
-        ({"some_mask": torch.zeros(3, 2)}, "^some_mask: expected one entry for each of the 0 images, found 3"),
-        ({"flag": True}, "^flag: expected one entry for each of the 0 images, found bool"),
+        ({"image_sizes": torch.zeros(3, 2)}, "^image_sizes: expected one entry for each of the 0 images, found 3"),
+        ({"image_sizes": True}, "^image_sizes: expected one entry for each of the 0 images, found bool"),
     ],
 )
 def test_bad_batches_are_refused(changes, message):

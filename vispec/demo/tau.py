@@ -87,7 +87,6 @@ def _measured(args, missing: list[tuple[str, Tree]]):
     """(folder, tree, what was measured) one after the other; the target is loaded only where something is missing."""
     if not missing:
         return
-    import torch
     from tqdm import tqdm
 
     from vispec.demo.runner import MAX_NEW_TOKENS, questions
@@ -99,7 +98,7 @@ def _measured(args, missing: list[tuple[str, Tree]]):
     processor = load_processor(args.model)
     inputs = [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)]
     for folder, tree in tqdm(missing, unit="head"):
-        draft = load_draft(folder, dtype=torch.float32, embedding=model.target.embed_tokens.weight)
+        draft = load_draft(folder, dtype=model.target.dtype, embedding=model.target.embed_tokens.weight)
         yield folder, tree, measure_tau(model, draft.to(model.device), tree, inputs, MAX_NEW_TOKENS)
 
 

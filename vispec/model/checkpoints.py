@@ -29,6 +29,7 @@ def load_draft(
     dtype: torch.dtype | None = None,
     embedding: torch.Tensor | None = None,
     draft_vocab: bool = True,
+    **hub,
 ) -> BaseHead:
     """Load a draft head from a folder or a hub id.
 
@@ -39,11 +40,13 @@ def load_draft(
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
         draft_vocab: False leaves a draft vocabulary beside the weights alone.
+        hub: for a hub id: revision, token, cache_dir, local_files_only, as huggingface_hub takes them.
 
     Raises:
+        TypeError: `hub` holds something else.
         ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
     """
-    config_file, weights_file = _find_files(path)
+    config_file, weights_file = _find_files(path, **hub)
     config = read_config(config_file)
     weights = _read_weights(weights_file)
     if EMBEDDING not in weights:
@@ -59,7 +62,7 @@ def load_draft(
         weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
     head.load_state_dict(weights, assign=True)
     head.embed_tokens.weight.requires_grad_(False)
-    vocabulary_file = find_file(path, VOCABULARY_FILE) if draft_vocab else None
+    vocabulary_file = find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None
     if vocabulary_file is not None:
         head.draft_vocab = DraftVocabulary.read(vocabulary_file, config.vocab_size)
     return head.eval()
@@ -103,58 +106,60 @@ def read_config(path: str | Path) -> DraftConfig:
     return DraftConfig.from_dict(values, source=str(path))
 
 
-def find_file(path: str, name: str) -> Path | None:
-    """A file of a folder or of a hub repository; None where it is not there."""
+def find_file(
+    path: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path | None:
+    """A file of a folder or of a hub repository, from the hub cache where it is there; None if they have no such file.
+
+    Raises:
+        ValueError: there is no such folder or repository.
+    """
     if Path(path).is_dir():
         return Path(path, name) if Path(path, name).is_file() else None
-    return _from_hub(path, name)
-
-
-def _find_files(path: str) -> tuple[Path, Path]:
-    """config.json and the weights of a folder or of a hub id."""
-    folder = Path(path)
-    if folder.is_dir():
-        config = folder / CONFIG
-        weights = next((folder / name for name in (SAFETENSORS, PICKLED) if (folder / name).is_file()), None)
-        if not config.is_file():
-            raise ValueError(f"{folder}: no {CONFIG} there")
-        if weights is None:
-            raise ValueError(f"{folder}: neither {SAFETENSORS} nor {PICKLED} there")
-        return config, weights
-    config = _from_hub(path, CONFIG)
-    if config is None:
-        raise ValueError(f"{path}: no {CONFIG} in that hub repository")
-    weights = _from_hub(path, SAFETENSORS) or _from_hub(path, PICKLED)
-    if weights is None:
-        raise ValueError(f"{path}: neither {SAFETENSORS} nor {PICKLED} in that hub repository")
-    return config, weights
-
-
-def _from_hub(repo_id: str, filename: str) -> Path | None:
-    """A file of a hub repository, from the local hub cache where it is there; None when the repository lacks it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        return Path(hf_hub_download(repo_id, filename))
+        return Path(hf_hub_download(path, name, **options))
     except HFValidationError:
-        raise ValueError(f"{repo_id}: neither a folder nor a hub id") from None
+        raise ValueError(f"{path}: neither a folder nor a hub id") from None
     except LocalEntryNotFoundError:
-        if _repository_is_cached(repo_id):
+        if _repository_is_cached(path, cache_dir):
             return None
-        raise ValueError(f"{repo_id}: no such folder, and the hub cannot be reached for it") from None
+        unreachable = "it is not in the hub cache" if local_files_only else "the hub cannot be reached for it"
+        raise ValueError(f"{path}: no such folder, and {unreachable}") from None
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{repo_id}: neither a folder nor a hub repository ({type(error).__name__})") from None
+        raise ValueError(f"{path}: neither a folder nor a hub repository ({type(error).__name__})") from None
 
 
-def _repository_is_cached(repo_id: str) -> bool:
+def _find_files(path: str, **hub) -> tuple[Path, Path]:
+    """config.json and the weights of a folder or of a hub id."""
+    place = "there" if Path(path).is_dir() else "in that hub repository"
+    config = find_file(path, CONFIG, **hub)
+    if config is None:
+        raise ValueError(f"{path}: no {CONFIG} {place}")
+    weights = find_file(path, SAFETENSORS, **hub) or find_file(path, PICKLED, **hub)
+    if weights is None:
+        raise ValueError(f"{path}: neither {SAFETENSORS} nor {PICKLED} {place}")
+    return config, weights
+
+
+def _repository_is_cached(repo_id: str, cache_dir: str | Path | None) -> bool:
     """Offline, a file that the hub cache lacks counts as missing only if the repository itself is cached."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots").is_dir()
+    folder = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(cache_dir or constants.HF_HUB_CACHE, folder, "snapshots").is_dir()
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -24,6 +24,10 @@ MEASURES = {
 }
 """What a model card tells of the held-out measures, and how it calls them."""
 
+SHARED_HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
+"""Arguments of a download that hold for every repository; the others below belong to one."""
+HUB_OPTIONS = (*SHARED_HUB_OPTIONS, "revision", "subfolder")
+
 Head = TypeVar("Head", bound="HubMixin")
 
 
@@ -60,7 +64,7 @@ class HubMixin:
         head = load_draft(path, method, **options)
         if not isinstance(head, cls):
             raise ValueError(f"{path}: these are {head.method} weights, found where a {cls.__name__} is expected")
-        card = find_file(path, CARD)
+        card = find_file(path, CARD, **hub_options(options))
         head.card = card.read_text(encoding="utf-8") if card else None
         return head
 
@@ -100,6 +104,11 @@ class HubMixin:
                 create_pr=create_pr,
             )
         return str(commit.commit_url)
+
+
+def hub_options(options: Mapping, names: Sequence[str] = HUB_OPTIONS) -> dict:
+    """Those arguments of a `from_pretrained` that say where the files of a model are."""
+    return {name: options[name] for name in names if name in options}
 
 
 def model_card(

@@ -16,9 +16,10 @@ from vispec.model.checkpoints import load_draft
 from vispec.model.decoding import BaselineDecoder, Decoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
 from vispec.model.draft_vocab import DraftOutput
+from vispec.model.hub import SHARED_HUB_OPTIONS, hub_options
 from vispec.model.inputs import prompt_inputs
 from vispec.model.lookup import PromptLookup
-from vispec.model.target import Target, hub_options, load_target
+from vispec.model.target import Target, load_target
 from vispec.model.tree import TreeShape
 
 if TYPE_CHECKING:
@@ -43,12 +44,15 @@ class SpecModel:
 
     Args:
         target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
-        draft: its draft head, on the device of the target's last layer, or a `PromptLookup`; None for a model that only
-            runs the baseline.
+        draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`;
+            None for a model that only runs the baseline.
         total_token: nodes of the tree, root included.
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
+
+    Raises:
+        ValueError: the target is of a kind that tree decoding cannot handle, or the draft head does not fit it.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class SpecModel:
         torch_dtype: str | torch.dtype = "auto",
         device_map: str | dict | None = None,
         draft_vocab: bool = True,
+        dtype: str | torch.dtype | None = None,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
@@ -97,8 +102,10 @@ class SpecModel:
                 drafts from the text so far and takes no spec_model_path.
             total_token, depth, top_k: size of the tree, see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
-            torch_dtype, device_map, kwargs: for the target; the draft head follows it.
+            torch_dtype, device_map, kwargs: for the target; the draft head follows it. Of the kwargs token, cache_dir
+                and local_files_only hold for the download of both; revision and subfolder are the target's alone.
             draft_vocab: False lets the head propose all tokens, though a draft vocabulary lies beside it.
+            dtype: torch_dtype by its name in transformers 5.
 
         Raises:
             ValueError, OSError: something is missing or does not fit; the message names it.
@@ -106,17 +113,17 @@ class SpecModel:
         TreeShape(total_token, depth, top_k)  # what is wrong is said before minutes of loading
         if method == "lookup" and spec_model_path is not None:
             raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
-        target = load_target(base_model_path, torch_dtype, device_map, **kwargs)
+        target = load_target(base_model_path, _one_dtype(torch_dtype, dtype), device_map, **kwargs)
         model = cls(target, None, total_token, depth, top_k)
         if method == "lookup":
             model._attach(PromptLookup())
         elif spec_model_path is not None:
             embedding = model.target.embed_tokens.weight
-            draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab)
+            hub = hub_options(kwargs, SHARED_HUB_OPTIONS)
+            draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab, **hub)
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(base_model_path, **hub_options(kwargs))
-            model._attach(draft)
-            model.draft.to(model.target.device)
+            model._attach(draft.to(model.target.device))
         return model
 
     def _attach(self, draft: BaseHead | PromptLookup) -> None:
@@ -331,6 +338,14 @@ class SpecModel:
         return time.perf_counter()
 
 
+def _one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """The dtype that was asked for, by either of its names."""
+    named = [getattr(torch, str(value), value) for value in (torch_dtype, dtype)]
+    if dtype is None or torch_dtype == "auto" or named[0] == named[1]:
+        return torch_dtype if dtype is None else dtype
+    raise ValueError(f"torch_dtype and dtype are two names of one thing, found {torch_dtype} and {dtype}")
+
+
 def _fitted(shape: TreeShape, draft: BaseHead | PromptLookup) -> TreeShape:
     """The tree that a draft can fill; says so where it is smaller than what was asked for."""
     fitted = draft.fit(shape)
@@ -350,4 +365,12 @@ def _check_pair(target: Target, draft: BaseHead) -> None:
         raise ValueError(
             f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "
             f"the target has {hidden} and {vocabulary}"
+        )
+    wanted = torch.empty(0, dtype=target.dtype, device=target.device)  # "cuda" becomes "cuda:0"
+    places = {(parameter.dtype, parameter.device) for parameter in draft.parameters()}
+    if places != {(wanted.dtype, wanted.device)}:
+        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
+        raise ValueError(
+            f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there by "
+            "draft.to(device, dtype)"
         )

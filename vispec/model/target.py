@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Pretrained
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
 from vispec.model.graphs import obstacle
+from vispec.model.hub import hub_options
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
 
@@ -235,11 +236,6 @@ def load_target(
         named = textwrap.shorten(", ".join(missing), 200, placeholder=" …")
         raise ValueError(f"{path}: the target's files lack {len(missing)} of its tensors ({named})")
     return model
-
-
-def hub_options(kwargs: Mapping) -> dict:
-    """Those arguments of a `from_pretrained` that say where the files of a model are."""
-    return {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
 
 
 def _refuse_draft_head(path: str, kwargs: Mapping) -> None:
