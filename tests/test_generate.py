@@ -11,6 +11,7 @@ from PIL import Image
 from vispec import generate
 from vispec.demo import embedded
 from vispec.model import tune
+from vispec.model.target import Target
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -83,9 +84,6 @@ def test_impossible_sizes_of_a_tree(size, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--image", "missing.png", "what?"], "--image: FileNotFoundError"),
-        (["--image", __file__, "what?"], "--image: UnidentifiedImageError"),
-        (["--temperature", "-1", "what?"], "temperature must not be negative"),
         (["--spec-model-path", "nowhere/at/all", "what?"], "nowhere/at/all"),
         (["--method", "eagle2", "what?"], "eagle2"),
         (["--method", "lookup", "what?"], "--spec-model-path .*draft_vispec: --method lookup has no draft head"),
@@ -94,6 +92,41 @@ def test_impossible_sizes_of_a_tree(size, capsys):
 def test_user_errors(flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         generate.main([*pair("llava_next", "vispec"), *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image", "missing.png", "what?"], "^--image missing.png: no such file$"),
+        (["--image", __file__, "what?"], f"^--image {__file__}: cannot be read as a picture .UnidentifiedImageError"),
+        (["--image", str(ROOT), "what?"], f"^--image {ROOT}: cannot be read as a picture .IsADirectoryError"),
+        (["--temperature", "-1", "what?"], "^temperature must not be negative, found -1.0$"),
+        (["--temperature", "nan", "what?"], "^temperature must not be negative, found nan$"),
+        (["--top-p", "1.5", "what?"], "^top_p must be between 0 and 1, found 1.5$"),
+        (["--depth", "-1", "what?"], "^depth must be at least 0, found -1$"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(flags, message, monkeypatch):
+    for name in ("load_processor", "load_model"):
+        monkeypatch.setattr(generate, name, lambda *_, **__: pytest.fail("loaded before the check"))
+    with pytest.raises(ValueError, match=message):
+        generate.main([*pair("llava_next", "vispec"), *flags])
+
+
+@pytest.mark.parametrize("flags", [["--max-new-tokens", "0"], ["--top-k", "0"]])
+def test_counts_from_one_on(flags, capsys):
+    with pytest.raises(SystemExit) as left:
+        generate.main([*flags, "what?"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: argument {flags[0]}: expected a whole number from 1 on")
+
+
+@pytest.mark.parametrize("more", [[], ["--compare"], ["--total-token", "-1"]])
+def test_a_prompt_that_is_too_long_is_refused_before_decoding(more, monkeypatch, capsys):
+    monkeypatch.setattr(Target, "prefill", lambda *_, **__: pytest.fail("work before the check"))
+    with pytest.raises(ValueError, match=r"^the prompt has \d+ tokens, the target has 1024 positions$"):
+        generate.main([*pair("llava_next", "vispec"), *more, "what is this? " * 600])
+    assert capsys.readouterr().out == ""
 
 
 def test_half_a_pair_and_missing_weights(tmp_path, monkeypatch):
@@ -111,5 +144,5 @@ def test_as_a_command(picture):
     assert done.returncode == 0 and "vispec " in done.stdout, done.stderr
     wrong = subprocess.run([*command, "--image", "no.png", "what?"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 1
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: --image: FileNotFoundError")
+    assert wrong.stderr.strip().splitlines()[-1]== "error: --image no.png: no such file"
     assert "Traceback" not in wrong.stderr

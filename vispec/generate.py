@@ -19,6 +19,8 @@ from vispec.evaluation.text import TextStream, coloured, wants_colour
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vispec.model.spec_model import SpecModel
 
 WARM_UP_TOKENS = 8
@@ -47,16 +49,14 @@ class Streamed:
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     base, spec, tree, dtype = _pair(args)
-    turn = user_turn(args.question, *(image_file(Path(path)) for path in args.image))
-    quiet_transformers()
-    processor = load_processor(base)
-    try:
-        inputs = build_inputs(processor, [turn])
-    except UNREADABLE as error:
-        raise UserError(f"--image: {type(error).__name__}: {error}") from None
     measured = args.total_token == MEASURED
     if measured:
         tree = {}
+    turn = user_turn(args.question, *map(_read_image, args.image))
+    _check_options(args, tree)
+    quiet_transformers()
+    processor = load_processor(base)
+    inputs = build_inputs(processor, [turn])
     model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, **tree)
     if measured:
         model.tune([inputs])
@@ -120,6 +120,24 @@ def _pair(args: argparse.Namespace) -> tuple[str, str | None, dict[str, int], st
         tree = {name: embedded.TREE[name] if value is None else value for name, value in tree.items()}
         dtype = args.dtype or embedded.DTYPE
     return base, spec, tree, dtype
+
+
+def _read_image(path: str) -> "Image.Image":
+    try:
+        return image_file(Path(path))()
+    except FileNotFoundError:
+        raise UserError(f"--image {path}: no such file") from None
+    except UNREADABLE as error:
+        raise UserError(f"--image {path}: cannot be read as a picture ({type(error).__name__}: {error})") from None
+
+
+def _check_options(args: argparse.Namespace, tree: Mapping[str, int | None]) -> None:
+    """What is wrong is said before minutes of loading."""
+    from vispec.model.acceptance import Sampling
+    from vispec.model.tree import TreeShape
+
+    Sampling(args.temperature, args.top_p)
+    TreeShape(**{name: value for name, value in tree.items() if value is not None})
 
 
 def _print_answer(model: "SpecModel", processor, inputs: Mapping, options: dict) -> Streamed:

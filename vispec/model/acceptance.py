@@ -27,7 +27,7 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nor nan
             raise ValueError(f"temperature must not be negative, found {self.temperature}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, found {self.top_p}")
