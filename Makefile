@@ -2,17 +2,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# The decoder's tests under transformers 5, which needs Python 3.11, in an environment beside it.
+PYTHON5 ?= $(PYTHON)
+VENV5 ?= .venv-transformers5
+RUN5 = $(VENV5)/bin/python
+DECODER_TESTS = rounds golden greedy batches spec_model model_pairs inputs refused_targets tune sampling
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint test-transformers5 clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m vispec.demo --out out/demo
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed-test lint
 	$(RUN) -m pytest tests
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
+
+test-transformers5: $(VENV5)/.installed
+	$(RUN5) -m pytest $(DECODER_TESTS:%=tests/test_%.py)
 
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -20,5 +28,15 @@ $(VENV)/.installed: requirements.txt setup.py
 	$(RUN) -m pip install --quiet --no-deps -e .
 	touch $@
 
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+$(VENV5)/.installed: requirements-transformers5.txt
+	$(PYTHON5) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "transformers 5 needs Python 3.11: PYTHON5=…")'
+	$(PYTHON5) -m venv $(VENV5)
+	$(RUN5) -m pip install --quiet -r requirements-transformers5.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV5) out

@@ -27,6 +27,7 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib>=3.8"],
+        "qwen": ["torchvision>=0.21"],  # the processors of Qwen's models, under transformers 5
         "ray": ["ray>=2.10"],
         "train": ["tensorboard>=2.16"],
         "test": ["pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8", "ray>=2.10"],
