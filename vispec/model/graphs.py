@@ -60,6 +60,9 @@ def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
     Its graphs share their memory, so no two of them may run at the same time.
     """
     pool = torch.cuda.graph_pool_handle()
+    # one of this device: PyTorch's own stream for captures is on the device that was first used for one. All graphs of
+    # a pool are captured on the same stream, or they could not share its memory
+    stream = torch.cuda.Stream(device)
 
     def capture(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
@@ -67,7 +70,7 @@ def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
         with (
             _one_capture_at_a_time,
             torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             step()
         return graph.replay

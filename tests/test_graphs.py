@@ -1,0 +1,24 @@
+"""Captures, as far as they can be tried without a GPU."""
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+
+from vispec.model.graphs import cuda_capture
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> FakeCuda:
+    return FakeCuda().install(monkeypatch)
+
+
+def test_each_device_has_a_capture_stream_of_its_own(cuda):
+    """And all graphs of a pool share one stream."""
+    for index in (0, 1):
+        capture = cuda_capture(torch.device("cuda", index))
+        for _ in range(2):
+            capture(lambda: None)
+    devices, streams, pools = zip(*cuda.captures, strict=True)
+    assert devices == (0, 0, 1, 1)
+    assert [stream.device for stream in streams] == [0, 0, 1, 1]
+    assert len(set(streams)) == len(set(pools)) == 2
