@@ -7,6 +7,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import pytest
 import torch
 
+from vispec.model.cache import CUDA_ALIGNMENT, TreeCache
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def aligned(monkeypatch):
+    """Caches on the CPU give attention as many slots as those of a GPU do, of which the last ones hold nothing."""
+    init = TreeCache.__init__
+
+    def as_on_cuda(self, *args):
+        init(self, *args)
+        self._alignment = CUDA_ALIGNMENT
+        self.capacity = self._aligned(self.capacity)
+
+    monkeypatch.setattr(TreeCache, "__init__", as_on_cuda)

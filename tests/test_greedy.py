@@ -156,6 +156,16 @@ def test_a_long_answer_outgrows_the_caches(tree, tokens, monkeypatch):
     check(model, inputs, expected, max_new_tokens=tokens)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_slots_that_hold_nothing(family, attention, aligned):
+    """As on a GPU, where the slots that a mask is for are rounded up; the prompt is read without such a mask."""
+    target = random_target(family, 6, vocabulary=12, attention=attention)
+    inputs = image_prompt(target, 6, "a.bb.")
+    expected = generate(target, inputs, max_new_tokens=12)
+    check(SpecModel(target, random_head(target, "vispec", 6)), inputs, expected, max_new_tokens=12)
+
+
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 def test_eager_attention(family):
     target = random_target(family, 6, vocabulary=12, attention="eager")

@@ -58,16 +58,17 @@ def answers(model: SpecModel, inputs: dict, **options) -> list:
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "rows"),
+    ("family", "method", "rows", "alignment"),
     [
-        ("llava_next", "vispec", 1),
-        ("qwen2_5_vl", "vispec", 4),
-        ("qwen2_5_vl", "eagle2", 1),
-        ("llava_1.5", "medusa", 4),
-        ("llava_1.5", "lookup", 4),
+        ("llava_next", "vispec", 1, None),
+        ("llava_next", "vispec", 1, "aligned"),
+        ("qwen2_5_vl", "vispec", 4, "aligned"),
+        ("qwen2_5_vl", "eagle2", 1, None),
+        ("llava_1.5", "medusa", 4, None),
+        ("llava_1.5", "lookup", 4, None),
     ],
 )
-def test_replayed_rounds_are_the_eager_ones(family, method, rows, request):
+def test_replayed_rounds_are_the_eager_ones(family, method, rows, alignment, request):
     """Rows leave the batch on the way; a second prompt in the same tensors replays what the first one captured."""
     target = same_target(random_target(family, 2, vocabulary=12))
     prompts = prompts_of(target)
@@ -77,6 +78,8 @@ def test_replayed_rounds_are_the_eager_ones(family, method, rows, request):
     expected = [answers(model_of(target, method), batch, max_new_tokens=24) for batch in batches]
 
     captures = request.getfixturevalue("captures")
+    if alignment is not None:
+        request.getfixturevalue(alignment)
     model = model_of(target, method)
     assert [answers(model, batch, max_new_tokens=24) for batch in batches] == expected
     assert {"verify", "advance"} == {kind for kind, *_ in captures}

@@ -53,7 +53,7 @@ class TreeCache(Cache):
             ValueError: the cache has too few slots.
         """
         self._reserved = offset + n
-        self._visible = self._aligned(self.used + self._reserved)
+        self._visible = self.used + self._reserved
         if self._visible > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots, the pass needs {self._visible}")
         self._slots = self.lengths[:, None] + self._numbers[offset : offset + n]
@@ -89,6 +89,9 @@ class TreeCache(Cache):
             of `dtype` elsewhere.
         """
         batch, n, m = ancestors.shape
+        # slots behind the pass become visible to it, which takes a mask that hides them: other passes see no more
+        # than was written
+        self._visible = self._aligned(self._visible)
         lengths, lowest = self.lengths[:, None], torch.finfo(dtype).min
         committed = torch.zeros(batch, self._visible, dtype=dtype, device=lengths.device)
         committed.masked_fill_(self._numbers[: self._visible] >= lengths, lowest)

@@ -152,7 +152,7 @@ class Target:
             tokens: (B, n).
             positions: (B, n), rope deltas added.
             ancestors: (B, n, n) bool, which of the new tokens each of them sees; None where nothing is to be hidden:
-                a single row with n = 1.
+                n = 1 and a single row whose length the host knows exactly, so that `cache.used` is that length.
 
         Returns:
             (B, n, H) features.
