@@ -8,8 +8,8 @@ import torch
 class FakeCuda:
     """Stands in for torch.cuda's device, streams and graphs, see `install`.
 
-    A capture that meets an error behaves as PyTorch's does: ending it raises another error, and the stream on which it
-    was made stays the current one.
+    A capture that meets an error behaves as PyTorch's does: ending it raises another error, the stream on which it was
+    made stays the current one, and random numbers can be drawn in captures only, until one succeeds.
     """
 
     def __init__(self):
@@ -18,11 +18,15 @@ class FakeCuda:
         """The current stream of each device."""
         self.captures = []
         """(device, stream, pool) of each capture that was begun."""
+        self.can_draw = True
+        """Whether random numbers can be drawn outside of a capture."""
 
     def install(self, monkeypatch) -> "FakeCuda":
         names = ("Stream", "CUDAGraph", "graph", "graph_pool_handle", "device", "stream", "current_stream")
         for name in names:
             monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
         return self
 
     def current(self, device: int):
@@ -63,11 +67,12 @@ class FakeCuda:
         before = dict(self.streams)
         self.streams[self.device] = stream
         self.captures.append((self.device, stream, pool))
+        self.can_draw = False
         try:
             yield
         except RuntimeError:
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - as torch does
-        self.streams = before
+        self.streams, self.can_draw = before, True
 
 
 class FakeStream:

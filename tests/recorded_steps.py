@@ -15,9 +15,11 @@ IMPOSSIBLE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "eq
 
 
 class Recorder(TorchDispatchMode):
-    def __init__(self):
+    def __init__(self, most: int | None = None):
+        """`most` is how many operations are possible; None for any number."""
         super().__init__()
         self.calls = []
+        self._most = most
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -25,6 +27,8 @@ class Recorder(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if name in IMPOSSIBLE:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        if len(self.calls) == self._most:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
         if func._schema.is_mutable:
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, torch.Tensor):
@@ -63,3 +67,15 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
                     made[id(old)] = new
 
     return replay
+
+
+def break_off(step: Callable[[], None], operations: int | None) -> None:
+    """A capture that fails after so many operations of the step, None: after all; what they did is undone."""
+    random, recorder = torch.get_rng_state(), Recorder(operations)
+    try:
+        with recorder:
+            step()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+    finally:
+        recorder.undo()
+        torch.set_rng_state(random)

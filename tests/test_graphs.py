@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, FakeStream
 
 from vispec.model.graphs import cuda_capture
 
@@ -22,3 +22,17 @@ def test_each_device_has_a_capture_stream_of_its_own(cuda):
     assert devices == (0, 0, 1, 1)
     assert [stream.device for stream in streams] == [0, 0, 1, 1]
     assert len(set(streams)) == len(set(pools)) == 2
+
+
+def test_an_error_leaves_the_streams_as_they_were(cuda):
+    """And it is the step's own error, not the one that ending the capture meets."""
+    capture = cuda_capture(torch.device("cuda", 1))
+
+    def step():
+        raise RuntimeError("no such kernel")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            capture(step)
+        assert not isinstance(cuda.current(1), FakeStream) and cuda.device == 0
+        assert cuda.can_draw, "the random numbers are still those of a capture"

@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
-from recorded_steps import record
+from recorded_steps import break_off, record
 from test_batches import batch_of, model_of, prompts_of
 from tiny_models import random_target, recorded_case, recorded_model, same_target, text_prompt
+from transformers import BitsAndBytesConfig
 
 from vispec import SpecModel
 from vispec.model import decoding, graphs, lookup
@@ -26,9 +27,9 @@ def captures(monkeypatch) -> Counter:
     found = Counter()
     captured = Steps._captured
 
-    def count(self, key, step):
+    def count(self, key, step, reset):
         found[key] += 1
-        return captured(self, key, step)
+        return captured(self, key, step, reset)
 
     monkeypatch.setattr(graphs, "obstacle", lambda target: None)
     monkeypatch.setattr("vispec.model.target.obstacle", lambda target: None)
@@ -120,10 +121,10 @@ def test_shapes_and_addresses_stay_while_a_key_does(captures, arm, monkeypatch):
     places: dict[tuple, set] = {}
     run = Steps.run
 
-    def watched(self, key, step):
+    def watched(self, key, step, reset):
         (generation,) = step.args
         places.setdefault(key, set()).add(tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors_of(generation)))
-        run(self, key, step)
+        run(self, key, step, reset)
 
     monkeypatch.setattr(Steps, "run", watched)
     recorded = recorded_model("llava_next", "vispec")
@@ -157,18 +158,25 @@ def test_one_transfer_a_round(method, monkeypatch):
         assert transfers == {"tolist": rounds} and rounds > 3
 
 
-def test_a_capture_that_fails_is_said_once(captures, monkeypatch, caplog):
+@pytest.mark.parametrize("operations", [150, None])
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_capture_that_fails_half_way(captures, operations, good, monkeypatch, caplog):
+    """After some operations of a step, or after all; the capture before it, of the other step, may have been good."""
     target = random_target("llava_1.5", 0, vocabulary=12)
     inputs = text_prompt(target, 5, seed=0)
+    expected = model_of(target, "vispec").baseline_generate(**inputs, max_new_tokens=20)
+    made = Counter()
 
-    def fail(step):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+    def capture(step):
+        made["captures"] += 1
+        return record(step) if made["captures"] <= good else break_off(step, operations)
 
-    expected = model_of(target, "vispec").specgenerate(**inputs, max_new_tokens=20)
-    monkeypatch.setattr(graphs, "cuda_capture", lambda device: fail)
-    model = model_of(target, "vispec")
+    monkeypatch.setattr(graphs, "cuda_capture", lambda device: capture)
+    caplog.clear()
+    model = model_of(target, "vispec", tree=(30, 3, 8))  # a cache with two trees in it has no room for a third
     for _ in range(2):
         assert torch.equal(model.specgenerate(**inputs, max_new_tokens=20), expected)
+        assert torch.equal(model.baseline_generate(**inputs, max_new_tokens=20), expected)
     assert [r.getMessage() for r in caplog.records] == [
         "decoding goes on without CUDA graphs: capture failed (operation not permitted when stream is capturing)"
     ]
@@ -184,3 +192,18 @@ def test_why_nothing_is_captured_is_said_once(caplog):
     spread = Target(target)
     spread.layer_devices = [torch.device("cuda:0"), torch.device("cuda:1")]
     assert graphs.obstacle(spread) == "the target is spread over cpu, cuda:0, cuda:1"
+
+
+def test_models_that_make_the_host_wait_are_known():
+    plain = Target(random_target("llava_1.5", 0))
+    assert graphs.model_obstacle(plain) is None
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    dynamic = Target(random_target("llava_1.5", 0, rope_scaling=rope, rope_parameters=rope))
+    assert "dynamic rotary embeddings" in graphs.model_obstacle(dynamic)
+    mixture = Target(random_target("llava_1.5", 0))
+    mixture.decoder.layers[1].mlp.experts = torch.nn.ModuleList()
+    assert graphs.model_obstacle(mixture) == "LlamaMLP chooses its experts by values"
+    for config in ({"quant_method": "bitsandbytes"}, BitsAndBytesConfig(load_in_8bit=True)):
+        quantised = Target(random_target("llava_1.5", 0))
+        quantised.config.quantization_config = config
+        assert graphs.model_obstacle(quantised) == "the target is quantised by bitsandbytes"

@@ -184,7 +184,8 @@ class Decoder(ABC):
         while answers:
             self._set_bounds(generation, answers)
             key = "verify", len(answers), generation.cache.used
-            seat.steps.run(key, partial(self._verify, generation))
+            reset = partial(self._set_bounds, generation, answers)
+            seat.steps.run(key, partial(self._verify, generation), reset)
             # the only transfer of a round from the device
             outcome = self._outcome(generation).tolist()
             step = {}
@@ -196,7 +197,7 @@ class Decoder(ABC):
             if answers:
                 if self._bound(answers) + self.reach > seat.capacity:
                     generation = self._enlarged(seat, generation, answers)
-                self._prepare(seat, generation)
+                self._prepare(seat, generation, answers)
             yield step
 
     @torch.inference_mode()
@@ -273,7 +274,7 @@ class Decoder(ABC):
         """(B, 1 + n): how many drafted tokens were accepted, then these and the next root."""
 
     @abstractmethod
-    def _prepare(self, seat: _Seat, generation: Generation) -> None:
+    def _prepare(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> None:
         """What the next round needs that is not there yet."""
 
 
@@ -325,9 +326,9 @@ class SpeculativeDecoder(Decoder):
     def _outcome(self, generation: Generation) -> torch.Tensor:
         return generation.drafted.outcome
 
-    def _prepare(self, seat: _Seat, generation: Generation) -> None:
+    def _prepare(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> None:
         key = "advance", len(generation.root), generation.drafted.state.used
-        seat.steps.run(key, partial(self._advance, generation))
+        seat.steps.run(key, partial(self._advance, generation), partial(self._set_bounds, generation, answers))
 
     @torch.inference_mode()
     def _advance(self, generation: Generation) -> None:
@@ -360,7 +361,7 @@ class BaselineDecoder(Decoder):
     def _outcome(self, generation: Generation) -> torch.Tensor:
         return F.pad(generation.root[:, None], (1, 0))
 
-    def _prepare(self, seat: _Seat, generation: Generation) -> None:
+    def _prepare(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> None:
         """Nothing: the next pass is over the token that this one chose."""
 
 

@@ -9,6 +9,7 @@ each key has a graph of its own.
 import logging
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vispec")
 
 Step = Callable[[], None]
+
+HOST_READS_POSITIONS = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose angles depend on the largest position, for which the host asks the device."""
 
 _one_capture_at_a_time = threading.Lock()
 
@@ -31,24 +35,29 @@ class Steps:
         self._capture = cuda_capture(target.device) if target.can_capture else None
         self._replays: dict[Hashable, Step | None] = {}
 
-    def run(self, key: Hashable, step: Step) -> None:
-        """Run a step; steps with equal keys do the same on tensors of the same shapes and addresses."""
-        if self._capture is None:
+    def run(self, key: Hashable, step: Step, reset: Step) -> None:
+        """Run a step; steps with equal keys do the same on tensors of the same shapes and addresses.
+
+        `reset` takes back what a step that broke off has changed on the host, so that it can be run from its beginning.
+        """
+        if not self._target.can_capture:
             step()
         elif key not in self._replays:
             step()  # libraries load their kernels and take their workspace, which a capture must not see
             self._replays[key] = None
         else:
-            replay = self._replays[key] or self._captured(key, step)
+            replay = self._replays[key] or self._captured(key, step, reset)
             replay()
 
-    def _captured(self, key: Hashable, step: Step) -> Step:
+    def _captured(self, key: Hashable, step: Step, reset: Step) -> Step:
         try:
             replay = self._capture(step)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()
             logger.warning("decoding goes on without CUDA graphs: capture failed (%s)", reason[0] if reason else error)
-            self._capture, self._target.can_capture = None, False
+            self._target.can_capture = False
+            self._replays.clear()
+            reset()
             return step
         self._replays[key] = replay
         return replay
@@ -57,7 +66,8 @@ class Steps:
 def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
     """A function from a step to its replay, which does not run the step.
 
-    Its graphs share their memory, so no two of them may run at the same time.
+    Its graphs share their memory, so no two of them may run at the same time. Where a step cannot be captured, the
+    error is the one that the step met, and the device can be used as before.
     """
     pool = torch.cuda.graph_pool_handle()
     # one of this device: PyTorch's own stream for captures is on the device that was first used for one. All graphs of
@@ -65,26 +75,70 @@ def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
     stream = torch.cuda.Stream(device)
 
     def capture(step: Step) -> Step:
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on allocating meanwhile
-        with (
-            _one_capture_at_a_time,
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            step()
+        graph, met = torch.cuda.CUDAGraph(), []
+
+        def watched() -> None:
+            try:
+                step()
+            except RuntimeError as error:
+                met.append(error)
+                raise
+
+        try:
+            with _one_capture_at_a_time, torch.cuda.device(device):
+                _record(graph, watched, pool, stream)
+        except RuntimeError as error:
+            _leave_capture_mode(device, stream)
+            # to end a capture that went wrong is an error too, which hides the cause
+            raise met[0] if met else error from None
         return graph.replay
 
     return capture
 
 
+def _record(graph: "torch.cuda.CUDAGraph", step: Step, pool: object, stream: "torch.cuda.Stream") -> None:
+    # a capture that cannot be ended leaves its own stream as the current one
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        # other threads may go on allocating meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            step()
+
+
+def _leave_capture_mode(device: torch.device, stream: "torch.cuda.Stream") -> None:
+    """Make a capture that succeeds.
+
+    Up to a version of PyTorch after 2.6, a capture that fails leaves the random numbers of the device in the state for
+    captures, in which nothing can be drawn outside of one.
+    """
+    with suppress(RuntimeError), _one_capture_at_a_time, torch.cuda.device(device):
+        mark = torch.zeros(1, device=device)
+        _record(torch.cuda.CUDAGraph(), mark.zero_, torch.cuda.graph_pool_handle(), stream)
+
+
 def obstacle(target: "Target") -> str | None:
-    """Why steps of this target cannot be captured; None if they can."""
+    """Why steps of this target cannot be captured; None if nothing is known that is against it."""
     devices = {str(device) for device in target.devices}
     if len(devices) > 1:
         return f"the target is spread over {', '.join(sorted(devices))}"
     if target.device.type != "cuda":
         return f"the target is on {target.device}"
-    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in target.model.modules()):
+    return model_obstacle(target)
+
+
+def model_obstacle(target: "Target") -> str | None:
+    """What in a model, wherever it is, makes the host wait for values from the device."""
+    modules = list(target.model.modules())
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in modules):
         return "parts of the target are loaded when they are needed"
+    quantization = getattr(target.config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = str(getattr(getattr(method, "quant_method", method), "value", method)) if method is not None else ""
+    if "bitsandbytes" in method:
+        return f"the target is quantised by {method}"
+    for module in target.decoder.modules():
+        if hasattr(module, "experts"):
+            return f"{type(module).__name__} chooses its experts by values"
+        kind = next((kind for kind in HOST_READS_POSITIONS if kind in str(getattr(module, "rope_type", ""))), None)
+        if kind is not None:
+            return f"the angles of {kind} rotary embeddings depend on the length of the text"
     return None
