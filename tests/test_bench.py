@@ -1,11 +1,13 @@
 """The bench: counted bytes and operations, pairs at published sizes, and a report whose parts fit together."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from recorded_steps import record
 from torch import nn
 
 from vispec import SpecModel
@@ -14,7 +16,9 @@ from vispec.evaluation import bench, random_pairs, roofline, round_times
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target
 from vispec.evaluation.roofline import Cost, Rates, attention_cost, pass_cost
 from vispec.evaluation.round_times import DECODER, DRAFT_HEAD, HEAD, ModuleClock
+from vispec.model import graphs
 from vispec.model.target import Target
+from vispec.model.tree import TreeShape
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -161,6 +165,8 @@ def test_a_loaded_pair(tmp_path, capsys):
         assert sum(part["floor"] for part in row["parts"]) == pytest.approx(row["round"]["floor"])
         assert 0 < row["everything_else_share"] < 1
         assert row["measured"] is None and row["device_busy_seconds"] is None
+        drafted = sum(part["seconds"] for part in row["parts"] if part["part"].startswith("draft"))
+        assert row["draft_module_seconds"] == pytest.approx(drafted)
         assert row["round_in_plain_steps"] == pytest.approx(row["round"]["seconds"] / step)
         for found in row["projected"]:
             assert found["kind"] == "projected"
@@ -168,6 +174,37 @@ def test_a_loaded_pair(tmp_path, capsys):
     assert "traceEvents" in json.loads(trace.read_text())
     printed = capsys.readouterr().out
     assert "a round at 12/3/4" in printed and "3 x draft output head, 4 rows" in printed
+    assert "of a round after a prompt of 20 tokens" in printed and result["captured"] is False
+
+
+def test_captured_steps_are_timed_as_they_are_replayed(monkeypatch, tmp_path, capsys):
+    """What launches operations one by one is in no time of a target whose steps are captured."""
+    replays = Counter()
+
+    def capture(step):
+        replay = record(step)
+
+        def counted():
+            replays["all"] += 1
+            replay()
+
+        return counted
+
+    monkeypatch.setattr("vispec.model.target.obstacle", lambda target: None)
+    monkeypatch.setattr(graphs, "cuda_capture", lambda device: capture)
+    monkeypatch.setattr(random_pairs, "TARGETS", {"llama-135m": tiny("llama-135m")})
+    file = tmp_path / "bench.json"
+    flags = ["--trees", "12/3/4", "--dtype", "float32", "--prompt-tokens", "20", "--repeats", "1", "--json", str(file)]
+    assert bench.main(["--random-weights", "llama-135m", *flags]) == 0
+    result = json.loads(file.read_text())
+    assert result["captured"] is True
+    row = result["trees"]["12/3/4"]
+    passes = {(part["part"], part["rows"]): part["passes"] for part in row["parts"]}
+    assert passes == {(part, rows): number for number, part, rows in round_times.round_passes(TreeShape(12, 3, 4))}
+    assert sum(part["floor"] for part in row["parts"]) == pytest.approx(row["round"]["floor"])
+    assert 0 < row["device_busy_seconds"] and 0 < row["everything_else_share"] < 1
+    assert replays["all"] > len(passes) and all(found["identical"] for found in result["outputs"].values())
+    assert "the rest is the host's" in capsys.readouterr().out
 
 
 def test_random_weights_show_the_published_tau(monkeypatch, tmp_path, capsys):

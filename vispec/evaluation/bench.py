@@ -32,13 +32,15 @@ from vispec.evaluation.round_times import (
     HEAD,
     PassCosts,
     Run,
-    busy_seconds,
     drafted_tokens,
     most_new_tokens,
+    replayed_parts,
+    round_passes,
     run,
     run_generate,
     tree_building_times,
     verification_times,
+    watched_parts,
     watched_run,
 )
 
@@ -197,7 +199,6 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
             spec[name].append(run(arm, ids, speculate=True))
             watched[name].append(watched_run(arm, ids, costs[name]))
     step, theirs = typical(baseline), typical(generate)
-    busy = {name: busy_seconds(arm, ids, speculate=True) for name, arm in arms.items()}
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
     any_costs = next(iter(costs.values()))
     step_floor = sum(rates.floor(any_costs.of(part, 1)) for part in (DECODER, HEAD))
@@ -216,54 +217,40 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
         },
         "trees": {
             name: {
-                **round_parts(arm, costs[name], rates, spec[name], watched[name][1:], repeats),
+                **round_parts(arm, ids, costs[name], rates, spec[name], watched[name][1:], repeats),
                 "round_in_plain_steps": typical(spec[name]) / step,
-                "device_busy_seconds": busy[name],
             }
             for name, arm in arms.items()
         },
+        # last, when everything has been tried
+        "captured": all(arm.target.can_capture for arm in arms.values()),
     }
 
 
-def round_parts(model, costs: PassCosts, rates: Rates, runs: list[Run], watched: list[Run], repeats: int) -> dict:
-    """A round with one tree, part by part. The parts are timed in rounds without CUDA graphs."""
-    seconds = typical(runs)
+def round_parts(model, ids, costs: PassCosts, rates: Rates, runs: list[Run], watched: list[Run], repeats: int) -> dict:
+    """A round with one tree, part by part."""
+    captured = model.target.can_capture
     tree = median(tree_building_times(model, repeats))
     logits = (1 + model.shape.depth * model.shape.top_k) * drafted_tokens(model)
-    rounds = [(total, passes) for one in watched for total, passes in zip(one.seconds, one.passes, strict=True)]
+    found = replayed_parts(model, ids, repeats) if captured else watched_parts(watched, costs)
     parts = []
-    for part, rows in sorted({(p.part, p.rows) for _, passes in rounds for p in passes}, key=by_order):
-        own = [[p.seconds for p in passes if (p.part, p.rows) == (part, rows)] for _, passes in rounds]
-        number = costs.number(part, max(map(len, own)))
+    for (part, rows), (number, seconds) in sorted(found.items(), key=lambda item: by_order(item[0])):
         floor = number * rates.floor(costs.of(part, rows))
-        parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(median(map(sum, own)), floor)})
-    share = median(1 - sum(p.seconds for p in passes) / total for total, passes in rounds)
-    drafted = [part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD)]
+        parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(seconds, floor)})
+    # modules, or the two steps of a round where these are captured
+    rounds = [(total, sum(one.seconds for one in passes)) for run in watched for total, passes in run.rounds]
+    drafted = sum(part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD))
+    floor = sum(number * rates.floor(costs.of(part, rows)) for number, part, rows in round_passes(model.shape))
     return {
-        "round": beside_floor(seconds, round_floor(model, costs, rates)),
+        "round": beside_floor(typical(runs), floor),
         "parts": parts,
         "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
         "draft_bytes": {part: costs.of(part, 1).bytes for part in (DRAFT_LAYER, DRAFT_HEAD)},
-        "draft_seconds": sum(drafted) + tree,
-        "everything_else_share": share,
+        "draft_module_seconds": drafted,
+        "draft_seconds": drafted + tree,
+        "everything_else_share": median(1 - seconds / total for total, seconds in rounds),
+        "device_busy_seconds": median(seconds for _, seconds in rounds) if captured else None,
     }
-
-
-def round_floor(model, costs: PassCosts, rates: Rates) -> float:
-    """Least seconds of a round: one pass of the target over N rows, depth + 1 of the draft layer and its output head.
-
-    The draft's first pass reads the kept path, the others the top_k nodes of a level.
-    """
-    shape = model.shape
-    passes = [
-        (1, DECODER, shape.total_token),
-        (1, HEAD, shape.total_token),
-        (1, DRAFT_LAYER, shape.levels + 1),
-        (1, DRAFT_HEAD, 1),
-        (shape.depth, DRAFT_LAYER, shape.top_k),
-        (shape.depth, DRAFT_HEAD, shape.top_k),
-    ]
-    return sum(number * rates.floor(costs.of(part, rows)) for number, part, rows in passes)
 
 
 def projection(result: dict, row: dict, tau: float, kind: str) -> dict:

@@ -7,7 +7,7 @@ def text(result: dict) -> str:
     """Everything that was measured, one table after another; times in milliseconds."""
     lines = [*_head(result), "", *_step(result), "", *_verification(result)]
     for tree, row in result["trees"].items():
-        lines += ["", *_tree(tree, row)]
+        lines += ["", *_tree(tree, row, result["context"])]
         everything = result["trees"][tree.split(" ")[0]]
         if row is not everything:
             share = row["draft_seconds"] / everything["draft_seconds"]
@@ -49,21 +49,27 @@ def _verification(result: dict) -> list[str]:
     return [_row("verification of", "ms", "floor", "x floor"), *rows]
 
 
-def _tree(tree: str, row: dict) -> list[str]:
+def _tree(tree: str, row: dict, context: int) -> list[str]:
     lines = [_row(f"a round at {tree}", "ms", "floor", "x floor")]
     lines += [_timed(f"  {part['passes']} x {part['part']}, {part['rows']} rows", part) for part in row["parts"]]
     lines += [_timed("  tree building, alone", row["tree_building"]), _timed("round", row["round"])]
     layer, head = (_size(row["draft_bytes"][part]) for part in (DRAFT_LAYER, DRAFT_HEAD))
     lines.append(f"a pass of the draft reads {layer} in its layer, {head} in the output head")
     lines.append(
-        f"a round takes {row['round_in_plain_steps']:.2f} plain steps; "
-        f"draft (layer, output head, tree building) {_ms(row['draft_seconds'])} ms; "
-        f"everything but the modules {_percent(row['everything_else_share'])} of a round"
+        f"a round takes {row['round_in_plain_steps']:.2f} plain steps; the draft's layer and output head take "
+        f"{_ms(row['draft_module_seconds'])} ms of it, with tree building {_ms(row['draft_seconds'])} ms"
     )
-    if row["device_busy_seconds"] is not None:
+    share = _percent(row["everything_else_share"])
+    if row["device_busy_seconds"] is None:
         lines.append(
-            f"the parts were timed without CUDA graphs; as it is, the device computes for "
-            f"{_ms(row['device_busy_seconds'])} ms of a round"
+            f"everything but the target's decoder, output heads and draft layer (so tree building is in it): {share} "
+            f"of a round after a prompt of {context} tokens"
+        )
+    else:
+        busy = _ms(row["device_busy_seconds"])
+        lines.append(
+            f"CUDA graphs: after a prompt of {context} tokens the device works {busy} ms of a round, the rest is the "
+            f"host's: {share} of a round; parts were captured and replayed one by one"
         )
     return lines
 

@@ -3,13 +3,17 @@
 Rounds are timed where the loop gives them out, shortly after its one transfer from the device, so nothing waits that
 would not wait otherwise. Hooks on the modules that read weights time their passes; what is left of a round is
 everything else: acceptance, tree building, masks, caches, and the host between two launches.
+
+Where steps are captured in CUDA graphs, a replay calls no module. There the two steps of a round are timed on the
+device, what is left of a round is the host's, and each part is captured and replayed by itself.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import TYPE_CHECKING
 
 from vispec.evaluation.roofline import Cost, attention_cost, now, pass_cost, timed
@@ -19,11 +23,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vispec.model.spec_model import SpecModel
+    from vispec.model.target import Target
+    from vispec.model.tree import TreeShape
 
 WARM_UP_ROUNDS, ROUNDS = 3, 12
 """Rounds of every run that are not counted, and those that are."""
 
 DECODER, HEAD, DRAFT_LAYER, DRAFT_HEAD = "target decoder", "output head", "draft layer", "draft output head"
+STEP = "step"
+"""One of the two captured steps of a round."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,10 @@ class Run:
     """Of each counted round."""
     passes: list[list[Pass]] = field(default_factory=list)
     """Of each counted round; empty lists where no clock was running."""
+
+    @property
+    def rounds(self) -> list[tuple[float, list[Pass]]]:
+        return list(zip(self.seconds, self.passes, strict=True))
 
 
 class ModuleClock:
@@ -102,13 +114,21 @@ class ModuleClock:
         import torch
 
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _close(self, part: str, output) -> None:
-        start, rows = self._open.pop(), output if hasattr(output, "numel") else output[0]
+        start = self._open.pop()
         if not self._open:
-            self._marks.append((part, rows.numel() // rows.shape[-1], start, self._mark()))
+            self._marks.append((part, rows_of(output), start, self._mark()))
+
+
+def rows_of(output) -> int:
+    """Rows (…, H) that a module returns, alone or first; a step returns nothing."""
+    if output is None:
+        return 0
+    rows = output if hasattr(output, "numel") else output[0]
+    return rows.numel() // rows.shape[-1]
 
 
 class PassCosts:
@@ -153,36 +173,107 @@ def drafted_tokens(model: "SpecModel") -> int:
     return model.target.lm_head.weight.shape[0] if vocabulary is None else len(vocabulary)
 
 
+def round_passes(shape: "TreeShape") -> list[tuple[int, str, int]]:
+    """(number, part, rows) of the passes of a round: one of the target over N rows, depth + 1 of the draft.
+
+    The draft's first pass reads the kept path, the others the top_k nodes of a level.
+    """
+    return [
+        (1, DECODER, shape.total_token),
+        (1, HEAD, shape.total_token),
+        (1, DRAFT_LAYER, shape.levels + 1),
+        (1, DRAFT_HEAD, 1),
+        (shape.depth, DRAFT_LAYER, shape.top_k),
+        (shape.depth, DRAFT_HEAD, shape.top_k),
+    ]
+
+
 def watched_run(model: "SpecModel", ids: "torch.Tensor", costs: PassCosts) -> Run:
-    """The rounds of `run` with a clock on all parts; a little slower than without."""
+    """The rounds of `run` with a clock on all parts, or on the steps where these are captured; a little slower."""
     from vispec import SpecModel
 
     shape = model.shape
     watched = SpecModel(model.target.model, model.draft, shape.total_token, shape.depth, shape.top_k)
-    watched.target.can_capture = False  # a CUDA graph that is replayed calls no module
-    clock = ModuleClock(costs.modules, watched.target.device)
-    output = watched.draft_output
-    watched.draft_output = output._replace(logits=clock.around(DRAFT_HEAD, output.logits))
+    target = watched.target
+    if model.target.can_capture:
+        clock = ModuleClock({}, target.device)
+        new_steps = target.new_steps
+
+        def timed_steps():
+            steps = new_steps()
+            steps.run = clock.around(STEP, steps.run)
+            return steps
+
+        target.new_steps = timed_steps
+    else:
+        target.can_capture = False
+        clock = ModuleClock(costs.modules, target.device)
+        output = watched.draft_output
+        watched.draft_output = output._replace(logits=clock.around(DRAFT_HEAD, output.logits))
     return run(watched, ids, speculate=True, clock=clock)
 
 
-def busy_seconds(model: "SpecModel", ids: "torch.Tensor", speculate: bool) -> float | None:
-    """Seconds of a round in which a GPU computes, by torch's profiler; None on a CPU or where it sees no kernels."""
-    if model.target.device.type != "cuda":
-        return None
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
+def watched_parts(runs: Iterable[Run], costs: PassCosts) -> dict[tuple[str, int], tuple[int, float]]:
+    """(passes, seconds of all of them) in a round of watched runs, by part and rows."""
+    rounds = [passes for one in runs for passes in one.passes]
+    found = {}
+    for key in {(one.part, one.rows) for passes in rounds for one in passes}:
+        own = [[one.seconds for one in passes if (one.part, one.rows) == key] for passes in rounds]
+        found[key] = costs.number(key[0], max(map(len, own))), median(map(sum, own))
+    return found
 
-    rounds = model.stream(ids, speculate=speculate, max_new_tokens=most_new_tokens(model.shape.levels))
-    for _ in islice(rounds, 1 + WARM_UP_ROUNDS):
-        pass
-    now(model.target.device)
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in islice(rounds, ROUNDS):
-            pass
-        now(model.target.device)
-    kernels = [event.time_range.elapsed_us() for event in trace.events() if event.device_type == DeviceType.CUDA]
-    return sum(kernels) / 1e6 / ROUNDS if kernels else None
+
+def replayed_parts(model: "SpecModel", ids: "torch.Tensor", repeats: int) -> dict[tuple[str, int], tuple[int, float]]:
+    """The same where steps are captured: each part alone on tensors like those of a round, with embeddings and mask."""
+    import torch
+
+    target, draft, shape = model.target, model.draft, model.shape
+    steps = target.new_steps()
+    capacity = ids.shape[1] + max(shape.total_token, draft.reach(shape))
+    with torch.inference_mode():
+        cache = target.new_cache(1, capacity)
+        prompt = target.prefill(cache, ids.to(model.device), {})
+        root = prompt.logits.argmax(-1)
+        state = draft.start(prompt, root, capacity)
+        tree = draft.grow(state, root, shape, *model.draft_output)
+        positions = cache.lengths[:, None] + tree.depths
+        features = target.forward(cache, tree.tokens, positions, tree.mask)
+
+        def draft_layer(rows: int) -> Callable[[], object]:
+            hidden = state.hidden[:, None].repeat(1, rows, 1)
+            tokens = root[:, None].repeat(1, rows)
+            itself = torch.eye(rows, dtype=torch.bool, device=model.device)[None]
+            return lambda: draft.expand(state, 1, hidden, tokens, itself)
+
+        def draft_head(rows: int) -> Callable[[], object]:
+            hidden = state.hidden[:, None].repeat(1, rows, 1)
+            return lambda: model.draft_output.logits(hidden)
+
+        works = {
+            DECODER: lambda rows: lambda: target.forward(cache, tree.tokens, positions, tree.mask),
+            HEAD: lambda rows: lambda: target.logits(features),
+            DRAFT_LAYER: draft_layer,
+            DRAFT_HEAD: draft_head,
+        }
+        found: dict[tuple[str, int], tuple[int, float]] = {}
+        for number, part, rows in round_passes(shape):
+            before, seconds = found.get((part, rows), (0, 0.0))
+            work = works[part](rows)
+            once = median(replayed(target, steps, (part, rows, number), work, repeats))
+            found[part, rows] = before + number, seconds + number * once
+    return {key: entry for key, entry in found.items() if entry[0]}
+
+
+def replayed(target: "Target", steps, key: Hashable, work: Callable[[], object], repeats: int, warm: bool = False):
+    """Seconds of each of `repeats` runs of work over fixed tensors, as decoding runs its steps: replayed if it can be.
+
+    `warm` says that it has run before, under the same key.
+    """
+
+    def step() -> None:
+        steps.run(key, work, reset=lambda: None)
+
+    return timed(step, target.device, repeats, warm_ups=1 if warm else WARM_UP_ROUNDS)
 
 
 def run(model: "SpecModel", ids: "torch.Tensor", speculate: bool, clock: ModuleClock | None = None) -> Run:
@@ -246,23 +337,27 @@ def verification_times(
     import torch
 
     target = model.target
-    length = ids.shape[1]
+    length, steps = ids.shape[1], target.new_steps()
     times: dict[int, list[float]] = {n: [] for n in sizes}
     with torch.inference_mode():
         cache = target.new_cache(1, length + max(times))
         target.prefill(cache, ids, {})
         cache.used = length
+        works = {n: verification(target, cache, n) for n in times}
         for _ in range(repeats):
             for n, found in times.items():
-                tokens = torch.ones(1, n, dtype=torch.long, device=model.device)
-                steps = torch.arange(n, device=model.device)
-                chain = (steps[:, None] >= steps)[None] if n > 1 else None
-
-                def verify(tokens=tokens, positions=(length + steps)[None], chain=chain):
-                    return target.logits(target.forward(cache, tokens, positions, chain))
-
-                found += timed(verify, target.device, repeats=1, warm_ups=1 if found else 2)
+                found += replayed(target, steps, n, works[n], repeats=1, warm=bool(found))
     return times
+
+
+def verification(target: "Target", cache, n: int) -> Callable[[], object]:
+    """A pass over a chain of n tokens and the output head, always over the same tensors."""
+    import torch
+
+    steps = torch.arange(n, device=target.device)
+    tokens, positions = torch.ones_like(steps)[None], (cache.used + steps)[None]
+    chain = (steps[:, None] >= steps)[None] if n > 1 else None
+    return lambda: target.logits(target.forward(cache, tokens, positions, chain))
 
 
 def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
@@ -287,4 +382,4 @@ def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
     def build():
         return grow_tree(drafted, drafted, root, shape, lambda hidden: logits[:, : hidden.shape[1]], token_ids)
 
-    return timed(build, model.target.device, repeats)
+    return replayed(model.target, model.target.new_steps(), "tree", build, repeats)

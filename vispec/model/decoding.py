@@ -25,7 +25,6 @@ from vispec.model.acceptance import Sampling, accept
 from vispec.model.cache import TreeCache
 from vispec.model.draft import BaseHead, DraftState
 from vispec.model.draft_vocab import DraftOutput
-from vispec.model.graphs import Steps
 from vispec.model.lookup import LookupState, PromptLookup
 from vispec.model.medusa import MedusaState
 from vispec.model.rows import Rows
@@ -100,7 +99,7 @@ class _Seat:
         self.rows, self.capacity = rows, capacity
         self.cache = target.new_cache(rows, capacity)
         self.generation: Generation | None = None
-        self.steps = Steps(target)
+        self.steps = target.new_steps()
         self._target = target
 
     @torch.inference_mode()
@@ -118,7 +117,7 @@ class _Seat:
         self.generation = generation.room_for(rows, capacity)
         self.generation.copy_(generation)
         self.cache = self.generation.cache
-        self.steps = Steps(self._target)
+        self.steps = self._target.new_steps()
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Pretrained
 
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
-from vispec.model.graphs import obstacle
+from vispec.model.graphs import Steps, obstacle
 from vispec.model.hub import hub_options
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
@@ -103,6 +103,10 @@ class Target:
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         return TreeCache(self.layer_devices, batch_size, capacity)
+
+    def new_steps(self) -> Steps:
+        """What runs the steps of one generation after the other, in the same memory."""
+        return Steps(self)
 
     @torch.no_grad()
     def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping) -> Prompt:
