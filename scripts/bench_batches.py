@@ -2,54 +2,59 @@
 
     python scripts/bench_batches.py                     # the embedded pair
     python scripts/bench_batches.py --target DIR --draft DIR --tree 30/3/8 --dtype bfloat16
+    python scripts/bench_batches.py --random-weights Qwen2.5-VL-3B-Instruct --dtype bfloat16
 
 The same demo questions are answered by every arm, in batches of its size; the arms take turns, and medians over the
-repetitions count. All prefill is in the time, and no more than the answers' own tokens are counted. `equal` says how
-many answers of the two arms are those of the baseline that answers one prompt at a time.
+repetitions count. A pair with random weights reads text of random tokens instead; its draft head is practically never
+right, so that its table tells what a round costs, not what it brings. All prefill is in the time, and no more than the
+answers' own tokens are counted. `equal` says how many answers of the two arms are those of the baseline that answers
+one prompt at a time.
 """
 
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vispec.cli import provenance, run_cli, write_json_atomic
+from vispec.cli import DTYPES, provenance, run_cli, write_json_atomic
 from vispec.demo import embedded
 from vispec.demo.trees import parse_tree
+from vispec.evaluation.bench import one_device
 from vispec.evaluation.loading import Parser, count, load_model, quiet_transformers
+from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
+
+if TYPE_CHECKING:
+    from vispec import SpecModel
 
 ARMS = ("baseline", "spec")
+SHORTEST_PROMPT = 64
+"""Tokens of the shortest prompt of a pair with random weights; the longest has twice as many."""
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from vispec.demo.runner import questions
-    from vispec.prompts import build_inputs, load_processor, user_turn
-
     quiet_transformers()
-    target, draft = (args.target, args.draft) if args.target else embedded.require_weights()
-    total_token, depth, top_k = args.tree
-    model = load_model(
-        target, draft, dtype=args.dtype, device_map=args.device_map, total_token=total_token, depth=depth, top_k=top_k
-    )
-    processor = load_processor(target)
-    asked = questions(args.questions)
-    prompts = [build_inputs(processor, [user_turn(question.text, question.image)]) for question in asked]
+    model, prompts = random_pair(args) if args.random_weights else loaded_pair(args)
     speeds, equal = measure(model, prompts, args.sizes, args.repetitions, args.max_new_tokens, args.temperature)
 
-    print("| B | baseline tokens/s | vispec tokens/s | speedup | equal |\n|---|---|---|---|---|")
+    lines = ["| B | baseline tokens/s | vispec tokens/s | speedup | equal |", "|---|---|---|---|---|"]
     for size in args.sizes:
         baseline, spec = (statistics.median(speeds[arm, size]) for arm in ARMS)
         same = f"{equal['baseline', size]} and {equal['spec', size]} of {len(prompts)}"
-        print(f"| {size} | {baseline:.1f} | {spec:.1f} | {spec / baseline:.2f} | {same} |")
+        lines.append(f"| {size} | {baseline:.1f} | {spec:.1f} | {spec / baseline:.2f} | {same} |")
+    table = "\n".join(lines)
+    print(table)
     if args.json:
         rows = [
             {"arm": arm, "batch": size, "tokens_per_second": speeds[arm, size], "equal": equal[arm, size]}
             for arm, size in speeds
         ]
-        write_json_atomic(args.json, {"rows": rows, "provenance": provenance(args)})
+        captured = model.target.can_capture
+        result = {"rows": rows, "table": table, "captured": captured, "provenance": provenance(args)}
+        write_json_atomic(args.json, result)
     return 0
 
 
@@ -58,6 +63,7 @@ def parse(argv: list[str] | None):
     add = parser.add_argument
     add("--target", help="folder or hub id (default: the embedded one)")
     add("--draft", help="the target's draft head")
+    add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
     add("--tree", type=parse_tree, default=tuple(embedded.TREE.values()), metavar="N/d/k", help="default: 12/3/4")
     add("--sizes", nargs="+", type=count, default=[1, 2, 4, 8], metavar="B", help="(default: %(default)s)")
     add("--questions", type=count, default=16, help="a multiple of the sizes (default: %(default)s)")
@@ -69,10 +75,47 @@ def parse(argv: list[str] | None):
     args = parser.parse_args(argv)
     if (args.target is None) != (args.draft is None):
         parser.error("--target and --draft go together")
+    if args.random_weights and args.target:
+        parser.error("--random-weights: a pair is either random or read from --target, found both")
     for size in args.sizes:
         if args.questions % size:
             parser.error(f"--questions {args.questions}: expected a multiple of --sizes {size}")
     return args
+
+
+def loaded_pair(args) -> tuple["SpecModel", list[dict]]:
+    """The pair that the flags name, and demo questions."""
+    from vispec.demo.runner import questions
+    from vispec.prompts import build_inputs, load_processor, user_turn
+
+    target, draft = (args.target, args.draft) if args.target else embedded.require_weights()
+    tree = dict(zip(("total_token", "depth", "top_k"), args.tree, strict=True))
+    model = load_model(target, draft, dtype=args.dtype, device_map=args.device_map, **tree)
+    processor = load_processor(target)
+    return model, [
+        build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)
+    ]
+
+
+def random_pair(args) -> tuple["SpecModel", list[dict]]:
+    """A pair with random weights, which never ends an answer early, and prompts of several lengths."""
+    import torch
+    from transformers import GenerationConfig
+
+    from vispec import SpecModel
+
+    torch.manual_seed(0)
+    sizes = sizes_of(args.random_weights)
+    device = one_device(args.device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = build_target(sizes, device, getattr(torch, "bfloat16" if args.dtype == DTYPES[0] else args.dtype))
+    target.generation_config = GenerationConfig(pad_token_id=0)
+    ids = torch.randint(sizes.text["vocab_size"] // 2, (args.questions, 2 * SHORTEST_PROMPT))
+    lengths = torch.linspace(SHORTEST_PROMPT, 2 * SHORTEST_PROMPT, args.questions).long().tolist()
+    prompts = [
+        {"input_ids": row[None, :length], "attention_mask": torch.ones(1, length, dtype=torch.long)}
+        for row, length in zip(ids, lengths, strict=True)
+    ]
+    return SpecModel(target, build_draft(sizes, target), *args.tree), prompts
 
 
 def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_new_tokens: int, temperature: float):

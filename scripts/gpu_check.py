@@ -3,10 +3,10 @@
 sh scripts/gpu_check.sh                                                   # everything, at most nine minutes
 sh scripts/gpu_check.sh --device cpu --runs llama-135m/float32/8192       # tries the script itself without a GPU
 
-Exact outputs: tiny random models of three families; in float32 both arms must say what transformers' generate says, in
-bfloat16 differences are counted. Times: `vispec.evaluation.bench` with random weights at published sizes. Every part is
-a process of its own with a share of the time that is left, so the table is printed whatever happens. Neither `datasets`
-nor `fschat` is needed.
+Exact outputs: `gpu_exactness.py`, tiny random models. Times: `vispec.evaluation.bench` and `bench_batches.py` with
+random weights at published sizes. Every part is a process of its own with a share of the time that is left, so the
+table is printed whatever happens. On a GPU every step has to be captured in CUDA graphs: what is not is said, and an
+error. Neither `datasets` nor `fschat` is needed.
 """
 
 import argparse
@@ -19,13 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vispec.cli import run_cli, write_json_atomic
+from vispec.cli import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("llava_next", "llava_1.5", "qwen2_5_vl")
-SEEDS, NEW_TOKENS = (0, 1, 2), 24
-LAYOUTS = (".", ".a.", "a.bb.")
-"""Prompts without an image, with one, and with three of which two touch."""
 RUNS = (
     "llama-135m/float32/8192",
     "llava-v1.6-vicuna-7b-hf/bfloat16",
@@ -33,31 +29,40 @@ RUNS = (
     "Qwen2.5-VL-7B-Instruct/bfloat16/32768",
 )
 """Target, dtype, and size of the draft vocabulary that is compared with none."""
+BATCHES = "Qwen2.5-VL-3B-Instruct/bfloat16"
+"""Whose batches of 1, 2, 4 and 8 prompts are measured."""
+EXACTNESS_PARTS = 1.6
+"""How many parts' time the exactness of outputs may take."""
 MOST_OF_THE_FLOOR = 1.2
 LEAST_OF_THE_POSSIBLE = 0.8
+LEAST_P_VALUE = 1e-4
+"""Of the sampled tokens' distribution; below it they are not the target's."""
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.exactness:
-        write_json_atomic(args.exactness, exactness(args.device))
-        return 0
     started, out = time.monotonic(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    commands = {"exactness": [__file__, "--device", args.device, "--exactness", str(out / "exactness.json")]}
+    commands = {"exactness": exactness_command(args, out)}
     commands.update({run: bench_command(run, args, out) for run in args.runs})
+    if args.batches:
+        commands["batches"] = batches_command(args, out)
     found, failed = {}, {}
     for number, (name, command) in enumerate(commands.items()):
-        limit = (args.limit - (time.monotonic() - started)) / (len(commands) - number)
+        # what a part leaves of its share is for the others; the outputs of many small models take longest
+        parts_left = len(commands) - number + (EXACTNESS_PARTS - 1) * (name == "exactness")
+        limit = (args.limit - (time.monotonic() - started)) / parts_left
+        limit *= EXACTNESS_PARTS if name == "exactness" else 1
         reason = in_a_process(command, out / f"{file_name(name)}.log", limit)
         file = out / f"{file_name(name)}.json"
-        if reason is None:
-            found[name] = json.loads(file.read_text())
-        else:
+        if reason is not None:
             failed[name] = reason
+        if reason is None or (name == "exactness" and file.exists()):  # checks that were done before it broke off
+            found[name] = json.loads(file.read_text())
         print(f"{name}: {reason or 'done'}, {time.monotonic() - started:.0f} s since the start", flush=True)
-    print("\n".join(report(found, failed)))
-    return 1 if failed or differing(found) else 0
+    wrong = differing(found) + (not_captured(found) if args.device == "cuda" else [])
+    print("\n".join(report(found, failed, wrong)))
+    return 1 if failed or wrong else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -65,17 +70,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--runs", nargs="*", default=list(RUNS), metavar="NAME/DTYPE[/DRAFT-VOCAB]", help="default: four targets")
+    add("--batches", default=BATCHES, metavar="NAME/DTYPE", help="whose batches are timed; '' for none (%(default)s)")
     add("--trees", nargs="+", default=["30/3/8"], metavar="N/d/k")
     add("--repeats", type=int, default=5, help="(%(default)s)")
     add("--prompt-tokens", type=int, default=512, help="(%(default)s)")
     add("--limit", type=float, default=520, help="seconds for everything (%(default)s)")
     add("--out", default="out/gpu_check", help="folder for JSON files and logs (%(default)s)")
-    add("--exactness", metavar="FILE", help="only compare the outputs of tiny models and write FILE")
     args = parser.parse_args(argv)
-    for run in args.runs:
+    for run in args.runs + [args.batches] * bool(args.batches):
         if len(run.split("/")) not in (2, 3):
             raise ValueError(f"--runs {run}: expected name/dtype or name/dtype/draft-vocabulary")
     return args
+
+
+def exactness_command(args: argparse.Namespace, out: Path) -> list[str]:
+    return [str(ROOT / "scripts" / "gpu_exactness.py"), "--device", args.device, "--json", str(out / "exactness.json")]
+
+
+def batches_command(args: argparse.Namespace, out: Path) -> list[str]:
+    name, dtype = args.batches.split("/")[:2]
+    flags = ["--random-weights", name, "--dtype", dtype, "--device-map", args.device, "--tree", args.trees[0]]
+    flags += ["--questions", "8", "--repetitions", "2", "--max-new-tokens", "64"]
+    return [str(ROOT / "scripts" / "bench_batches.py"), *flags, "--json", str(out / "batches.json")]
 
 
 def bench_command(run: str, args: argparse.Namespace, out: Path) -> list[str]:
@@ -103,74 +119,59 @@ def in_a_process(command: list[str], log: Path, limit: float) -> str | None:
     return f"exit code {done.returncode}: {last}"
 
 
-def exactness(device: str) -> dict:
-    """Answers of tiny random models by both arms and by transformers' generate: how many differ, by dtype."""
-    import torch
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_models import generate, image_prompt, random_head, random_target
-
-    from vispec import SpecModel
-
-    counts = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        found = {"answers": 0, "baseline_differs_from_generate": 0, "spec_differs_from_baseline": 0, "accepted": 0}
-        for family in FAMILIES:
-            for seed in SEEDS:
-                target = random_target(family, seed).to(device, dtype)
-                model = SpecModel(target, random_head(target, "vispec", seed + 10).to(device, dtype))
-                for layout in LAYOUTS:
-                    inputs = {
-                        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-                        for name, value in image_prompt(target, seed, layout).items()
-                    }
-                    theirs = generate(target, inputs, max_new_tokens=NEW_TOKENS)
-                    ours = model.baseline_generate(**inputs, max_new_tokens=NEW_TOKENS)
-                    spec, accepted = model.specgenerate(**inputs, max_new_tokens=NEW_TOKENS, return_acceptance_len=True)
-                    found["answers"] += 1
-                    found["baseline_differs_from_generate"] += ours.tolist() != theirs.tolist()
-                    found["spec_differs_from_baseline"] += spec.tolist() != ours.tolist()
-                    found["accepted"] += sum(accepted)
-        counts[str(dtype).removeprefix("torch.")] = found
-    return counts
-
-
 def differing(found: dict) -> list[str]:
     """What is not as it must be in float32."""
     wrong = []
-    for name, number in found.get("exactness", {}).get("float32", {}).items():
-        if "differs" in name and number:
-            wrong.append(f"tiny models: {name} in {number} answers")
+    for name, counts in found.get("exactness", {}).items():
+        if "error" in counts:
+            wrong.append(f"tiny models, {name}: {counts['error']}")
+        if name != "bfloat16":
+            differ = {key: count for key, count in counts.items() if key.endswith("differs") and count}
+            wrong += [f"tiny models, {name}: {key} in {count} answers" for key, count in differ.items()]
+        if counts.get("least_p_value", 1.0) < LEAST_P_VALUE:
+            wrong.append(f"tiny models, {name}: tokens are not distributed as the target's")
     for name, result in benches(found).items():
         if result["device"]["dtype"] == "float32":
             wrong += [f"{name}: {arm} differs" for arm, same in result["outputs"].items() if not same["identical"]]
     return wrong
 
 
+def not_captured(found: dict) -> list[str]:
+    """What ran without CUDA graphs."""
+    parts = {f"tiny models, {name}": counts for name, counts in found.get("exactness", {}).items()}
+    parts.update((name, result) for name, result in found.items() if name != "exactness")
+    return [f"{name}: ran without CUDA graphs" for name, part in parts.items() if part.get("captured") is False]
+
+
 def benches(found: dict) -> dict:
-    return {name: result for name, result in found.items() if name != "exactness"}
+    return {name: result for name, result in found.items() if name not in ("exactness", "batches")}
 
 
-def report(found: dict, failed: dict) -> list[str]:
+def report(found: dict, failed: dict, wrong: list[str]) -> list[str]:
     """The table, and above and below it what does not fit into one."""
     lines = [""]
-    for dtype, counts in found.get("exactness", {}).items():
-        lines.append(f"tiny models, {dtype}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    for name, counts in found.get("exactness", {}).items():
+        lines.append(f"tiny models, {name}: " + ", ".join(f"{key} {count}" for key, count in counts.items()))
     for result in list(benches(found).values())[:1]:
         device, rates = result["device"], result["rates"]
         versions = ", ".join(f"{name} {device['versions'][name]}" for name in ("torch", "transformers"))
         speeds = f"copy {rates['bandwidth'] / 1e9:.0f} GB/s, matrix product {rates['matmul'] / 1e12:.1f} TFLOP/s"
         lines.append(f"{device['name']}, {versions}; {speeds} ({device['dtype']}); prompt {result['context']} tokens")
     lines.append("")
-    lines.append(
-        "| target | step ms | of the possible | over generate | tree | round ms | x floor | in steps | device idle "
-        "| speedup at the published τ (projected) | outputs |\n|" + "---|" * 11
+    columns = (
+        *("target", "captured", "step ms", "of the possible", "over generate", "tree", "round ms", "x floor"),
+        *("in steps", "device idle", "speedup at the published τ (projected)", "outputs"),
     )
+    lines.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for name, result in benches(found).items():
         for tree, row in result["trees"].items():
             lines.append(table_row(name, result, tree, row))
+    if "batches" in found:
+        pair = found["batches"]["provenance"]["arguments"]["random_weights"]
+        lines += ["", f"batches, {pair} with a random draft head, of which practically nothing is accepted:"]
+        lines += [found["batches"]["table"], ""]
     lines += [f"- {name}: {reason}" for name, reason in failed.items()]
-    lines += [f"- float32 outputs differ: {what}" for what in differing(found)]
+    lines += [f"- {what}" for what in wrong]
     lines.append(
         f"! marks what misses its target: a step at {LEAST_OF_THE_POSSIBLE:.0%} of the possible speed, no slower than "
         f"generate; a round of at most {MOST_OF_THE_FLOOR} x its floor"
@@ -189,6 +190,7 @@ def table_row(name: str, result: dict, tree: str, row: dict) -> str:
     same = result["outputs"][tree]
     cells = [
         name,
+        "yes" if result["captured"] else "no",
         f"{1000 * step['seconds']:.2f}",
         marked(f"{possible:.0%}", possible < LEAST_OF_THE_POSSIBLE),
         marked(f"{ratio:.2f}", ratio < 1),
@@ -196,7 +198,7 @@ def table_row(name: str, result: dict, tree: str, row: dict) -> str:
         f"{1000 * round_['seconds']:.2f}",
         marked(f"{round_['times_floor']:.2f}", round_["times_floor"] > MOST_OF_THE_FLOOR),
         f"{row['round_in_plain_steps']:.2f}",
-        "-" if busy is None else f"{max(0.0, 1 - busy / round_['seconds']):.0%}",
+        "-" if busy is None else f"{row['everything_else_share']:.0%}",
         projected or "-",
         "equal" if same["identical"] else f"part at {same['first_difference']} of {same['compared']}",
     ]

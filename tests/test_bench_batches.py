@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+from test_bench import tiny
 
 from vispec.demo import embedded
+from vispec.evaluation.random_pairs import TARGETS
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 PATH = Path(__file__).parent.parent / "scripts" / "bench_batches.py"
@@ -33,11 +35,26 @@ def test_every_batch_size_is_measured(bench, monkeypatch, tmp_path, capsys):
     assert "| 2 |" in capsys.readouterr().out
 
 
+def test_a_pair_with_random_weights(bench, monkeypatch, tmp_path, capsys):
+    """Prompts of several lengths; no answer ends early, and the table has a line for each size."""
+    monkeypatch.setitem(TARGETS, "llama-135m", tiny("llama-135m"))
+    file = tmp_path / "rows.json"
+    options = ["--questions", "4", "--repetitions", "1", "--max-new-tokens", "5", "--dtype", "float32"]
+    options += ["--sizes", "1", "4", "--json", str(file)]
+    assert bench.main(["--random-weights", "llama-135m", *options]) == 0
+    found = json.loads(file.read_text())
+    assert [row["equal"] for row in found["rows"]] == [4] * 4 and found["captured"] is False
+    printed = capsys.readouterr().out
+    assert found["table"] in printed
+    assert [line.split("|")[1].strip() for line in found["table"].splitlines()] == ["B", "---", "1", "4"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--questions", "6", "--sizes", "4"], "--questions 6: expected a multiple of --sizes 4"),
         (["--target", "somewhere"], "--target and --draft go together"),
+        (["--random-weights", "llama-135m", "--target", "x", "--draft", "y"], "either random or read from --target"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(bench, flags, message, capsys):
