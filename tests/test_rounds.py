@@ -1,7 +1,11 @@
 """Rounds work on tensors that stay where they are, so that a GPU can replay them; here recordings are replayed."""
 
 import logging
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from transformers import BitsAndBytesConfig
 
 from vispec import SpecModel
 from vispec.model import decoding, graphs, lookup
+from vispec.model.acceptance import Sampling
 from vispec.model.cache import TreeCache
+from vispec.model.decoding import SpeculativeDecoder
 from vispec.model.graphs import Steps
 from vispec.model.rows import Rows
 from vispec.model.target import Target
@@ -180,6 +186,39 @@ def test_a_capture_that_fails_half_way(captures, operations, good, monkeypatch, 
     assert [r.getMessage() for r in caplog.records] == [
         "decoding goes on without CUDA graphs: capture failed (operation not permitted when stream is capturing)"
     ]
+
+
+def test_threads_do_not_meet_in_a_step(captures, monkeypatch):
+    """Eager steps, captures and replays of one thread wait for those of the other, and for its random numbers."""
+    inside, met = [], []
+
+    @contextmanager
+    def alone():
+        me = threading.get_ident()
+        met.extend(other for other in inside if other != me)
+        inside.append(me)
+        time.sleep(0.001)
+        yield
+        inside.remove(me)
+
+    def guarded(function):
+        def call(*args):
+            with alone():
+                return function(*args)
+
+        return call
+
+    monkeypatch.setattr(graphs, "cuda_capture", lambda device: lambda step: guarded(guarded(record)(step)))
+    for owner, name in ((SpeculativeDecoder, "_verify"), (SpeculativeDecoder, "_advance"), (Sampling, "choose")):
+        monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
+    target = random_target("llava_1.5", 0, vocabulary=12)
+    model = model_of(target, "vispec")
+    prompts = [text_prompt(target, length, seed=length) for length in (5, 7)]
+    expected = [model.baseline_generate(**inputs, max_new_tokens=30) for inputs in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda inputs: model.specgenerate(**inputs, max_new_tokens=30), prompts * 2))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected * 2, strict=True))
+    assert met == []
 
 
 def test_why_nothing_is_captured_is_said_once(caplog):

@@ -238,7 +238,9 @@ class Decoder(ABC):
         cache = seat.cache.part(place, place + 1)
         cache.lengths.zero_()  # an answer that ended with its first token may have been there
         prompt = self.target.prefill(cache, input_ids, inputs)
-        return Generation(cache, prompt.rope_delta, root=self.sampling.choose(prompt.logits)), prompt
+        with seat.steps.alone:
+            root = self.sampling.choose(prompt.logits)
+        return Generation(cache, prompt.rope_delta, root), prompt
 
     def _rows(self, seat: _Seat, answers: list[_Answer]) -> Generation | None:
         return seat.generation and seat.generation.part(0, len(answers))

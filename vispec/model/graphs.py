@@ -9,7 +9,7 @@ each key has a graph of its own.
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,16 @@ Step = Callable[[], None]
 HOST_READS_POSITIONS = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles depend on the largest position, for which the host asks the device."""
 
-_one_capture_at_a_time = threading.Lock()
+_one_at_a_time = threading.Lock()
+"""Held by every step on a GPU, while it is launched, replayed or captured.
+
+Each generation has a seat of its own, and with it its own tensors, graphs, memory of graphs and capture stream, so two
+threads never meet there. What they share are PyTorch's random numbers of a device. While a step is captured they are in
+a state in which others can neither draw nor replay; and a replay first writes where the numbers go on to a place that
+is the same for all graphs, so its two halves must not mix with those of another replay. (On the device, work of
+threads that use different streams may still mix: threads stay on the default stream.) The lock costs nothing: launching
+is Python, which runs one thread at a time.
+"""
 
 
 class Steps:
@@ -34,12 +43,18 @@ class Steps:
         self._target = target
         self._capture = cuda_capture(target.device) if target.can_capture else None
         self._replays: dict[Hashable, Step | None] = {}
+        self.alone = _one_at_a_time if target.device.type == "cuda" or target.can_capture else nullcontext()
+        """Held while something is done that must not meet a step of another thread: random numbers are drawn."""
 
     def run(self, key: Hashable, step: Step, reset: Step) -> None:
         """Run a step; steps with equal keys do the same on tensors of the same shapes and addresses.
 
         `reset` takes back what a step that broke off has changed on the host, so that it can be run from its beginning.
         """
+        with self.alone:
+            self._run(key, step, reset)
+
+    def _run(self, key: Hashable, step: Step, reset: Step) -> None:
         if not self._target.can_capture:
             step()
         elif key not in self._replays:
@@ -66,8 +81,8 @@ class Steps:
 def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
     """A function from a step to its replay, which does not run the step.
 
-    Its graphs share their memory, so no two of them may run at the same time. Where a step cannot be captured, the
-    error is the one that the step met, and the device can be used as before.
+    Its graphs share their memory, so no two of them may run at the same time; no other capture may be under way. Where
+    a step cannot be captured, the error is the one that the step met, and the device can be used as before.
     """
     pool = torch.cuda.graph_pool_handle()
     # one of this device: PyTorch's own stream for captures is on the device that was first used for one. All graphs of
@@ -85,7 +100,7 @@ def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
                 raise
 
         try:
-            with _one_capture_at_a_time, torch.cuda.device(device):
+            with torch.cuda.device(device):
                 _record(graph, watched, pool, stream)
         except RuntimeError as error:
             _leave_capture_mode(device, stream)
@@ -110,7 +125,7 @@ def _leave_capture_mode(device: torch.device, stream: "torch.cuda.Stream") -> No
     Up to a version of PyTorch after 2.6, a capture that fails leaves the random numbers of the device in the state for
     captures, in which nothing can be drawn outside of one.
     """
-    with suppress(RuntimeError), _one_capture_at_a_time, torch.cuda.device(device):
+    with suppress(RuntimeError), torch.cuda.device(device):
         mark = torch.zeros(1, device=device)
         _record(torch.cuda.CUDAGraph(), mark.zero_, torch.cuda.graph_pool_handle(), stream)
 

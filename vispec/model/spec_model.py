@@ -334,7 +334,8 @@ class SpecModel:
 
     def _now(self) -> float:
         if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
+            # not the whole device: another thread may be capturing a step there, which that would break
+            torch.cuda.current_stream(self.target.device).synchronize()
         return time.perf_counter()
 
 
