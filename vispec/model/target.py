@@ -20,6 +20,7 @@ from packaging import version
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from vispec.model.attention import adopt, packed_mask, tree_pass
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
 from vispec.model.graphs import Steps, obstacle
@@ -76,6 +77,7 @@ class Target:
         # hooks sit on modules that all threads share, so only one prompt is read at a time
         self._prefill_lock = threading.Lock()
         _use_maskable_attention(model)
+        self._head_groups = adopt(self.decoder.layers)
         _report_ignored_processors(model)
 
     @property
@@ -165,13 +167,16 @@ class Target:
         mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
         if self._rope_owner is not None:
             positions = positions[None].expand(3, -1, -1)
-        out = self.decoder(
-            inputs_embeds=self.embed_tokens(self._place(tokens)),
-            attention_mask=self._place(mask),
-            position_ids=self._place(positions),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        if mask is not None and self._head_groups is not None:
+            mask = packed_mask(mask, self._head_groups)
+        with tree_pass():
+            out = self.decoder(
+                inputs_embeds=self.embed_tokens(self._place(tokens)),
+                attention_mask=self._place(mask),
+                position_ids=self._place(positions),
+                past_key_values=cache,
+                use_cache=True,
+            )
         return out.last_hidden_state.to(self.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
