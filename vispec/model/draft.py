@@ -11,6 +11,7 @@ Shapes: B rows, L tokens, H hidden size, R pairs of one pass, k nodes of one tre
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -372,10 +373,16 @@ def rotary_angles(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine (B, 1, R, head_dim) of the plain 1-D rotary embedding for positions (B, R)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    angles = (positions[..., None].float() * rotary_frequencies(head_dim, theta, positions.device))[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(head_dim,) radians that a place of each half turns by from one position to the next."""
+    with torch.inference_mode(False):  # training may meet the same tensor
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        return (1.0 / theta**exponents).repeat(2)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
