@@ -17,9 +17,11 @@ from tiny_models import (
     same_target,
     text_prompt,
 )
+from transformers import PreTrainedModel
 
 from vispec import SpecModel
 from vispec.model import decoding
+from vispec.model.lookup import PromptLookup
 
 TREES = ((2, 1, 1), (12, 3, 4), (30, 3, 8), (60, 6, 10))
 NEW_TOKENS = 20
@@ -53,6 +55,32 @@ def test_random_models(family, seed, tree):
     lengths = []
     for inputs, expected in answers:
         lengths += check(model, inputs, expected, max_new_tokens=NEW_TOKENS)
+    if tree[0] >= 30 and seed == 2:
+        assert max(lengths) >= 1, "nothing was accepted, so nothing was tested"
+
+
+def model_without_attention(target: PreTrainedModel, method: str, tree=(30, 3, 8), seed: int = 0) -> SpecModel:
+    """With the drafts that have no decoder layer of their own: Medusa's heads, and prompt lookup."""
+    draft = PromptLookup() if method == "lookup" else random_head(target, "medusa", seed=seed + 3)
+    return SpecModel(target, draft, *tree)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["medusa", "lookup"])
+def test_random_models_with_drafts_without_attention(method, family, seed, tree):
+    target, answers = target_with_answers(family, seed)
+    model = model_without_attention(target, method, tree, seed)
+    lengths = []
+    for inputs, expected in answers:
+        answer, accepted = model.specgenerate(**inputs, max_new_tokens=NEW_TOKENS, return_acceptance_len=True)
+        assert answer.tolist() == expected.tolist()
+        length = inputs["input_ids"].shape[1]
+        for limit in (1, 2):
+            short, rounds = model.specgenerate(**inputs, max_new_tokens=limit, return_acceptance_len=True)
+            assert short.tolist() == expected[:, : length + limit].tolist() and len(rounds) == limit - 1
+        lengths += accepted
     if tree[0] >= 30 and seed == 2:
         assert max(lengths) >= 1, "nothing was accepted, so nothing was tested"
 
@@ -92,7 +120,7 @@ def test_never_more_than_max_new_tokens(family, method, limit):
     check(model, recording.inputs, expected, max_new_tokens=40, max_length=length + limit)
 
 
-def end_inside_a_path(model: SpecModel, inputs: dict) -> int:
+def end_inside_a_path(model: SpecModel, inputs: dict) -> int | None:
     """A token of the answer that would end it in the middle of an accepted path, and nowhere before."""
     before = set()
     for step in model.stream(**inputs, max_new_tokens=48):
@@ -100,7 +128,7 @@ def end_inside_a_path(model: SpecModel, inputs: dict) -> int:
             if token not in before and place + 1 < sum(step.drafted):
                 return token
             before.add(token)
-    pytest.fail("no accepted path of this answer has a token in its middle that is new")
+    return None
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -108,6 +136,7 @@ def end_inside_a_path(model: SpecModel, inputs: dict) -> int:
 def test_end_token_inside_a_path(family, several):
     recorded, inputs = recorded_model(family, "vispec"), recorded_case(family, "vispec", 2).inputs
     end = end_inside_a_path(recorded, inputs)
+    assert end is not None, "no accepted path of this answer has a token in its middle that is new"
     target = same_target(recorded.target.model)
     unused = target.get_input_embeddings().weight.shape[0] - 1
     target.generation_config.eos_token_id = [unused, end] if several else end
@@ -118,6 +147,24 @@ def test_end_token_inside_a_path(family, several):
     assert last.token_ids[-1] == end
     assert lengths[-1] > len(last.token_ids), "the path went on behind the end token"
     assert last.drafted == [True] * len(last.token_ids)
+
+
+@pytest.mark.parametrize("method", ["medusa", "lookup"])
+def test_end_token_inside_a_path_without_attention(method):
+    """Random models, of which few have such a path: the first one is taken."""
+    for seed in range(8):
+        target = random_target("qwen2_5_vl", seed, vocabulary=9)
+        model = model_without_attention(target, method, seed=seed)
+        for inputs in (image_prompt(target, number, layout) for number, layout in enumerate((".", ".a.") * 2)):
+            end = end_inside_a_path(model, inputs)
+            if end is not None:
+                target.generation_config.eos_token_id = end
+                model = model_without_attention(target, method, seed=seed)
+                expected = generate(target, inputs, max_new_tokens=48)
+                lengths = check(model, inputs, expected, max_new_tokens=48)
+                assert lengths[-1] > len(list(model.stream(**inputs, max_new_tokens=48))[-1].token_ids)
+                return
+    pytest.fail("no accepted path of these answers has a token in its middle that is new")
 
 
 def test_end_token_as_first_token():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_batches import batch_of
 from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
 from tiny_models import FAMILIES, generate, image_prompt, random_target
 
@@ -82,6 +83,24 @@ def test_greedy_answers_are_the_targets(family, tree, monkeypatch):
         lengths += accepted
     if tree[0] == 30:
         assert max(lengths) >= 2, "nothing was accepted, so nothing was tested"
+
+
+def test_texts_of_a_batch_outgrow_their_buffers(monkeypatch):
+    """Four texts of different lengths move to larger buffers several times; the first one ends on the way."""
+    monkeypatch.setattr(lookup, "MOST_BRANCHES", 8)
+    monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 8)
+    target = random_target("llava_next", 2, vocabulary=9)
+    prompts = [image_prompt(target, seed, layout) for seed, layout in enumerate(("a.bb.", ".", ".a.", ".."))]
+    first = generate(target, prompts[0], max_new_tokens=40)[0, prompts[0]["input_ids"].shape[1] :].tolist()
+    target.generation_config.eos_token_id = first[6]
+    expected = [generate(target, prompt, max_new_tokens=40) for prompt in prompts]
+    batch, model = batch_of(prompts), SpecModel(target, PromptLookup(), 30, 3, 8)
+    answer, accepted = model.specgenerate(**batch, max_new_tokens=40, return_acceptance_len=True)
+    length = batch["input_ids"].shape[1]
+    for row, (out, prompt) in enumerate(zip(expected, prompts, strict=True)):
+        new = out[0, prompt["input_ids"].shape[1] :]
+        assert torch.equal(answer[row, length : length + len(new)], new)
+    assert max(max(lengths, default=0) for lengths in accepted) >= 2, "nothing was accepted, so nothing was tested"
 
 
 def test_sampled_answers_follow_the_target():
