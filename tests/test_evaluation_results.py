@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import random
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +304,33 @@ def test_the_page_on_slow_speedups_is_arithmetic():
     examples = {cells[0]: cells[1:] for cells in map(_cells, text.splitlines()) if len(cells) == 5}
     tokens, speedups = examples["further tokens"], examples["speedup"]
     assert speedups == [f"{(25 + n) / (25 + n / 2.58):.2f}" for n in map(int, tokens)]
+
+
+def test_the_readme_has_the_published_averages():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = [_cells(line) for line in re.findall(r"^\| \S+ \w+ \| [01] \|.* / .*", text, re.MULTILINE)]
+    assert len(rows) == 4 * 2
+    for index, (target, temperature, *cells) in enumerate(rows):
+        name = PUBLISHED[index // 2]
+        assert target.split()[-1].lower() in name.lower()
+        pairs = [found[AVERAGE] for found in published(name, float(temperature)).values()]
+        assert cells == [f"{speedup:.2f} / {tau:.2f}" for speedup, tau in pairs]
+
+
+def test_the_commands_of_the_page_on_slow_speedups_exist(capsys):
+    """Each of its lines, with flags that the command has; what is said of other commands' flags too."""
+    text = (Path(__file__).parent.parent / "docs" / "why-slower.md").read_text(encoding="utf-8")
+    lines = re.findall(r"python -m (vispec[\w.]+)([^`\n#]*)", text)
+    assert {name for name, _ in lines} > {"vispec.generate", "vispec.evaluation.speed", "vispec.evaluation.bench"}
+    for name, flags in [*lines, ("vispec.evaluation.bench", "--profile")]:
+        with pytest.raises(SystemExit) as done:
+            import_module(name).main(["--help"])
+        shown = capsys.readouterr().out
+        assert done.value.code == 0
+        assert all(f"{flag} " in shown.replace("\n", " ") for flag in re.findall(r"--[\w-]+", flags)), (name, flags)
+    with pytest.raises(SystemExit):
+        import_module("vispec.evaluation.gen_spec_answer_gqa").main(["--help"])
+    assert "-1 measures which tree" in " ".join(capsys.readouterr().out.split())
 
 
 def test_figures(folder, tmp_path, capsys):
