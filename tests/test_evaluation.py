@@ -257,6 +257,20 @@ def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
     assert json.loads(meta.read_text())["left_out"] == [] and len(read(path)) == 5
 
 
+def test_an_image_that_the_processor_refuses_is_left_out(coco, tmp_path, monkeypatch, capsys):
+    build = answering.build_inputs
+
+    def refuse(processor, turns):
+        images = [item() for turn in turns for item in turn.items if not isinstance(item, str)]
+        if images[0].width == 48:
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return build(processor, turns)
+
+    monkeypatch.setattr(answering, "build_inputs", refuse)
+    assert [line["question_id"] for line in read(run_baseline(coco, tmp_path))] == [10, 20, 40, 70]
+    assert "question 50 is left out: OSError: absolute aspect ratio" in capsys.readouterr().err
+
+
 def test_a_benchmark_without_any_readable_image_fails(coco, tmp_path, capsys):
     (tmp_path / "dataset_coco.json").write_text((coco / "dataset_coco.json").read_text())
     flags = ["--base-model-path", TARGET, "--data-folder", str(tmp_path), "--answer-file", str(tmp_path / "a")]

@@ -130,7 +130,7 @@ class Answerer:
         question = ask.question
         processor = self._processor(ask.series[0])
         try:
-            inputs = build_inputs(processor, question.turns)
+            inputs = _inputs(processor, question)
         except UNREADABLE as error:
             yield LeftOut(question.question_id, f"{type(error).__name__}: {error}", "unreadable")
             return
@@ -163,7 +163,7 @@ class Answerer:
             if len(prompts) == TUNED_ON:
                 break
             try:
-                inputs = build_inputs(processor, question.turns)
+                inputs = _inputs(processor, question)
             except UNREADABLE:
                 continue
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
@@ -325,6 +325,20 @@ def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> bool:
         lost = ", ".join(names["died"])
         print(f"error: not answered, because the actors that tried died: {lost}", file=sys.stderr)
     return "died" not in names
+
+
+def _inputs(processor, question: Question) -> "BatchFeature":
+    """What the model is called with.
+
+    Raises:
+        UNREADABLE: a picture cannot be read, or the processor refuses it (Qwen's does if it is very long and narrow).
+    """
+    try:
+        return build_inputs(processor, question.turns)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise OSError(str(error)) from None
 
 
 def _absolute(path: str) -> str:

@@ -151,7 +151,10 @@ def hub_image(data: "Dataset", row: int) -> ImageSource:
 
 
 def _decode(data: "Dataset", row: int) -> "Image.Image":
-    picture = data[row]["image"]
+    try:
+        picture = data[row]["image"]
+    except ValueError as error:  # some decoders say it so
+        raise OSError(f"row {row} of the data set: {error}") from None
     if picture is None:
         raise OSError(f"row {row} of the data set has no image")
     return picture.convert("RGB")
