@@ -9,7 +9,7 @@ from launching import command, finish
 from test_train_steps import EIGHT_SHAPES, write_data
 
 from vispec.ge_data.sample_file import make_sample, read_sample
-from vispec.train import main, main_mtp
+from vispec.train import main, main_medusa, main_mtp
 from vispec.train.plan import marked_text
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_next"
@@ -75,14 +75,25 @@ def test_processes_plan_once_and_part_in_order(arguments, tmp_path):
     assert "warn" not in text.lower() and "destroy_process_group" not in text
 
 
-def test_flags_that_exclude_each_other(arguments):
+def test_flags_that_make_no_sense(arguments):
     for more, message in (
         (["--clip-norm", "1", "--clip-value", "0.5"], "--clip-value 0.5 and --clip-norm 1.0: expected one"),
         (["--clip-norm", "0"], "--clip-norm 0.0: expected a number above 0"),
         (["--keep", "-1"], "--keep -1: expected at least 0"),
+        (["--lr", "nan"], "--lr nan: expected a number from 0 on"),
+        (["--noise=-0.2"], "--noise -0.2: expected a number from 0 on"),
     ):
         with pytest.raises(ValueError, match=message):
             main.main([*arguments, *more])
+
+
+@pytest.mark.parametrize("command", [main, main_mtp, main_medusa])
+def test_a_flag_that_cannot_be_read_is_named_in_one_line(arguments, command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main([*arguments, "--bs", "x"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --bs: invalid int value: 'x'") and error.count("\n") == 1
 
 
 def test_scored_tokens_are_marked():

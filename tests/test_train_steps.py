@@ -192,6 +192,7 @@ def test_a_crash_in_evaluation_does_not_lose_the_epoch(data, tmp_path):
     steps = []
     again.update = lambda step: steps.append(step) or Trainer.update(again, step)
     assert again.resume()
+    assert again.seconds == broken.seconds > 0
     again.run()
     assert steps == [6, 7, 8]
     ends = [(tmp_path / name / "state_3" / "model.safetensors").read_bytes() for name in "ab"]

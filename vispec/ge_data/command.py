@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vispec.cli import DTYPES, write_json_atomic
+from vispec.evaluation.loading import Parser
 from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_skipped, report, skip_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
@@ -20,9 +22,7 @@ PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/
 def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
     """Arguments of one command; stage is "text" or "image", family "llava" or "qwen"."""
     what = "text conversations (stage 1)" if stage == "text" else "long answers about images (stage 2)"
-    parser = argparse.ArgumentParser(
-        description=f"Training data of the draft head: {what}, with the target's features."
-    )
+    parser = Parser(description=f"Training data of the draft head: {what}, with the target's features.")
     add = parser.add_argument
     add("--outdir", required=True, help="folder of the sample files; the same command goes on where it stopped")
     add("--start", type=int, default=0, help="first row of the shuffled data (%(default)s)")
@@ -58,8 +58,14 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     args = make_parser(stage, family).parse_args(argv)
     if args.start < 0 or args.end < args.start:
         raise ValueError(f"--start {args.start} --end {args.end}: expected 0 <= start <= end")
-    if getattr(args, "batch_size", 1) < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: expected at least 1")
+    for name in ("max_len", "batch_size", "max_new_tokens", "min_pixels", "max_pixels"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 0 <= getattr(args, "temperature", 0) < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: expected a number from 0 on")
+    if getattr(args, "min_pixels", 0) > getattr(args, "max_pixels", 0):
+        raise ValueError(f"--min-pixels {args.min_pixels}: expected at most --max-pixels {args.max_pixels}")
     rows = _load_rows(stage, args.data_folder)
     end = min(args.end, len(rows) - 1)
     if end < args.end:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,9 @@ def recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
     for name, value in (least | {"save_steps": 0, "keep": 0}).items():
         if getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {value}")
+    for name in ("lr", "pw", "noise"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected a number from 0 on")
     if args.clip_value is not None and args.clip_norm is not None:
         raise ValueError(f"--clip-value {args.clip_value} and --clip-norm {args.clip_norm}: expected one of them")
     for name in ("clip_value", "clip_norm"):

@@ -4,18 +4,18 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main --base
     --tmpdir SAMPLES --cpdir CHECKPOINTS
 """
 
-import argparse
 import logging
 
 from vispec.cli import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
+    from vispec.evaluation.loading import Parser
     from vispec.train import command
     from vispec.train.losses import Objective
 
     logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(prog="vispec.train.main", description="Stage 1: an EAGLE-2 draft head on text.")
+    parser = Parser(prog="vispec.train.main", description="Stage 1: an EAGLE-2 draft head on text.")
     command.add_arguments(parser, lr=3e-5, token_weight=0.1)
     args = parser.parse_args(argv)
     return command.train(args, "eagle2", command.recipe_of(args, Objective.stage1(args.pw), mtp_steps=0))

@@ -4,21 +4,19 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_medusa
     --tmpdir SAMPLES --cpdir CHECKPOINTS
 """
 
-import argparse
 import logging
 
 from vispec.cli import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
+    from vispec.evaluation.loading import Parser
     from vispec.model.medusa import HEADS
     from vispec.train import command
     from vispec.train.losses import Objective
 
     logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="vispec.train.main_medusa", description=f"Medusa's {HEADS} heads, on the data of stage 1."
-    )
+    parser = Parser(prog="vispec.train.main_medusa", description=f"Medusa's {HEADS} heads, on the data of stage 1.")
     command.add_arguments(parser, lr=3e-5, token_weight=0.1)
     args = parser.parse_args(argv)
     objective = Objective(feature_weight=1.0, token_weight=args.pw, token_loss="ce", ranking_weight=0.0)

@@ -4,18 +4,18 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_mtp --
     --loadpath STAGE1/state_20 --tmpdir SAMPLES --cpdir CHECKPOINTS --mtp-steps=1 --num-q=2 --use-ours=True
 """
 
-import argparse
 import logging
 
 from vispec.cli import parse_bool, run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
+    from vispec.evaluation.loading import Parser
     from vispec.train import command
     from vispec.train.losses import Objective
 
     logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vispec.train.main_mtp", description="Stage 2: a ViSpec draft head on images, trained on its own outputs."
     )
     command.add_arguments(parser, lr=3e-6, token_weight=1.0)

@@ -99,6 +99,8 @@ class Trainer:
         self.group_size = recipe.batch_size * recipe.accumulation * processes.count
         self.steps_per_epoch = math.ceil(len(train) / self.group_size)
         self.epoch, self.step_in_epoch, self.sums = 0, 0, Sums()
+        self.seconds = 0.0
+        """What the epoch's steps have taken so far, also before an interruption."""
         self.describe: Callable[[BaseHead, int, dict], str] | None = None
         """Writes the model card of a head after an epoch, given that epoch's line of metrics."""
 
@@ -175,22 +177,19 @@ class Trainer:
             remove_leftovers(self.folder, (RESUME_FILE, METRICS_FILE, "training.json"))
             log = MetricsLog(self.folder, self.recipe.report_to, self.epoch, self.steps_done)
         while self.epoch < self.recipe.epochs:
-            started, before = time.perf_counter(), self.sums.values[2].item()
             self._train_epoch(log)
-            seconds = time.perf_counter() - started
-            samples = self.sums.values[2].item() - before
-            train = self.sums
+            train, seconds = self.sums.summary(), self.seconds
             held_out = self.evaluate()
-            self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, Sums()
+            self.epoch, self.step_in_epoch, self.sums, self.seconds = self.epoch + 1, 0, Sums(), 0.0
             if not log:
                 continue
             line = {
                 "step": self.steps_done,
-                "train": train.summary(),
+                "train": train,
                 "held_out": held_out.summary() if len(self.held_out_set) else None,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "seconds": round(seconds, 2),
-                "samples_per_second": round(samples / seconds, 2),
+                "samples_per_second": round(train["samples"] / seconds, 2),
             }
             if self.describe:
                 self.head.card = self.describe(self.head, self.epoch, line)
@@ -219,11 +218,13 @@ class Trainer:
             mininterval=1,
             leave=False,
         )
+        started = time.perf_counter() - self.seconds
         for group, batches in zip(groups, mine, strict=True):
             sums = self.accumulate(list(islice(loaded, len(batches))))
             self.update(self.steps_done)
             self.sums.values += sums.values
             self.step_in_epoch += 1
+            self.seconds = time.perf_counter() - started
             bar.update(1)
             shown = self.sums.summary()
             per_second = bar.format_dict["rate"] or 0
@@ -309,6 +310,7 @@ class Trainer:
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "sums": self.sums.values.tolist(),
+            "seconds": self.seconds,
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -334,7 +336,7 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
-        self.sums = Sums(state["sums"])
+        self.sums, self.seconds = Sums(state["sums"]), state["seconds"]
         return True
 
     def _stop(self, batches: list[Batch], what: str) -> None:
