@@ -9,6 +9,7 @@ import documents
 import pytest
 import torch
 from documents import DOCUMENTS, README, ROOT
+from PIL import Image
 
 from vispec.demo import embedded
 from vispec.demo.scenes import render, scene_of
@@ -18,6 +19,7 @@ from vispec.ge_data.command import LAST_ROW
 from vispec.ge_data.sample_file import make_sample
 
 GOLDEN = Path(__file__).parent / "golden"
+PICTURE = ROOT / "figs" / "scene.png"
 TRAINING, MEASURING = ROOT / "docs" / "training.md", ROOT / "docs" / "measuring.md"
 COMMANDS = [(path, *command) for path in DOCUMENTS for command in documents.commands(path)]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -119,6 +121,11 @@ def test_where_the_benchmarks_are():
         benchmark = BENCHMARKS[name.strip("`")]
         assert folder.startswith(f"`{benchmark.folder}`: ")
         assert (hub not in ("", "images")) == (benchmark.hub is not None)
+
+
+def test_the_picture_to_ask_about_is_an_unseen_scene():
+    with Image.open(PICTURE) as picture:
+        assert picture.convert("RGB").tobytes() == render(scene_of("eval", 21)).tobytes()
 
 
 def test_what_a_full_size_run_costs():
