@@ -1,11 +1,15 @@
 """Models that tree decoding cannot handle are refused by name when they are handed over, not deep inside a prompt."""
 
+import shutil
+
 import pytest
 import torch
-from tiny_models import random_target
+from safetensors.torch import load_file, save_file
+from tiny_models import GOLDEN, random_target
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from vispec import SpecModel
+from vispec.model.target import load_target
 
 
 @pytest.mark.parametrize(
@@ -76,3 +80,33 @@ def test_targets_without_positions_or_head_are_refused_by_name():
     target.get_output_embeddings = lambda: None
     with pytest.raises(ValueError, match="^LlavaNextForConditionalGeneration has no output head"):
         SpecModel(target)
+
+
+# --- files that are no target ---
+
+
+@pytest.mark.parametrize("path", ["someone/nowhere", "/nowhere/at/all"])
+def test_a_target_that_is_not_there(path):
+    with pytest.raises(ValueError) as caught:
+        load_target(path)
+    assert str(caught.value).startswith(f"{path}: transformers cannot load it as a target (")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_a_draft_head_is_no_target(family):
+    """Its config says that it is a VLM, and nothing of how large one: transformers would build the default size."""
+    draft = str(GOLDEN / family / "draft_vispec")
+    with pytest.raises(ValueError, match="its config has none of .*vision_config; is it a draft head") as caught:
+        SpecModel.from_pretrained(draft, draft)
+    assert str(caught.value).startswith(f"{draft}: ")
+
+
+def test_a_target_whose_files_lack_a_tensor_is_refused(tmp_path):
+    shutil.copytree(GOLDEN / "llava_next" / "target", tmp_path / "target")
+    weights = load_file(tmp_path / "target" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    del weights[name]
+    save_file(weights, tmp_path / "target" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"target: the target's files lack 1 of its tensors \(.*mlp.up_proj"):
+        load_target(str(tmp_path / "target"))

@@ -1,7 +1,7 @@
 """`SpecModel` as users call it: side by side, in threads, closed early, with bad input, in half precision."""
 
+import copy
 import logging
-import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import (
     FAMILIES,
     GOLDEN,
@@ -26,7 +25,6 @@ from tiny_models import (
 )
 
 from vispec import SpecModel
-from vispec.model.target import load_target
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -132,6 +130,27 @@ def test_closing_a_stream_leaves_nothing_behind(family):
     assert out[0, inputs["input_ids"].shape[1] :].tolist() == answer
 
 
+@pytest.mark.parametrize("speculate", [True, False])
+@pytest.mark.parametrize("leave", ["close", "raise"])
+def test_leaving_a_stream_ends_its_generation_at_once(leave, speculate, monkeypatch):
+    """Also an exception in the user's own loop, and while someone else, a debugger say, still holds the generation."""
+    model = copy.copy(recorded_model("llava_next", "vispec"))
+    inputs, answer = prompts_and_answers("llava_next", "vispec")[0]
+    held, rounds = [], model._rounds
+    monkeypatch.setattr(model, "_rounds", lambda *args, **kwargs: held.append(rounds(*args, **kwargs)) or held[-1])
+    if leave == "close":
+        stream = model.stream(**inputs, speculate=speculate)
+        next(stream)
+        stream.close()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            for step in model.stream(**inputs, speculate=speculate):
+                step.accepted / 0
+    assert held[0].gi_frame is None, "the generation goes on"
+    assert hooks(model) == 0 and not model.target._prefill_lock.locked()
+    assert model.specgenerate(**inputs, max_new_tokens=6)[0, -6:].tolist() == answer[:6]
+
+
 def test_a_prompt_that_fails_leaves_nothing_behind():
     model, (inputs, answer) = recorded_model("llava_next", "vispec"), prompts_and_answers("llava_next", "vispec")[0]
     with pytest.raises(Exception, match="shape|size|dimension|channels"):
@@ -229,9 +248,18 @@ def test_a_model_without_draft_head_has_the_baseline():
         model.specgenerate(**inputs)
 
 
-def test_a_bad_tree_is_refused_before_loading():
-    with pytest.raises(ValueError, match="total_token must be at least 2, found 1"):
-        SpecModel.from_pretrained("someone/nowhere", total_token=1)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total_token": 1}, "^total_token must be at least 2, found 1$"),
+        ({"method": "eagle3"}, "^method 'eagle3' is not one of vispec, eagle2, medusa, lookup$"),
+        ({"spec_model_path": str(GOLDEN)}, "^.*golden: no config.json there$"),
+        ({"spec_model_path": "not/a/hub/id"}, "^not/a/hub/id: neither a folder nor a hub id$"),
+    ],
+)
+def test_what_is_wrong_with_a_draft_is_said_before_loading(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SpecModel.from_pretrained("someone/nowhere", **arguments)
 
 
 # --- notices ---
@@ -261,33 +289,6 @@ def test_flash_attention_gives_one_line_and_sdpa(family, caplog):
     assert model.target.text_config._attn_implementation == "sdpa"
     inputs, answer = prompts_and_answers(family, "vispec")[0]
     assert model.specgenerate(**inputs, max_new_tokens=9)[0, -9:].tolist() == answer[:9]
-
-
-@pytest.mark.parametrize("path", ["someone/nowhere", "/nowhere/at/all"])
-def test_a_target_that_is_not_there(path):
-    with pytest.raises(ValueError) as caught:
-        load_target(path)
-    assert str(caught.value).startswith(f"{path}: transformers cannot load it as a target (")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-
-
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
-def test_a_draft_head_is_no_target(family):
-    """Its config says that it is a VLM, and nothing of how large one: transformers would build the default size."""
-    draft = str(GOLDEN / family / "draft_vispec")
-    with pytest.raises(ValueError, match="its config has none of .*vision_config; is it a draft head") as caught:
-        SpecModel.from_pretrained(draft, draft)
-    assert str(caught.value).startswith(f"{draft}: ")
-
-
-def test_a_target_whose_files_lack_a_tensor_is_refused(tmp_path):
-    shutil.copytree(GOLDEN / "llava_next" / "target", tmp_path / "target")
-    weights = load_file(tmp_path / "target" / "model.safetensors")
-    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
-    del weights[name]
-    save_file(weights, tmp_path / "target" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"target: the target's files lack 1 of its tensors \(.*mlp.up_proj"):
-        load_target(str(tmp_path / "target"))
 
 
 # --- dtypes and devices ---

@@ -46,8 +46,7 @@ def load_draft(
         TypeError: `hub` holds something else.
         ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
     """
-    config_file, weights_file = _find_files(path, **hub)
-    config = read_config(config_file)
+    config, weights_file = find_draft(path, **hub)
     weights = _read_weights(weights_file)
     if EMBEDDING not in weights:
         if embedding is None:
@@ -106,6 +105,22 @@ def read_config(path: str | Path) -> DraftConfig:
     return DraftConfig.from_dict(values, source=str(path))
 
 
+def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
+    """Config and weights file of a draft head in a folder or a hub repository; `hub` as for `load_draft`.
+
+    Raises:
+        ValueError: one of them is missing, or the config is wrong.
+    """
+    place = "there" if Path(path).is_dir() else "in that hub repository"
+    config = find_file(path, CONFIG, **hub)
+    if config is None:
+        raise ValueError(f"{path}: no {CONFIG} {place}")
+    weights = find_file(path, SAFETENSORS, **hub) or find_file(path, PICKLED, **hub)
+    if weights is None:
+        raise ValueError(f"{path}: neither {SAFETENSORS} nor {PICKLED} {place}")
+    return read_config(config), weights
+
+
 def find_file(
     path: str,
     name: str,
@@ -139,18 +154,6 @@ def find_file(
         return None
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{path}: neither a folder nor a hub repository ({type(error).__name__})") from None
-
-
-def _find_files(path: str, **hub) -> tuple[Path, Path]:
-    """config.json and the weights of a folder or of a hub id."""
-    place = "there" if Path(path).is_dir() else "in that hub repository"
-    config = find_file(path, CONFIG, **hub)
-    if config is None:
-        raise ValueError(f"{path}: no {CONFIG} {place}")
-    weights = find_file(path, SAFETENSORS, **hub) or find_file(path, PICKLED, **hub)
-    if weights is None:
-        raise ValueError(f"{path}: neither {SAFETENSORS} nor {PICKLED} {place}")
-    return config, weights
 
 
 def _repository_is_cached(repo_id: str, cache_dir: str | Path | None) -> bool:

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vispec.model.acceptance import Sampling
 from vispec.model.batches import row_name, single_prompts
-from vispec.model.checkpoints import load_draft
+from vispec.model.checkpoints import METHODS, find_draft, load_draft
 from vispec.model.decoding import BaselineDecoder, Decoder, Round, SpeculativeDecoder, Stop
 from vispec.model.draft import BaseHead
 from vispec.model.draft_vocab import DraftOutput
@@ -110,16 +111,21 @@ class SpecModel:
         Raises:
             ValueError, OSError: something is missing or does not fit; the message names it.
         """
-        TreeShape(total_token, depth, top_k)  # what is wrong is said before minutes of loading
+        # what is wrong is said before minutes of loading
+        TreeShape(total_token, depth, top_k)
+        if method not in (None, "lookup", *METHODS):
+            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}, lookup")
         if method == "lookup" and spec_model_path is not None:
             raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
+        hub = hub_options(kwargs, SHARED_HUB_OPTIONS)
+        if spec_model_path is not None:
+            find_draft(spec_model_path, **hub)
         target = load_target(base_model_path, _one_dtype(torch_dtype, dtype), device_map, **kwargs)
         model = cls(target, None, total_token, depth, top_k)
         if method == "lookup":
             model._attach(PromptLookup())
         elif spec_model_path is not None:
             embedding = model.target.embed_tokens.weight
-            hub = hub_options(kwargs, SHARED_HUB_OPTIONS)
             draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab, **hub)
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(base_model_path, **hub_options(kwargs))
@@ -222,8 +228,7 @@ class SpecModel:
         rounds = self._rounds(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
-        steps = (step[0] for step in rounds)
-        return (StreamedTokens(r.tokens, [i < r.accepted for i in range(len(r.tokens))], r.accepted) for r in steps)
+        return _streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = 48) -> "Tuning":
         """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
@@ -337,6 +342,14 @@ class SpecModel:
             # not the whole device: another thread may be capturing a step there, which that would break
             torch.cuda.current_stream(self.target.device).synchronize()
         return time.perf_counter()
+
+
+def _streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
+    """The rounds of a single prompt; closing this closes them at once, whoever else may know them."""
+    with closing(rounds):
+        for step in rounds:
+            tokens, accepted = step[0].tokens, step[0].accepted
+            yield StreamedTokens(tokens, [i < accepted for i in range(len(tokens))], accepted)
 
 
 def _one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
