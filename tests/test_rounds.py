@@ -19,8 +19,9 @@ from vispec.model import decoding, graphs, lookup
 from vispec.model.acceptance import Sampling
 from vispec.model.cache import TreeCache
 from vispec.model.decoding import SpeculativeDecoder
-from vispec.model.graphs import Steps
+from vispec.model.graphs import CAPTURED_USE, Steps
 from vispec.model.rows import Rows
+from vispec.model.spec_model import KEPT_DECODERS
 from vispec.model.target import Target
 
 BUCKET = 16
@@ -121,6 +122,25 @@ def test_an_answer_moves_to_larger_tensors(request, monkeypatch, method, rows):
     assert answers(model_of(target, method), inputs, max_new_tokens=60) == expected
 
 
+def test_a_long_answer_moves_a_few_times(request, monkeypatch):
+    """Few times: each time the room is doubled, but never beyond what the answer can need."""
+    target = random_target("llava_1.5", 5, vocabulary=12)
+    inputs = batch_of([text_prompt(target, length, seed=length) for length in (3, 9)])
+    expected = answers(model_of(target, "vispec"), inputs, max_new_tokens=120)
+    request.getfixturevalue("captures")
+    monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 4)
+    capacities, enlarge = [], decoding._Seat.enlarge
+
+    def watched(self, generation, rows, capacity):
+        capacities.append((self.capacity, capacity))
+        enlarge(self, generation, rows, capacity)
+
+    monkeypatch.setattr(decoding._Seat, "enlarge", watched)
+    assert answers(model_of(target, "vispec"), inputs, max_new_tokens=120) == expected
+    assert any(after == 2 * before for before, after in capacities) and len(capacities) <= 6
+    assert max(after for _, after in capacities) <= 9 + 120 + BUCKET + 64
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_shapes_and_addresses_stay_while_a_key_does(captures, arm, monkeypatch):
     """From round to round, and from one answer to the next."""
@@ -186,6 +206,25 @@ def test_a_capture_that_fails_half_way(captures, operations, good, monkeypatch, 
     assert [r.getMessage() for r in caplog.records] == [
         "decoding goes on without CUDA graphs: capture failed (operation not permitted when stream is capturing)"
     ]
+
+
+def test_captures_survive_between_arms_and_temperatures(captures):
+    """But not in any number: what has not been used for the longest time goes first."""
+    target = random_target("llava_1.5", 0, vocabulary=12)
+    inputs = text_prompt(target, 5, seed=0)
+    model = model_of(target, "vispec")
+    for _ in range(CAPTURED_USE):
+        for temperature in (0.0, 1.0):
+            answers(model, inputs, temperature=temperature, max_new_tokens=30)
+    before = sum(captures.values())
+    for temperature in (0.0, 1.0):
+        answers(model, inputs, temperature=temperature, max_new_tokens=30)
+    assert sum(captures.values()) == before > 0
+    for temperature in (0.5, 0.6, 0.7, 0.8, 0.9):
+        answers(model, inputs, temperature=temperature, max_new_tokens=3)
+    assert len(model._decoders) == KEPT_DECODERS
+    answers(model, inputs, max_new_tokens=30)
+    assert sum(captures.values()) > before
 
 
 def test_threads_do_not_meet_in_a_step(captures, monkeypatch):

@@ -32,7 +32,7 @@ from vispec.model.target import Prompt, Target
 from vispec.model.tree import Tree, TreeShape
 
 CAPACITY_AHEAD = 1024
-"""Slots for new tokens that a seat has at first, and by which it grows."""
+"""Slots for new tokens that a seat has at first; where an answer needs more, all of its slots are doubled."""
 BUCKET = 128
 """Lengths are rounded up to a multiple of so many where steps are captured; a graph serves all lengths of a bucket."""
 
@@ -194,6 +194,7 @@ class Decoder(ABC):
             self._set_bounds(generation, answers)
             generation = _drop_ended(generation, answers)
             if answers:
+                self._set_bounds(generation, answers)  # those that ended may have been the longest
                 if self._bound(answers) + self.reach > seat.capacity:
                     generation = self._enlarged(seat, generation, answers)
                 self._prepare(seat, generation, answers)
@@ -246,7 +247,8 @@ class Decoder(ABC):
         return seat.generation and seat.generation.part(0, len(answers))
 
     def _enlarged(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> Generation:
-        seat.enlarge(generation, len(answers), self._rounded(self._bound(answers) + CAPACITY_AHEAD) + self.reach)
+        longest = max(answer.committed - answer.new + answer.stop.max_new_tokens for answer in answers)
+        seat.enlarge(generation, len(answers), min(2 * seat.capacity, self._rounded(longest) + self.reach))
         generation = self._rows(seat, answers)
         self._set_bounds(generation, answers)
         return generation

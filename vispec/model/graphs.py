@@ -8,6 +8,7 @@ each key has a graph of its own.
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ logger = logging.getLogger("vispec")
 
 Step = Callable[[], None]
 
+CAPTURED_USE = 3
+"""A step is captured when it is needed for this time: a capture costs as much as many launches."""
 HOST_READS_POSITIONS = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles depend on the largest position, for which the host asks the device."""
 
@@ -42,7 +45,8 @@ class Steps:
     def __init__(self, target: "Target"):
         self._target = target
         self._capture = cuda_capture(target.device) if target.can_capture else None
-        self._replays: dict[Hashable, Step | None] = {}
+        self._replays: dict[Hashable, Step] = {}
+        self._uses: Counter[Hashable] = Counter()
         self.alone = _one_at_a_time if target.device.type == "cuda" or target.can_capture else nullcontext()
         """Held while something is done that must not meet a step of another thread: random numbers are drawn."""
 
@@ -55,13 +59,12 @@ class Steps:
             self._run(key, step, reset)
 
     def _run(self, key: Hashable, step: Step, reset: Step) -> None:
-        if not self._target.can_capture:
+        self._uses[key] += 1
+        # at first as it is: libraries load their kernels and take their workspace, which a capture must not see
+        if not self._target.can_capture or self._uses[key] < CAPTURED_USE:
             step()
-        elif key not in self._replays:
-            step()  # libraries load their kernels and take their workspace, which a capture must not see
-            self._replays[key] = None
         else:
-            replay = self._replays[key] or self._captured(key, step, reset)
+            replay = self._replays.get(key) or self._captured(key, step, reset)
             replay()
 
     def _captured(self, key: Hashable, step: Step, reset: Step) -> Step:

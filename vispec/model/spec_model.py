@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from vispec.model.tune import Tuning
 
 logger = logging.getLogger("vispec")
+
+KEPT_DECODERS = 4
+"""Of one model: both arms, greedy and at one temperature."""
 
 
 @dataclass
@@ -68,14 +72,15 @@ class SpecModel:
         self.draft: BaseHead | PromptLookup | None = None
         self.draft_output = DraftOutput(self.target.logits)
         self.shape = TreeShape(total_token, depth, top_k)
-        self._decoders: dict[bool, tuple[tuple, Decoder]] = {}  # by whether they speculate
+        self._decoders: dict[tuple, Decoder] = {}  # by what they were made for, the last one used at the end
+        self._decoders_lock = threading.Lock()
         if draft is not None:
             self._attach(draft)
 
     def __copy__(self) -> "SpecModel":
         """The same target and draft; what is changed in the copy, the tree for example, is changed in it alone."""
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _decoders={})
+        other.__dict__.update(self.__dict__, _decoders={}, _decoders_lock=threading.Lock())
         return other
 
     @classmethod
@@ -277,16 +282,20 @@ class SpecModel:
         return self._decoder(speculate, sampling).batch_rounds(prompts, stops)
 
     def _decoder(self, speculate: bool, sampling: Sampling) -> Decoder:
-        """The decoder of an arm; it stays until something is asked for that it was not made for: it has CUDA graphs."""
-        # the decoder holds all of these, so no id can be that of another object
-        made_for = sampling, self.shape, id(self.target), id(self.draft), id(self.draft_output)
-        before, decoder = self._decoders.get(speculate, (None, None))
-        if before != made_for:
-            if speculate:
+        """The decoder of an arm; a few stay for the next answers, since they have CUDA graphs and their memory."""
+        # a decoder holds what its key names by id, so no id can be that of another object
+        key = speculate, sampling, id(self.target)
+        if speculate:
+            key += self.shape, id(self.draft), id(self.draft_output)
+        with self._decoders_lock:
+            decoder = self._decoders.pop(key, None)
+            if decoder is None and speculate:
                 decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
-            else:
+            elif decoder is None:
                 decoder = BaselineDecoder(self.target, sampling)
-            self._decoders[speculate] = made_for, decoder
+            self._decoders[key] = decoder
+            while len(self._decoders) > KEPT_DECODERS:
+                del self._decoders[next(iter(self._decoders))]
         return decoder
 
     def _new_token_limit(self, length: int, padded: int, max_new_tokens: int, max_length: int | None, row: str) -> int:
