@@ -131,9 +131,9 @@ def test_a_long_answer_moves_a_few_times(request, monkeypatch):
     monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 4)
     capacities, enlarge = [], decoding._Seat.enlarge
 
-    def watched(self, generation, rows, capacity):
+    def watched(self, generation, rows, capacity, draft_capacity):
         capacities.append((self.capacity, capacity))
-        enlarge(self, generation, rows, capacity)
+        enlarge(self, generation, rows, capacity, draft_capacity)
 
     monkeypatch.setattr(decoding._Seat, "enlarge", watched)
     assert answers(model_of(target, "vispec"), inputs, max_new_tokens=120) == expected

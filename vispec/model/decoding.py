@@ -25,6 +25,7 @@ from vispec.model.acceptance import Sampling, accept
 from vispec.model.cache import TreeCache
 from vispec.model.draft import BaseHead, DraftState
 from vispec.model.draft_vocab import DraftOutput
+from vispec.model.families import image_spans
 from vispec.model.lookup import LookupState, PromptLookup
 from vispec.model.medusa import MedusaState
 from vispec.model.rows import Rows
@@ -95,28 +96,32 @@ class Generation(Rows):
 class _Seat:
     """Tensors for generations of up to `rows` rows, one generation after the other, and what was captured over them."""
 
-    def __init__(self, target: Target, rows: int, capacity: int):
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, target: Target, rows: int, capacity: int, draft_capacity: int):
+        self.rows, self.capacity, self.draft_capacity = rows, capacity, draft_capacity
         self.cache = target.new_cache(rows, capacity)
         self.generation: Generation | None = None
         self.steps = target.new_steps()
         self._target = target
 
+    def has(self, rows: int, capacity: int, draft_capacity: int) -> bool:
+        return self.rows >= rows and self.capacity >= capacity and self.draft_capacity >= draft_capacity
+
     @torch.inference_mode()
     def place(self, row: int, one: Generation) -> None:
         """Hold a generation of one row, whose cache is that of the place already."""
         if self.generation is None:
-            others = replace(one, cache=None).room_for(self.rows, self.capacity)
+            others = replace(one, cache=None).room_for(self.rows, self.draft_capacity)
             self.generation = replace(others, cache=self.cache)
         self.generation.part(row, row + 1).copy_(one)
 
     @torch.inference_mode()
-    def enlarge(self, generation: Generation, rows: int, capacity: int) -> None:
+    def enlarge(self, generation: Generation, rows: int, capacity: int, draft_capacity: int) -> None:
         """Move the rows of a generation to larger tensors; what was captured is void."""
-        self.rows, self.capacity = rows, capacity
-        self.generation = generation.room_for(rows, capacity)
+        self.rows, self.capacity, self.draft_capacity = rows, capacity, draft_capacity
+        self.cache = generation.cache.room_for(rows, capacity)
+        others = replace(generation, cache=None).room_for(rows, draft_capacity)
+        self.generation = replace(others, cache=self.cache)
         self.generation.copy_(generation)
-        self.cache = self.generation.cache
         self.steps = self._target.new_steps()
 
 
@@ -183,8 +188,7 @@ class Decoder(ABC):
         while answers:
             self._set_bounds(generation, answers)
             key = "verify", len(answers), generation.cache.used
-            reset = partial(self._set_bounds, generation, answers)
-            seat.steps.run(key, partial(self._verify, generation), reset)
+            seat.steps.run(key, partial(self._verify, generation), partial(self._set_bounds, generation, answers))
             # the only transfer of a round from the device
             outcome = self._outcome(generation).tolist()
             step = {}
@@ -195,7 +199,7 @@ class Decoder(ABC):
             generation = _drop_ended(generation, answers)
             if answers:
                 self._set_bounds(generation, answers)  # those that ended may have been the longest
-                if self._bound(answers) + self.reach > seat.capacity:
+                if not seat.has(len(answers), *self._needed(answers)):
                     generation = self._enlarged(seat, generation, answers)
                 self._prepare(seat, generation, answers)
             yield step
@@ -204,19 +208,18 @@ class Decoder(ABC):
     def _take_seat(self, prompts: Prompts, stops: Sequence[Stop]) -> _Seat:
         """A seat with room for the prompts and the beginning of their answers; a waiting one if it is large enough."""
         rows = len(prompts)
-        longest = max(
-            ids.shape[1] + min(stop.max_new_tokens, CAPACITY_AHEAD)
-            for (ids, _), stop in zip(prompts, stops, strict=True)
-        )
-        capacity = self._rounded(longest) + self.reach
+        ahead = [min(stop.max_new_tokens, CAPACITY_AHEAD) for stop in stops]
+        longest = max(ids.shape[1] + new for (ids, _), new in zip(prompts, ahead, strict=True))
+        drafted = max(held + new for held, new in zip(self._held(prompts), ahead, strict=True))
+        capacities = self._rounded(longest) + self.reach, self._rounded(drafted) + self.reach
         try:
             seat = self._idle.pop()
         except IndexError:
-            return _Seat(self.target, rows, capacity)
-        if seat.generation is None or seat.rows < rows or seat.capacity < capacity:
-            rows, capacity = max(rows, seat.rows), max(capacity, seat.capacity)
+            return _Seat(self.target, rows, *capacities)
+        if seat.generation is None or not seat.has(rows, *capacities):
+            sizes = map(max, (rows, *capacities), (seat.rows, seat.capacity, seat.draft_capacity))
             del seat  # its memory may be needed
-            return _Seat(self.target, rows, capacity)
+            return _Seat(self.target, *sizes)
         seat.generation.zero_()
         return seat
 
@@ -247,15 +250,25 @@ class Decoder(ABC):
         return seat.generation and seat.generation.part(0, len(answers))
 
     def _enlarged(self, seat: _Seat, generation: Generation, answers: list[_Answer]) -> Generation:
-        longest = max(answer.committed - answer.new + answer.stop.max_new_tokens for answer in answers)
-        seat.enlarge(generation, len(answers), min(2 * seat.capacity, self._rounded(longest) + self.reach))
+        left = self._rounded(max(answer.stop.max_new_tokens - answer.new for answer in answers))
+        present = seat.capacity, seat.draft_capacity
+        room = (max(now, min(2 * now, n + left)) for now, n in zip(present, self._needed(answers), strict=True))
+        seat.enlarge(generation, len(answers), *room)
         generation = self._rows(seat, answers)
         self._set_bounds(generation, answers)
         return generation
 
-    def _bound(self, answers: Iterable[_Answer]) -> int:
-        """Bound of the tokens in the target's cache, for any row."""
-        return self._rounded(max(answer.committed for answer in answers))
+    def _needed(self, answers: list[_Answer]) -> tuple[int, int]:
+        """Slots of a row that the next steps may need, in the target's cache and in what the draft remembers."""
+        return self._bound(answers) + self.reach, self._bound(answers, of_draft=True) + self.reach
+
+    def _held(self, prompts: Prompts) -> list[int]:
+        """How many places each prompt takes in what the draft remembers."""
+        return [ids.shape[1] for ids, _ in prompts]
+
+    def _bound(self, answers: Iterable[_Answer], of_draft: bool = False) -> int:
+        """Bound of the tokens in the target's cache, for any row, or of what the draft has read."""
+        return self._rounded(max(answer.committed - answer.behind * of_draft for answer in answers))
 
     def _rounded(self, length: int) -> int:
         return -(-length // self._bucket) * self._bucket
@@ -299,13 +312,17 @@ class SpeculativeDecoder(Decoder):
         # a lookup's text is one token ahead of the target's cache
         self.reach = 1 + max(shape.total_token, draft.reach(shape))
 
+    def _held(self, prompts: Prompts) -> list[int]:
+        """Images that the draft compresses take fewer places than tokens."""
+        return [self.draft.held(ids.shape[1], image_spans(self.target.model, ids, rest)[0]) for ids, rest in prompts]
+
     def _set_bounds(self, generation: Generation, answers: list[_Answer]) -> None:
         super()._set_bounds(generation, answers)
-        generation.drafted.state.used = self._rounded(max(answer.committed - answer.behind for answer in answers))
+        generation.drafted.state.used = self._bound(answers, of_draft=True)
 
     @torch.inference_mode()
     def _begin(self, seat: _Seat, place: int, one: Generation, prompt: Prompt) -> int:
-        state = self.draft.start(prompt, one.root, seat.capacity)
+        state = self.draft.start(prompt, one.root, seat.draft_capacity)
         behind = prompt.hidden.shape[1] - state.used
         features = prompt.hidden.new_zeros(1, self.shape.levels + 1, prompt.hidden.shape[2])
         outcome = one.root.new_zeros(1, self.shape.levels + 2)

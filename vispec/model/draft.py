@@ -86,10 +86,14 @@ class BaseHead(HubMixin, nn.Module):
         """Slots that a round needs behind what was read before it: for the kept path and the expansions of a tree."""
         return shape.levels + 1 + shape.depth * shape.top_k
 
+    def held(self, length: int, images: list[Span]) -> int:
+        """How many places a prompt of one row takes in what the head remembers; `images` are its token spans."""
+        return length
+
     def start(self, prompt: "Prompt", root: torch.Tensor, capacity: int):
         """What the head remembers of a prompt that the target has read; `root` (B,) is the first new token.
 
-        `capacity` is how many tokens of a text there must be room for.
+        `capacity` is how many places there must be for the prompt, see `held`, and for what comes after it.
         """
         return self.begin(prompt.hidden, prompt.embeds, root, prompt.images, capacity)
 
@@ -124,6 +128,9 @@ class DraftHead(BaseHead):
     def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
         """Which pairs the head runs on; `images` are the token spans of each row's images."""
         return plan_pairs(lengths, [[] for _ in lengths], compressed=0)
+
+    def held(self, length: int, images: list[Span]) -> int:
+        return int(self.plan([length], [images]).lengths)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from vispec.model.pairs import Span
 from vispec.model.rows import Rows
 from vispec.model.target import Prompt
 from vispec.model.tree import EMPTY, Candidates, Tree, TreeShape, choose_nodes
@@ -56,6 +57,10 @@ class PromptLookup:
     def reach(self, shape: TreeShape) -> int:
         """Slots that a round needs behind what was read before it."""
         return shape.levels + 1
+
+    def held(self, length: int, images: list[Span]) -> int:
+        """How many places a prompt of one row takes in its text."""
+        return length
 
     def start(self, prompt: Prompt, root: torch.Tensor, capacity: int) -> LookupState:
         """Read the prompt; `root` (B,) is the first new token, `capacity` the tokens that there must be room for."""

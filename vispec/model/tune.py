@@ -65,6 +65,9 @@ class Recorder:
     def reach(self, shape: TreeShape) -> int:
         return max(self.draft.reach(one) for one in self.shapes)
 
+    def held(self, *args) -> int:
+        return self.draft.held(*args)
+
     def start(self, *args):
         return self.draft.start(*args)
 
