@@ -34,7 +34,7 @@ def test_the_python_example_runs(tmp_path, capsys):
     for shown, local in (
         ("llava-hf/llava-v1.6-vicuna-7b-hf", target),
         ("JLKang/ViSpec-llava-v1.6-vicuna-7b-hf", draft),
-        ("x.jpg", str(picture)),
+        ("figs/scene.png", str(picture)),
     ):
         assert f'"{shown}"' in code
         code = code.replace(f'"{shown}"', repr(local))
