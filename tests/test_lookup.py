@@ -34,7 +34,8 @@ def drafted_by_hand(text: list[int], total_token: int, k: int, levels: int) -> l
 
 
 def drafted(tree: Tree, row: int) -> list[list[int]]:
-    paths = [[int(tree.tokens[row, node]) for node in path if node > 0] for path in tree.paths[row]]
+    lineages = zip(tree.paths[row].tolist(), tree.depths[row].tolist(), strict=True)
+    paths = [[int(tree.tokens[row, node]) for node in path[1 : depth + 1]] for path, depth in lineages]
     return [path for path in paths[1:] if EMPTY not in path]
 
 
