@@ -207,6 +207,9 @@ def test_questions_that_were_left_out_are_counted(folder, capsys):
     assert len(lines) == 2 and all(line[2:] == ["—"] * 6 + ["2", "—", ""] for line in lines)
     files = json.loads(report(folder, capsys, "--format", "json"))["tables"][0]["files"]
     assert sum(len(file["left_out"]) for file in files) == 4
+    pair = [str(path.with_name(f"{method}-temperature-0.0.jsonl")) for method in ("baseline", "vispec")]
+    assert speed.main(["--baseline", pair[0], "--spec", pair[1]]) == 0
+    assert capsys.readouterr().err.count("2 question(s) left out") == 2
 
 
 def test_no_common_question_is_a_hole(folder):

@@ -22,6 +22,7 @@ from vispec.evaluation.speed import (
     Comparison,
     arm_speed,
     compare,
+    left_out_notice,
     read_answers,
     refuse_differences,
     round_in_steps,
@@ -169,9 +170,7 @@ def _find(folder: Path, notices: list[str]) -> list[AnswersOf]:
         answers = read_answers(path)
         if answers:
             left_out = left_out_of(meta, answers)
-            if left_out:
-                first = "question {question_id}: {reason}".format_map(left_out[0])
-                notices.append(f"{path}: {len(left_out)} question(s) left out, the first one is {first}")
+            notices += left_out_notice(path, left_out)
             found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers, left_out))
         else:
             notices.append(f"{path} is not counted: it has no answer yet")

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 
 from vispec.cli import UserError, provenance
-from vispec.evaluation.answers import answers_of, meta_path, read_lines, read_meta
+from vispec.evaluation.answers import answers_of, left_out_of, meta_path, read_lines, read_meta
 from vispec.evaluation.loading import Parser
 from vispec.evaluation.measure import Answer
 
@@ -188,6 +188,8 @@ def _report_pair(args: Namespace) -> int:
     only_one = len(baseline.keys() ^ spec.keys())
     if only_one:
         notices.append(f"{only_one} question(s) that only one arm has answered are not counted")
+    for path, answers in ((Path(args.baseline), baseline), (Path(args.spec), spec)):
+        notices += left_out_notice(path, left_out_of(read_meta(path), answers))
     for notice in notices:
         print(f"notice: {notice}", file=sys.stderr)
     if args.json:
@@ -215,6 +217,14 @@ def read_answers(path: Path) -> dict[int | str, list[Answer]]:
         if not found or any(not answer.output_ids or answer.wall_time <= 0 for answer in found):
             raise UserError(f"{path}, question {question}: an answer without tokens or without a time")
     return answers
+
+
+def left_out_notice(path: Path, left_out: Sequence[Mapping]) -> list[str]:
+    """What is said of the questions of an answer file that could not be asked; [] if there are none."""
+    if not left_out:
+        return []
+    first = "question {question_id}: {reason}".format_map(left_out[0])
+    return [f"{path}: {len(left_out)} question(s) left out, the first one is {first}"]
 
 
 def refuse_differences(why: str, names: Iterable[str], one: tuple[Path, Mapping], other: tuple[Path, Mapping]) -> None:
