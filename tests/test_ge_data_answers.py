@@ -4,37 +4,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import GOLDEN, random_target
-from tiny_rows import QWEN_PIXELS
+from tiny_models import image_prompt, random_target, reference_inputs
+from tiny_rows import TARGETS
 
 from vispec.ge_data.answers import SeededSampling, generate_answers
 from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.sources import Rows
 from vispec.model.target import Target
-from vispec.prompts import LONG_ANSWER, build_inputs, user_turn
 
-FAMILIES = {"llava": "llava_next", "qwen": "qwen2_5_vl"}
+LAYOUTS = ["a.", "..a.b.", "....a.", ".a..", "a.b.c"]
 SIZES = [(40, 60), (90, 50), (56, 56), (28, 84), (70, 70)]
 
 
-def make_processor(family):
-    from transformers import AutoProcessor
-
-    limits = dict(zip(("min_pixels", "max_pixels"), map(int, QWEN_PIXELS[1::2]), strict=True))
-    return AutoProcessor.from_pretrained(GOLDEN / FAMILIES[family] / "target", **(limits if family == "qwen" else {}))
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llava_next", "qwen2_5_vl"])
 def asked(request):
-    """A random target whose answers wander, and prompts of different lengths with pictures of different sizes."""
-    target = Target(random_target(FAMILIES[request.param], seed=3))
-    processor = make_processor(request.param)
-    prompts = []
-    for i, (width, height) in enumerate(SIZES):
-        pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        turn = user_turn("what?" * i, Image.fromarray(pixels), LONG_ANSWER)
-        prompts.append(dict(build_inputs(processor, [turn])))
-    return target, prompts
+    """A random target whose answers wander, and prompts of different lengths with images of different sizes."""
+    target = Target(random_target(request.param, seed=3))
+    prompts = [image_prompt(target.model, seed, layout) for seed, layout in enumerate(LAYOUTS)]
+    return target, [reference_inputs(target.model, prompt) for prompt in prompts]
 
 
 def one_at_a_time(target, prompts, limits, *sampling, seeds=()):
@@ -96,6 +83,8 @@ def test_the_target_s_sampling_defaults_do_not_reach_the_answers(asked):
 
 
 def test_a_prompt_close_to_the_limit_cuts_its_own_answer_only(tmp_path):
+    from transformers import AutoProcessor
+
     target = Target(random_target("llava_next", seed=3))
     target.lm_head.weight.data[target.config.image_token_index] = 0  # so that no answer has an image tag
     rows = []
@@ -104,7 +93,7 @@ def test_a_prompt_close_to_the_limit_cuts_its_own_answer_only(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         rows.append({"image": f"{i}.png", "conversations": [{"from": "human", "value": "<image>" + "what?" * i}]})
     rows = Rows(rows, range(len(rows)), tmp_path)
-    processor = make_processor("llava")
+    processor = AutoProcessor.from_pretrained(TARGETS["llava"])
 
     def made(limit, batch):
         settings = Settings("llava", max_len=limit, max_new_tokens=12, store="tokens")
