@@ -171,6 +171,10 @@ def test_a_loaded_pair(tmp_path, capsys):
         for found in row["projected"]:
             assert found["kind"] == "projected"
             assert found["speedup"] == pytest.approx((found["tau"] + 1) * step / row["round"]["seconds"])
+    cache = result["trees"]["12/3/4"]["draft_cache"]
+    assert cache["text"]["held"] == 20 and cache["with_images"] == {
+        "prompt_tokens": 180, "held": 20 + 8, "bytes": 28 * cache["bytes_a_token"]
+    }  # fmt: skip
     assert "traceEvents" in json.loads(trace.read_text())
     printed = capsys.readouterr().out
     assert "a round at 12/3/4" in printed and "3 x draft output head, 4 rows" in printed

@@ -49,6 +49,8 @@ VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
 TAUS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Values of τ for which tokens/s and speedup are projected."""
 DEFAULT_TREE = (30, 3, 8)
+IMAGES = 8
+"""In the prompt for which the draft's cache is worked out beside that of the text."""
 QUESTIONS, ANSWER_TOKENS = 4, 200
 """Demo questions on which the embedded pair's τ is measured, and the longest answer."""
 
@@ -246,10 +248,27 @@ def round_parts(model, ids, costs: PassCosts, rates: Rates, runs: list[Run], wat
         "parts": parts,
         "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
         "draft_bytes": {part: costs.of(part, 1).bytes for part in (DRAFT_LAYER, DRAFT_HEAD)},
+        "draft_cache": draft_cache(model, ids.shape[1]),
         "draft_module_seconds": drafted,
         "draft_seconds": drafted + tree,
         "everything_else_share": median(1 - seconds / total for total, seconds in rounds),
         "device_busy_seconds": median(seconds for _, seconds in rounds) if captured else None,
+    }
+
+
+def draft_cache(model, length: int) -> dict:
+    """What the draft head's cache holds of a prompt of text, and of one with eight images of as many tokens besides."""
+    config, element = model.draft.config, model.target.embed_tokens.weight.element_size()
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
+    images = [(length + i * length, length + (i + 1) * length) for i in range(IMAGES)]
+    tokens = {"text": (length, []), "with_images": ((1 + IMAGES) * length, images)}
+    held = {kind: (prompt, model.draft.held(prompt, spans)) for kind, (prompt, spans) in tokens.items()}
+    return {
+        "bytes_a_token": token_bytes,
+        **{
+            kind: {"prompt_tokens": prompt, "held": count, "bytes": count * token_bytes}
+            for kind, (prompt, count) in held.items()
+        },
     }
 
 

@@ -59,6 +59,12 @@ def _tree(tree: str, row: dict, context: int) -> list[str]:
         f"a round takes {row['round_in_plain_steps']:.2f} plain steps; the draft's layer and output head take "
         f"{_ms(row['draft_module_seconds'])} ms of it, with tree building {_ms(row['draft_seconds'])} ms"
     )
+    cache = row["draft_cache"]
+    held = [f"{cache[kind]['held']} of {cache[kind]['prompt_tokens']}" for kind in ("text", "with_images")]
+    lines.append(
+        f"the draft's cache holds {held[0]} tokens of the prompt ({_size(cache['text']['bytes'])}); with eight images "
+        f"of as many tokens each it would hold {held[1]} ({_size(cache['with_images']['bytes'])})"
+    )
     share = _percent(row["everything_else_share"])
     if row["device_busy_seconds"] is None:
         lines.append(
