@@ -269,11 +269,12 @@ def replayed(target: "Target", steps, key: Hashable, work: Callable[[], object],
 
     `warm` says that it has run before, under the same key.
     """
+    from vispec.model.graphs import CAPTURED_USE
 
     def step() -> None:
         steps.run(key, work, reset=lambda: None)
 
-    return timed(step, target.device, repeats, warm_ups=1 if warm else WARM_UP_ROUNDS)
+    return timed(step, target.device, repeats, warm_ups=1 if warm else CAPTURED_USE)
 
 
 def run(model: "SpecModel", ids: "torch.Tensor", speculate: bool, clock: ModuleClock | None = None) -> Run:
