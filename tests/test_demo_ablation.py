@@ -26,7 +26,7 @@ def work(tmp_path_factory):
     (folder / "target" / "model").symlink_to(TARGETS["llava"])
     for stage, run, first in (("text", main, "stage1"), ("image", main_mtp, "stage2")):
         data = folder / {"text": "text", "image": "images"}[stage]
-        assert generate(stage, "llava", rows, data) == 0
+        assert generate(stage, "llava", rows, data, "--store", "all") == 0
         shared = ["--basepath", TARGETS["llava"], "--configpath", CONFIGS["llava"], "--lr", "1e-3"]
         assert run.main([*shared, "--tmpdir", str(data), "--cpdir", str(folder / first), "--num-epochs", "2"]) == 0
     return folder

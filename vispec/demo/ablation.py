@@ -50,12 +50,7 @@ VARIANTS = (
     Variant("mtp2", "mtp_steps 2", {"--mtp-steps": "2"}),
     Variant("ce", "cross-entropy", {"--loss": "ce"}),
     Variant("q5", "num_q 5", {"--num-q": "5"}),
-    # rebuild.sh stores no features of image rows, which EAGLE-2 reads
-    Variant(
-        "eagle2",
-        "EAGLE-2 head, image rows as ordinary pairs",
-        {"--use-ours": "False", "--online": "True", "--target-dtype": "float32"},
-    ),
+    Variant("eagle2", "EAGLE-2 head, image rows as ordinary pairs", {"--use-ours": "False"}),
 )
 
 
@@ -104,8 +99,6 @@ def heads_of(variants: Sequence[Variant], seeds: Sequence[int], work: Path, out:
                 **variant.flags,
             }
             flags["--save-every"] = flags["--num-epochs"]
-            if "--online" in flags:
-                flags["--data-folder"] = work / "data" / "LLaVA-Pretrain"
             command = ["vispec.train.main_mtp", *(f"{name}={value}" for name, value in flags.items())]
             heads.append(Head(variant, seed, cpdir / f"state_{flags['--num-epochs']}", command))
     untrained = [variant for variant in variants if variant.flags is None]

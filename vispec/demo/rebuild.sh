@@ -24,8 +24,9 @@ if [ ! -d "$WORK/data" ]; then
 fi
 $PYTHON -m vispec.ge_data.allocation_llava_shargpt --model "$TARGET" --dtype float32 \
     --data-folder "$WORK/data/ShareGPT_V3" --outdir "$WORK/text" --start 0 --end 599
+# the features of image rows are for EAGLE-2 heads, which demo.ablation compares with
 $PYTHON -m vispec.ge_data.allocation_llava_pretrain_gen --model "$TARGET" --dtype float32 --batch-size 32 \
-    --max-new-tokens 300 --data-folder "$WORK/data/LLaVA-Pretrain" --outdir "$WORK/images" --start 0 --end 1299
+    --max-new-tokens 300 --store all --data-folder "$WORK/data/LLaVA-Pretrain" --outdir "$WORK/images" --start 0 --end 1299
 
 $PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.main \
     --basepath "$TARGET" --configpath vispec/demo/draft_config.json --tmpdir "$WORK/text" --cpdir "$WORK/stage1" \
