@@ -148,6 +148,19 @@ def test_what_a_full_size_run_costs():
         assert memory == round((16 * parameters + 6 * vocabulary * width) / 2**30, 1)
 
 
+def test_what_passes_a_full_size_run_takes():
+    costs = documents.table(TRAINING, "| target | image tokens |")
+    images = {name: float(tokens.split()[0].replace(",", "")) for name, tokens, *_ in costs}
+    rows = documents.table(TRAINING, "| passes of |")
+    assert [name for name, *_ in rows] == list(images)
+    prompt, answer, epochs, millions = 100, 500, 20, (LAST_ROW + 1) / 1e6
+    for name, *cells in rows:
+        text, image = millions * (prompt + answer), millions * (images[name] + prompt + answer)
+        wanted = text, millions * (images[name] + prompt), millions * answer, image, epochs * (text + image)
+        assert cells == [f"{tokens:,.0f} M" for tokens in wanted]
+    assert "2.1 million steps" in TRAINING.read_text(encoding="utf-8") and round(millions * answer / 16, 1) == 2.1
+
+
 def stored(image: int, text: int) -> tuple[int, int, int]:
     """What a file keeps of `image` image and `text` text tokens: rows of the target's width, bytes beside them, and
     bytes where token ids alone are stored."""
