@@ -20,9 +20,8 @@ def aligned(monkeypatch):
     """Caches on the CPU give attention as many slots as those of a GPU do, of which the last ones hold nothing."""
     init = TreeCache.__init__
 
-    def as_on_cuda(self, *args):
-        init(self, *args)
+    def as_on_cuda(self, layer_devices, batch_size, capacity):
+        init(self, layer_devices, batch_size, -(-capacity // CUDA_ALIGNMENT) * CUDA_ALIGNMENT)
         self._alignment = CUDA_ALIGNMENT
-        self.capacity = self._aligned(self.capacity)
 
     monkeypatch.setattr(TreeCache, "__init__", as_on_cuda)
