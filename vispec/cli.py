@@ -1,4 +1,4 @@
-"""What all command lines share: booleans as the README writes them, one-line errors, provenance, whole files."""
+"""What all command lines share: their flags' parser, one-line errors, provenance, whole files."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import vispec
 from vispec.children import end_with_parent
@@ -34,6 +34,41 @@ def parse_bool(text: str) -> bool:
     if value in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a flag, and takes no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def add_bool(self, flag: str, help: str) -> None:
+        """A flag that is given as `--flag=True`; `--flag` alone means True."""
+        self.add_argument(flag, type=parse_bool, nargs="?", const=True, default=False, metavar="True|False", help=help)
+
+    def add_hardware(self, dtype: str | None = "auto") -> None:
+        """Flags for how the target is loaded."""
+        self.add_argument("--dtype", choices=DTYPES, default=dtype, help="auto: that of the target's files")
+        self.add_argument(
+            "--device-map",
+            help="cpu, cuda:0, auto (spread over all GPUs), …; default: the first GPU if there is one",
+        )
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text) if text.strip().lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return value
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

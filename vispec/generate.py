@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vispec.cli import UserError, run_cli
+from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo import embedded
-from vispec.evaluation.loading import MEASURED, Parser, count, dtype_name, load_model, quiet_transformers, tree_size
+from vispec.evaluation.loading import MEASURED, dtype_name, load_model, quiet_transformers, tree_size
 from vispec.evaluation.text import TextStream, coloured, wants_colour
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 

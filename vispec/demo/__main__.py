@@ -10,9 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from vispec.cli import UserError, provenance, run_cli, write_json_atomic
+from vispec.cli import Parser, UserError, count, provenance, run_cli, write_json_atomic
 from vispec.demo import embedded
-from vispec.evaluation.loading import Parser, count
 
 QUESTIONS, REPETITIONS = 12, 3
 HALF_QUESTIONS = 4

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vispec.cli import UserError, run_cli, write_atomic
+from vispec.cli import Parser, UserError, count, run_cli, write_atomic
 from vispec.demo import tau
 from vispec.demo.embedded import TREE
 from vispec.demo.figure import INK
-from vispec.evaluation.loading import Parser, count
 
 STAGES = ("stage1", "stage2")
 TITLES = {"stage1": "stage 1: text", "stage2": "stage 2: images"}

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from vispec.cli import UserError, changes, provenance, run_cli, write_json_atomic
+from vispec.cli import Parser, UserError, changes, count, provenance, run_cli, write_json_atomic
 from vispec.demo import embedded
 from vispec.demo.trees import Tree, parse_tree
-from vispec.evaluation.loading import Parser, count, load_model, quiet_transformers
+from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
 
 TREES = ("12/3/4", "30/3/8")

@@ -10,9 +10,9 @@ import argparse
 from dataclasses import dataclass, replace
 from statistics import median
 
-from vispec.cli import DTYPES, provenance, run_cli, write_json_atomic
+from vispec.cli import DTYPES, Parser, count, provenance, run_cli, write_json_atomic
 from vispec.demo import embedded
-from vispec.evaluation.loading import Parser, count, load_model, quiet_transformers
+from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.speed import compare, round_in_steps
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vispec.cli import UserError
+from vispec.cli import UserError, one_line
 from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models, load_models, loaded_settings, quiet_transformers, weights_sha256
@@ -223,7 +223,7 @@ class InFloat32:
             gc.collect()  # what answered before may still be there
             self._answerer = Answerer(self._models)
         except RERUN_FAILS as error:
-            self._obstacle = " ".join(str(error).split()) or type(error).__name__
+            self._obstacle = one_line(error)
 
 
 def settings_of(series: Series, models: Models, data: str, options: Mapping) -> dict:

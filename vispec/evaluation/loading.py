@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from vispec.cli import DTYPES, device_name, parse_bool
+from vispec.cli import device_name
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -30,36 +30,6 @@ class Models:
     device_map: str | None = None
     """transformers' device_map; None takes the first GPU, all of them if `gpus` > 1, or the CPU."""
     gpus: int = 1
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a flag, and takes no abbreviations."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-    def add_bool(self, flag: str, help: str) -> None:
-        """A flag that is given as `--flag=True`; `--flag` alone means True."""
-        self.add_argument(flag, type=parse_bool, nargs="?", const=True, default=False, metavar="True|False", help=help)
-
-    def add_hardware(self, dtype: str | None = "auto") -> None:
-        """Flags for how the target is loaded."""
-        self.add_argument("--dtype", choices=DTYPES, default=dtype, help="auto: that of the target's files")
-        self.add_argument(
-            "--device-map",
-            help="cpu, cuda:0, auto (spread over all GPUs), …; default: the first GPU if there is one",
-        )
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text) if text.strip().lstrip("+-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
-    return value
 
 
 MEASURED = -1

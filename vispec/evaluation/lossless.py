@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vispec.cli import UserError
+from vispec.cli import UserError, one_line
 from vispec.evaluation.answers import AnswerFile, meta_path, read_meta
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.speed import COMPARABLE, read_answers
@@ -151,7 +151,7 @@ def _answer_again(question: int | str, rerun: Callable, note: dict) -> bool:
     try:
         plain, ours = rerun(question)
     except RERUN_FAILS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         print(f"lossless: question {question} cannot be answered again in float32: {reason}")
         note["not_answered_in_float32"] = reason
         return True

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from vispec.cli import UserError, provenance, run_cli
+from vispec.cli import Parser, UserError, provenance, run_cli
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -29,7 +29,7 @@ from vispec.evaluation.answering import (
 )
 from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import Models, Parser
+from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
 from vispec.evaluation.runner import add_common_flags, add_tree_flags

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from vispec.cli import UserError, parse_bool, provenance
+from vispec.cli import Parser, UserError, count, parse_bool, provenance
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -20,7 +20,7 @@ from vispec.evaluation.answering import (
 )
 from vispec.evaluation.answers import AnswerFile, read_meta
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import MEASURED, Models, Parser, count, tree_size
+from vispec.evaluation.loading import MEASURED, Models, tree_size
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Arm, Generation
 

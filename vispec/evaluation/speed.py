@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from vispec.cli import UserError, provenance
+from vispec.cli import Parser, UserError, provenance
 from vispec.evaluation.answers import answers_of, left_out_of, meta_path, read_lines, read_meta
-from vispec.evaluation.loading import Parser
 from vispec.evaluation.measure import Answer
 
 COMPARABLE = (

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vispec.cli import DTYPES, write_json_atomic
-from vispec.evaluation.loading import Parser
+from vispec.cli import DTYPES, Parser, write_json_atomic
 from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_skipped, report, skip_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share

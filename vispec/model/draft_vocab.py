@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    from vispec.evaluation.loading import Parser, count
+    from vispec.cli import Parser, count
 
     parser = Parser(
         prog="python -m vispec.model.draft_vocab",
