@@ -1,5 +1,6 @@
 """The recipe of the demo's target, with tiny widths and a few steps, and the check of what it has learned."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,6 +226,18 @@ def test_the_decoder_starts_with_queries_that_are_keys(built, model_and_processo
     for head in range(queries.shape[1]):
         assert torch.allclose(queries[:, head], keys[:, : attention.head_dim], atol=1e-6)
     assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_prefetched_batches_are_the_same(built, model_and_processor):
+    stream = batches.Stream(FAMILIES[built[0]](TINY), model_and_processor[1], 1000)
+    for place in ((0, 0), (1, 2)):
+        for (*expected, batch), (*found, same) in itertools.islice(
+            zip(stream.batches(*place), stream.prefetched(*place), strict=False), 8
+        ):
+            assert found == expected
+            assert torch.equal(same.input_ids, batch.input_ids) and torch.equal(same.labels, batch.labels)
+            assert (same.pixels is None) == (batch.pixels is None)
+            assert batch.pixels is None or torch.equal(same.pixels, batch.pixels)
 
 
 def test_quizzes_come_first():

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from vispec.demo.conversations import Conversation, training_conversation
 from vispec.demo.scenes import Scene, render
 
 POOL = 256
 """Conversations that are sorted by length together."""
+PREFETCHED = 16
+"""Batches that wait for a GPU at most."""
 IGNORED = -100
 """Label of a token that is not scored."""
 QUIZZES = ((60, 1.0, 0.0), (None, 0.3, 0.3))
@@ -44,6 +47,16 @@ class Row:
     scene: Scene | None
 
 
+class _From(IterableDataset):
+    """A stream from one place on."""
+
+    def __init__(self, stream: "Stream", pool: int, start: int):
+        self.stream, self.place = stream, (pool, start)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
+        return self.stream.batches(*self.place)
+
+
 class Stream:
     """Training conversations in a fixed order, grouped into batches of about `tokens` tokens."""
 
@@ -63,6 +76,10 @@ class Stream:
             ids += piece
             labels += piece if scored else [IGNORED] * len(piece)
         return Row(ids, labels, conversation.scene)
+
+    def prefetched(self, pool: int, start: int) -> Iterator[tuple[int, int, Batch]]:
+        """Like `batches`, made by a process of their own while a GPU is busy with those before."""
+        return iter(DataLoader(_From(self, pool, start), batch_size=None, num_workers=1, prefetch_factor=PREFETCHED))
 
     def batches(self, pool: int, start: int) -> Iterator[tuple[int, int, Batch]]:
         """Batches from the given place on, each with the place that follows it."""

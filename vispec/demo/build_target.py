@@ -135,7 +135,8 @@ class Training:
     def _train_decoder(self) -> None:
         progress, recipe = self.progress, self.recipe
         stream = Stream(self.family, self.processor, recipe.batch_tokens)
-        batches = stream.batches(progress.pool, progress.batch)
+        on_gpu = self.model.device.type != "cpu"
+        batches = (stream.prefetched if on_gpu else stream.batches)(progress.pool, progress.batch)
         mark = last_log = last_save = last_look = time.monotonic()
         average = None
         while (fraction := self._fraction()) < 1:
