@@ -67,7 +67,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     batch, heads, rows, width = query.shape
     packed = query.reshape(batch, key.shape[1], -1, width)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(batch, heads, rows, width).transpose(1, 2), None
+    return out.reshape(batch, heads, rows, width).transpose(1, 2), None
 
 
 def _asks_the_table(module: nn.Module | None) -> bool:

@@ -10,7 +10,7 @@ import logging
 import textwrap
 import threading
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, Pretrained
 from vispec.model.attention import adopt, packed_mask, tree_pass
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
+from vispec.model.fusion import fuse, fused_pass
 from vispec.model.graphs import Steps, obstacle
 from vispec.model.hub import hub_options
 from vispec.model.inputs import forward_parameters
@@ -78,6 +79,9 @@ class Target:
         self._prefill_lock = threading.Lock()
         _use_maskable_attention(model)
         self._head_groups = adopt(self.decoder.layers)
+        self._fused_pass = fused_pass if self.device.type == "cuda" else nullcontext
+        if self.device.type == "cuda":
+            fuse(self.decoder)
         _report_ignored_processors(model)
 
     @property
@@ -169,7 +173,7 @@ class Target:
             positions = positions[None].expand(3, -1, -1)
         if mask is not None and self._head_groups is not None:
             mask = packed_mask(mask, self._head_groups)
-        with tree_pass():
+        with tree_pass(), self._fused_pass():
             out = self.decoder(
                 inputs_embeds=self.embed_tokens(self._place(tokens)),
                 attention_mask=self._place(mask),
