@@ -1,10 +1,10 @@
-"""All checks and measurements that need a GPU: exact outputs, then times beside their floors, then one table.
+"""All checks and measurements that need a GPU: times beside their floors, exact outputs, then one table.
 
 sh scripts/gpu_check.sh                                                   # everything, at most nine minutes
 sh scripts/gpu_check.sh --device cpu --runs llama-135m/float32/8192       # tries the script itself without a GPU
 
-Exact outputs: `gpu_exactness.py`, tiny random models. Times: `vispec.evaluation.bench` and `bench_batches.py` with
-random weights at published sizes. Every part is a process of its own with a share of the time that is left, so the
+Times: `vispec.evaluation.bench` and `bench_batches.py` with random weights at published sizes. Exact outputs:
+`gpu_exactness.py`, tiny random models. Every part is a process of its own with a share of the time that is left, so the
 table is printed whatever happens. On a GPU every step has to be captured in CUDA graphs: what is not is said, and an
 error. Neither `datasets` nor `fschat` is needed.
 """
@@ -24,15 +24,15 @@ from vispec.cli import run_cli
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = (
     "llama-135m/float32/8192",
-    "llava-v1.6-vicuna-7b-hf/bfloat16",
     "Qwen2.5-VL-3B-Instruct/bfloat16/32768",
+    "llava-v1.6-vicuna-7b-hf/bfloat16",
     "Qwen2.5-VL-7B-Instruct/bfloat16/32768",
 )
 """Target, dtype, and size of the draft vocabulary that is compared with none."""
 BATCHES = "Qwen2.5-VL-3B-Instruct/bfloat16"
 """Whose batches of 1, 2, 4 and 8 prompts are measured."""
 EXACTNESS_PARTS = 1.6
-"""How many parts' time the exactness of outputs may take."""
+"""How many parts' time is kept for the exactness of outputs, which comes last and gets what the others leave too."""
 MOST_OF_THE_FLOOR = 1.2
 LEAST_OF_THE_POSSIBLE = 0.8
 LEAST_P_VALUE = 1e-4
@@ -43,16 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     started, out = time.monotonic(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    commands = {"exactness": exactness_command(args, out)}
-    commands.update({run: bench_command(run, args, out) for run in args.runs})
+    commands = {run: bench_command(run, args, out) for run in args.runs}
     if args.batches:
         commands["batches"] = batches_command(args, out)
+    commands["exactness"] = exactness_command(args, out)
     found, failed = {}, {}
     for number, (name, command) in enumerate(commands.items()):
-        # what a part leaves of its share is for the others; the outputs of many small models take longest
-        parts_left = len(commands) - number + (EXACTNESS_PARTS - 1) * (name == "exactness")
-        limit = (args.limit - (time.monotonic() - started)) / parts_left
-        limit *= EXACTNESS_PARTS if name == "exactness" else 1
+        parts_left = len(commands) - number - 1 + EXACTNESS_PARTS
+        share = 1 if name != "exactness" else parts_left
+        limit = (args.limit - (time.monotonic() - started)) * share / parts_left
         reason = in_a_process(command, out / f"{file_name(name)}.log", limit)
         file = out / f"{file_name(name)}.json"
         if reason is not None:
