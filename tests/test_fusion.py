@@ -100,3 +100,28 @@ def test_functions_are_replaced_once(decoder):
     first = [getattr(owner, name) for owner, name in replaced(decoder)]
     fusion.fuse(decoder)
     assert [getattr(owner, name) for owner, name in replaced(decoder)] == first
+
+
+@pytest.mark.parametrize("decoder", FAMILIES[:1], indirect=True)
+def test_a_capture_that_fails_is_not_taken_for_a_missing_compiler(decoder, monkeypatch):
+    failing = []
+
+    def compile_(stock, **options):
+        def compiled(*args, **kwargs):
+            if failing:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            return stock(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    expected = hidden(decoder, 5)
+    fusion.fuse(decoder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with fusion.fused_pass():
+        failing.append(True)
+        with pytest.raises(RuntimeError, match="during capture"):
+            hidden(decoder, 5)
+        failing.clear()
+        assert torch.equal(hidden(decoder, 5), expected)

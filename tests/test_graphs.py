@@ -1,5 +1,7 @@
 """Captures, as far as they can be tried without a GPU."""
 
+import gc
+
 import pytest
 import torch
 from fake_cuda import FakeCuda, FakeStream
@@ -36,3 +38,18 @@ def test_an_error_leaves_the_streams_as_they_were(cuda):
             capture(step)
         assert not isinstance(cuda.current(1), FakeStream) and cuda.device == 0
         assert cuda.can_draw, "the random numbers are still those of a capture"
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured(cuda):
+    """It may hold graphs of models that are gone, and to destroy a graph breaks a capture."""
+    capture, seen = cuda_capture(torch.device("cuda", 0)), []
+
+    def failing():
+        seen.append(gc.isenabled())
+        raise RuntimeError("no such kernel")
+
+    capture(lambda: seen.append(gc.isenabled()))
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        capture(failing)
+    assert gc.isenabled() and seen == [False, False]

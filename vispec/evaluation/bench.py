@@ -194,12 +194,15 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
     baseline, generate = [], []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
     watched: dict[str, list[Run]] = {name: [] for name in arms}
+    captured = [arm.target.can_capture for arm in arms.values()]
     for _ in tqdm(range(1 + repeats), desc="all arms", unit="time"):
         baseline.append(run(model, ids, speculate=False))
         generate.append(run_generate(model, ids))
         for name, arm in arms.items():
             spec[name].append(run(arm, ids, speculate=True))
             watched[name].append(watched_run(arm, ids, costs[name]))
+    if [arm.target.can_capture for arm in arms.values()] != captured:
+        raise UserError("a capture failed on the way, so times of steps with and without CUDA graphs would be mixed")
     step, theirs = typical(baseline), typical(generate)
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
     any_costs = next(iter(costs.values()))

@@ -71,6 +71,8 @@ def _choosing(stock: Callable) -> Callable:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, no Triton, a kind of tensor it cannot trace: all have their own class
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # the capture failed, not the compiler, which has done its work before
             compiled = None
             # the first line says where it failed, the second why
             reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

@@ -6,11 +6,12 @@ the work of small models, so there a step is recorded once and replayed. What ch
 each key has a graph of its own.
 """
 
+import gc
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,10 +117,22 @@ def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
 
 def _record(graph: "torch.cuda.CUDAGraph", step: Step, pool: object, stream: "torch.cuda.Stream") -> None:
     # a capture that cannot be ended leaves its own stream as the current one
-    with torch.cuda.stream(torch.cuda.current_stream()):
+    with torch.cuda.stream(torch.cuda.current_stream()), _no_garbage_collection():
         # other threads may go on allocating meanwhile
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             step()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Graphs of models that are gone may wait in cycles; to destroy one breaks the capture that is under way."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _leave_capture_mode(device: torch.device, stream: "torch.cuda.Stream") -> None:
