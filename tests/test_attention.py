@@ -7,7 +7,8 @@ import torch
 from tiny_models import random_target
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vispec.model.attention import attention, packed_mask, tree_pass
+from vispec.model.attention import attention, packed_mask
+from vispec.model.passes import decoding_pass
 from vispec.model.target import Target
 
 
@@ -31,13 +32,13 @@ def test_a_tree_pass_over_part_of_a_buffer_equals_stock_attention(groups, rows):
     mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
     layer = Heads(groups)
     expected, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, value, mask, scaling=0.3)
-    with tree_pass():
+    with decoding_pass():
         found, _ = attention(layer, query, key, value, packed_mask(mask, groups), scaling=0.3)
     assert found.shape == expected.shape == (2, rows, 2 * groups, 8)
     torch.testing.assert_close(found, expected)
     if rows == 1:
         expected, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, value, None, scaling=0.3)
-        with tree_pass():
+        with decoding_pass():
             found, _ = attention(layer, query, key, value, None, scaling=0.3)
         torch.testing.assert_close(found, expected)
 
@@ -53,7 +54,7 @@ def test_other_passes_meet_stock_attention_also_while_another_thread_decodes():
     def elsewhere():
         found["thread"], _ = attention(layer, query, key, value, None)
 
-    with tree_pass():
+    with decoding_pass():
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
@@ -70,6 +71,17 @@ def test_a_model_says_bit_for_bit_the_same_to_others_after_it_became_a_target(fa
         Target(model)
         assert torch.equal(model(input_ids=ids).logits, before)
     assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_others_still_get_attention_weights():
+    model = random_target("llava_next", seed=3)
+    ids = torch.arange(5, 17)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids, output_attentions=True).attentions
+        Target(model)
+        after = model(input_ids=ids, output_attentions=True).attentions
+    assert len(before) == len(after) > 0
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_eager_targets_keep_their_attention():

@@ -178,6 +178,7 @@ def test_what_was_asked_is_checked(folder):
     assert message(folder, "eagle2").endswith("these are vispec weights, method 'eagle2' was asked for")
     eagle = GOLDEN / "llava_next" / "draft_eagle2"
     assert message(eagle, "vispec").endswith("these are eagle2 weights, method 'vispec' was asked for")
+    assert message(eagle, num_q=3).endswith("eagle2 weights without a vision adaptor, num_q 3 was asked for")
 
 
 def test_num_q_is_read_from_the_weights():

@@ -83,6 +83,15 @@ def test_a_family_that_is_not_listed_must_keep_images_apart():
     assert image_spans(model, apart, inputs) == [[(0, 2), (3, 4)]]
     with pytest.raises(ValueError, match="unheard_of: 2 images fill 1 stretch.* put text between the images"):
         image_spans(model, touching, inputs)
+    with pytest.raises(ValueError, match="2 images fill 1 stretch"):
+        image_spans(model, touching, {"pixel_values": torch.zeros(2, 5, 3, 4, 4)})
+
+
+def test_an_image_of_a_pixtral_tower_has_as_many_tokens_as_its_size_asks_for():
+    config = SimpleNamespace(model_type="llava", image_token_id=9, vision_config=SimpleNamespace(model_type="pixtral"))
+    ids = torch.tensor([[9, 9, 7, 9, 9, 7, 1]])
+    spans = image_spans(SimpleNamespace(config=config), ids, {"pixel_values": torch.zeros(1, 3, 8, 8)})
+    assert spans == [[(0, 2), (3, 5)]]
 
 
 @pytest.mark.parametrize(

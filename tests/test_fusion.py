@@ -8,6 +8,7 @@ import torch
 from tiny_models import random_target
 
 from vispec.model import fusion
+from vispec.model.passes import decoding_pass
 
 FAMILIES = ("llava_next", "qwen2_5_vl")
 
@@ -29,7 +30,8 @@ def compiled(monkeypatch):
 
 @pytest.fixture
 def decoder(request, monkeypatch):
-    """A text decoder; what `fuse` puts in place of transformers' functions is taken back."""
+    """A text decoder, on a CPU as if on a GPU; what `fuse` puts in place of transformers' functions is taken back."""
+    monkeypatch.setattr(fusion, "DEVICE", "cpu")
     decoder = random_target(request.param, 0).get_decoder()
     decoder = getattr(decoder, "language_model", decoder)
     for owner, name in replaced(decoder):
@@ -56,7 +58,7 @@ def test_fused_passes_compute_the_same_and_all_layers_share_what_is_compiled(dec
     expected = {rows: hidden(decoder, rows) for rows in (1, 7, 30)}
     fusion.fuse(decoder)
     assert torch.equal(hidden(decoder, 7), expected[7]) and not compiled, "other passes are left alone"
-    with fusion.fused_pass():
+    with decoding_pass():
         for rows, values in expected.items():
             assert torch.allclose(hidden(decoder, rows), values, atol=1e-6)
         # norm, MLP and rotary embedding, each for one row and for any number of them
@@ -73,7 +75,7 @@ def test_a_copy_of_a_fused_model_uses_its_own_weights(decoder, compiled):
     other = copy.deepcopy(decoder)
     with torch.no_grad():
         other.norm.weight.mul_(2)
-    with fusion.fused_pass():
+    with decoding_pass():
         assert torch.allclose(hidden(other, 5), 2 * hidden(decoder, 5), atol=1e-5)
 
 
@@ -86,7 +88,7 @@ def test_without_a_compiler_passes_go_on_unfused_and_say_so_once(decoder, monkey
     monkeypatch.setattr(fusion, "BACKEND", backend)
     torch._dynamo.reset()
     fusion.fuse(decoder)
-    with fusion.fused_pass():
+    with decoding_pass():
         for _ in range(2):
             assert torch.equal(hidden(decoder, 5), expected)
     told = [record.getMessage() for record in caplog.records if "unfused" in record.getMessage()]
@@ -119,7 +121,7 @@ def test_a_capture_that_fails_is_not_taken_for_a_missing_compiler(decoder, monke
     fusion.fuse(decoder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with fusion.fused_pass():
+    with decoding_pass():
         failing.append(True)
         with pytest.raises(RuntimeError, match="during capture"):
             hidden(decoder, 5)

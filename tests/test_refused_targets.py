@@ -6,7 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, random_target
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import (
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
 
 from vispec import SpecModel
 from vispec.model.target import load_target
@@ -49,6 +54,18 @@ def tiny_mllama() -> torch.nn.Module:
     vision |= {"intermediate_size": 16, "vision_output_dim": 32, "image_size": 28, "patch_size": 14}
     vision |= {"intermediate_layers_indices": [0], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
     return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+
+
+def test_targets_that_count_positions_otherwise_are_refused_by_name():
+    text = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "model_type": "gemma"}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision |= {"image_size": 28, "patch_size": 14, "projection_dim": 32, "model_type": "siglip_vision_model"}
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=39, projection_dim=32)
+    model = SpecModel(PaliGemmaForConditionalGeneration(config))
+    inputs = {"input_ids": torch.tensor([[39] * 4 + [5, 6]]), "pixel_values": torch.zeros(1, 3, 28, 28)}
+    with pytest.raises(ValueError, match="^PaliGemmaForConditionalGeneration does not count the positions"):
+        model.baseline_generate(**inputs, attention_mask=torch.ones(1, 6, dtype=torch.long), max_new_tokens=4)
 
 
 def test_targets_with_cross_attention_are_refused_by_name():

@@ -5,37 +5,24 @@ key head, in every layer of every pass. A step of decoding reads few queries and
 than the attention itself. Here the queries that share a key head become further rows of that head, and the kernel reads
 the cache where it lies.
 
-Only passes made by `tree_pass` are changed: other users of the model meet the attention that they know.
+Only passes of decoding are changed, and their mask is None or one of `packed_mask`.
 """
 
 import copy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vispec.model.passes import in_decoding_pass
+
 NAME = "vispec_sdpa"
-
-_in_tree_pass: ContextVar[bool] = ContextVar("in_tree_pass", default=False)
-
-
-@contextmanager
-def tree_pass() -> Iterator[None]:
-    """Passes of this thread read the cache in place; their mask is None or one of `packed_mask`."""
-    token = _in_tree_pass.set(True)
-    try:
-        yield
-    finally:
-        _in_tree_pass.reset(token)
 
 
 def adopt(layers: nn.ModuleList) -> int | None:
-    """Let the attention of decoder layers tell passes of `tree_pass` from others.
+    """Let the attention of decoder layers tell passes of decoding from others.
 
     Returns:
         The number of query heads G that share a key head; None where the layers keep their own attention: they do not
@@ -61,8 +48,10 @@ def packed_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
 
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """What transformers' table asks of an attention function: queries (B, heads, n, D), keys (B, key heads, m, D)."""
-    if not _in_tree_pass.get():
+    if not in_decoding_pass():
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if kwargs.get("output_attentions"):  # sdpa has none; transformers itself falls back so, where it gives them
+            stock = getattr(sys.modules[type(module).__module__], "eager_attention_forward", stock)
         return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, rows, width = query.shape
     packed = query.reshape(batch, key.shape[1], -1, width)

@@ -188,6 +188,8 @@ def _identify(
     found = "vispec" if queries is not None else "medusa" if medusa else "eagle2"
     if method is not None and method != found:
         raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")
+    if queries is None and num_q is not None:
+        raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
     if queries is None:
         return {"method": found, "heads": len(medusa)} if medusa else {"method": found}
     if num_q is not None and num_q != queries.shape[0]:

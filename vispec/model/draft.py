@@ -2,9 +2,8 @@
 
 A draft head is one Llama-style decoder layer over pairs. Pair i joins the target's feature of token i with the
 embedding of token i+1; the output at pair i estimates the feature of token i+1, and the target's own output head turns
-it into the logits of token i+2. ViSpec adds two things (paper, section 3): an image is compressed to a few vectors by a
-small attention, the vision adaptor, and one more vector g, the image's global feature, is mixed into every text
-pair that follows the image.
+it into the logits of token i+2. ViSpec adds two things (paper, section 3): a small attention, the vision adaptor,
+compresses an image to a few vectors; one more, g, the image's global feature, is mixed into each text pair after it.
 
 Shapes: B rows, L tokens, H hidden size, R pairs of one pass, k nodes of one tree level.
 """
@@ -23,6 +22,7 @@ from vispec.model.draft_config import DraftConfig
 from vispec.model.draft_vocab import DraftVocabulary
 from vispec.model.hub import HubMixin
 from vispec.model.pairs import PairLayout, Span, plan_pairs
+from vispec.model.passes import decoding_pass
 from vispec.model.rows import Rows
 from vispec.model.tree import Candidates, Tree, TreeShape, grow_candidates, grow_tree
 
@@ -193,6 +193,7 @@ class DraftHead(BaseHead):
 
     # --- inside the decoding loop ---
 
+    @decoding_pass()
     def extend(self, state: DraftState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Commit the pairs of a verified path, with the target's features.
 
@@ -212,6 +213,7 @@ class DraftHead(BaseHead):
         state.cache.commit(counts)
         state.position += counts
 
+    @decoding_pass()
     def expand(
         self, state: DraftState, level: int, hidden: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor
     ) -> torch.Tensor:
@@ -313,11 +315,8 @@ class DraftLayer(nn.Module):
 class DraftAttention(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         size, bias = config.hidden_size, config.qkv_bias
         self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)

@@ -30,6 +30,7 @@ from torch import nn
 
 from vispec.cli import UserError, provenance, run_cli, write_atomic
 from vispec.model.hub import CARD, VOCABULARY_FILE, with_vocabulary_section
+from vispec.model.packing import PackableLinear
 
 logger = logging.getLogger("vispec")
 
@@ -123,7 +124,7 @@ class DraftVocabulary:
         Raises:
             ValueError: the output head is no plain linear layer (it is quantised, say), or it was offloaded.
         """
-        if type(lm_head) is not nn.Linear:
+        if type(lm_head) not in (nn.Linear, PackableLinear):
             raise ValueError(
                 f"{self.source}: the target's output head is a {type(lm_head).__name__}, a draft vocabulary needs a "
                 "plain linear layer; load with draft_vocab=False"

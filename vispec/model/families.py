@@ -35,7 +35,8 @@ def image_spans(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping
     token = image_token_id(model.config)
     rows = [[] for _ in input_ids] if token is None else [_stretches(row == token) for row in input_ids.cpu()]
     family = model.config.model_type
-    if family not in IMAGE_LENGTHS:
+    if family not in IMAGE_LENGTHS or model.config.vision_config.model_type == "pixtral":
+        # a Pixtral tower behind LLaVA's class gives an image as many tokens as its size asks for
         _refuse_touching(family, rows, inputs)
         return rows
     if not any(rows):
@@ -77,8 +78,8 @@ def _stretches(is_image: torch.Tensor) -> list[Span]:
 
 def _refuse_touching(family: str, rows: list[list[Span]], inputs: Mapping) -> None:
     pixels = inputs.get("pixel_values")
-    if pixels is None or pixels.dim() != 4:
-        return
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() not in (4, 5):
+        return  # patches of all images in one list, which does not tell how many they are
     found = sum(len(spans) for spans in rows)
     if 0 < found < pixels.shape[0]:
         raise ValueError(

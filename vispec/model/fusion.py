@@ -5,42 +5,31 @@ norms, rotary embedding, activation. In a pass over one token of a 7B target on 
 torch.compile makes one kernel of each group.
 
 What is compiled are transformers' own functions, so each family keeps its arithmetic. They ask which pass it is: only
-those made inside `fused_pass` meet the compiled ones, other users of the model and of its classes what they know. The
-first passes compile, which takes some seconds; PyTorch keeps the result on disk. Its variable TORCH_COMPILE_DISABLE=1
-turns all of this off.
+those of decoding meet the compiled ones. The first passes compile, which takes some seconds; PyTorch keeps the result
+on disk. Its variable TORCH_COMPILE_DISABLE=1 turns all of this off.
 """
 
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from vispec.model.passes import in_decoding_pass
+
 logger = logging.getLogger("vispec")
 
-BACKEND = "inductor"
+BACKEND, DEVICE = "inductor", "cuda"
 ROTARY_FUNCTIONS = ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
-_in_fused_pass: ContextVar[bool] = ContextVar("in_fused_pass", default=False)
-
-
-@contextmanager
-def fused_pass() -> Iterator[None]:
-    """Passes of this thread use the compiled functions of what was given to `fuse`."""
-    token = _in_fused_pass.set(True)
-    try:
-        yield
-    finally:
-        _in_fused_pass.reset(token)
-
 
 def fuse(decoder: nn.Module) -> None:
-    """Give the norms, the MLPs and the rotary embedding of a text decoder a compiled twin for fused passes."""
+    """Give the norms, the MLPs and the rotary embedding of a text decoder a compiled twin for passes of decoding."""
+    if next(decoder.parameters()).device.type != DEVICE:
+        return
     for module in decoder.modules():
         is_mlp = all(type(getattr(module, part, None)) is nn.Linear for part in MLP_PARTS)
         if is_mlp or type(module).__name__.endswith("RMSNorm"):
@@ -64,7 +53,7 @@ def _choosing(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def either(*args, **kwargs):
         nonlocal compiled
-        if not _in_fused_pass.get() or compiled is None:
+        if not in_decoding_pass() or compiled is None or not _on_device(*args, *kwargs.values()):
             return stock(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)
@@ -81,3 +70,7 @@ def _choosing(stock: Callable) -> Callable:
 
     either.has_twin = True
     return either
+
+
+def _on_device(*arguments) -> bool:
+    return any(isinstance(argument, torch.Tensor) and argument.device.type == DEVICE for argument in arguments)

@@ -21,6 +21,7 @@ from vispec.model.draft_vocab import DraftOutput
 from vispec.model.hub import SHARED_HUB_OPTIONS, hub_options
 from vispec.model.inputs import prompt_inputs
 from vispec.model.lookup import PromptLookup
+from vispec.model.packing import allow_packing
 from vispec.model.target import Target, load_target
 from vispec.model.tree import TreeShape
 
@@ -140,6 +141,7 @@ class SpecModel:
     def _attach(self, draft: BaseHead | PromptLookup) -> None:
         if isinstance(draft, BaseHead):
             _check_pair(self.target, draft)
+            allow_packing(draft)
             if draft.draft_vocab is not None:
                 self.draft_output = draft.draft_vocab.output(self.target.lm_head, self.target.device)
         self.shape = _fitted(self.shape, draft)
@@ -271,12 +273,11 @@ class SpecModel:
     ) -> Iterator[dict[int, Round]]:
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
-        ends = frozenset(self.target.eos_token_ids)
         stops = []
         for row, (ids, _) in enumerate(prompts):
             name = row_name(row, len(prompts))
             limit = self._new_token_limit(ids.shape[1], input_ids.shape[1], max_new_tokens, max_length, name)
-            stops.append(Stop(limit, ends))
+            stops.append(Stop(limit, frozenset(self.target.eos_token_ids)))
         if speculate:
             self._require_draft()
         return self._decoder(speculate, sampling).batch_rounds(prompts, stops)

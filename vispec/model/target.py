@@ -10,9 +10,10 @@ import logging
 import textwrap
 import threading
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -20,17 +21,20 @@ from packaging import version
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from vispec.model.attention import adopt, packed_mask, tree_pass
+from vispec.model.attention import adopt, packed_mask
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
-from vispec.model.fusion import fuse, fused_pass
+from vispec.model.fusion import fuse
 from vispec.model.graphs import Steps, obstacle
 from vispec.model.hub import hub_options
 from vispec.model.inputs import forward_parameters
+from vispec.model.packing import allow_packing
 from vispec.model.pairs import Span
+from vispec.model.passes import decoding_pass
 
 logger = logging.getLogger("vispec")
 
+_PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 """What a text decoder is called with after the prompt."""
 
@@ -75,13 +79,12 @@ class Target:
         self.eos_token_ids = _eos_token_ids(model)
         self._input_device = _execution_device(self.embed_tokens)
         self._rope_owner = _find_rope_owner(model)
-        # hooks sit on modules that all threads share, so only one prompt is read at a time
-        self._prefill_lock = threading.Lock()
+        # hooks sit on modules that all threads share, so a model reads only one prompt at a time
+        self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
         _use_maskable_attention(model)
         self._head_groups = adopt(self.decoder.layers)
-        self._fused_pass = fused_pass if self.device.type == "cuda" else nullcontext
-        if self.device.type == "cuda":
-            fuse(self.decoder)
+        fuse(self.decoder)
+        allow_packing(self.decoder, self.lm_head)
         _report_ignored_processors(model)
 
     @property
@@ -139,6 +142,12 @@ class Target:
             rope_delta = None
             if self._rope_owner is not None:
                 rope_delta, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
+        positions = seen["positions"]
+        if self._rope_owner is None and positions is not None and (positions[:, -1] != length - 1).any():
+            raise ValueError(
+                f"{type(self.model).__name__} does not count the positions of a prompt from 0; what follows the prompt "
+                "would stand elsewhere than in its own generate()"
+            )
         cache.commit(torch.full_like(cache.lengths, length))
         if rope_delta is not None:
             rope_delta = rope_delta.reshape(batch, 1).to(self.device)
@@ -173,7 +182,7 @@ class Target:
             positions = positions[None].expand(3, -1, -1)
         if mask is not None and self._head_groups is not None:
             mask = packed_mask(mask, self._head_groups)
-        with tree_pass(), self._fused_pass():
+        with decoding_pass():
             out = self.decoder(
                 inputs_embeds=self.embed_tokens(self._place(tokens)),
                 attention_mask=self._place(mask),
@@ -183,6 +192,7 @@ class Target:
             )
         return out.last_hidden_state.to(self.device)
 
+    @decoding_pass()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
         return self.lm_head(hidden).to(self.device)
@@ -193,13 +203,13 @@ class Target:
     @contextmanager
     def _watch(self):
         """Record the decoder's merged embeddings and features of this thread's pass; only its last row gets logits."""
-        seen: dict[str, torch.Tensor] = {}
+        seen: dict[str, torch.Tensor | None] = {}
         me = threading.get_ident()
 
         # a pass of another thread may meet a hook that is half added or half removed, and then gives it no kwargs
         def decoder_inputs(module, args, kwargs=None):
             if threading.get_ident() == me:
-                seen["embeds"] = kwargs["inputs_embeds"]
+                seen["embeds"], seen["positions"] = kwargs["inputs_embeds"], kwargs.get("position_ids")
 
         def decoder_outputs(module, args, output):
             if threading.get_ident() == me:

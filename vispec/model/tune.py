@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
 
 DEFAULT = TreeShape()
-SIZES = (2, 4, 6, 8, 12, 16, 24, 30, 40, 60)
-WIDTHS = (1, 2, 4, 8)
+SIZES = (2, 4, 6, 8, 10, 12, 16, 24, 30, 40, 60)
+WIDTHS = (1, 2, 3, 4, 8)
 DEEPEST = 5
 """The grid: N, k, and d from 0 on."""
 TOKENS = 48
