@@ -1,7 +1,7 @@
 """Peak memory and time of the training loss, in chunks and at once, forward and backward, on the same rows.
 
-python scripts/bench_loss.py                                    # the sizes of Qwen2.5-VL 7B; wants a GPU
-python scripts/bench_loss.py --rows 256 --dtype float32         # what a CPU can do in minutes
+python scripts/bench_loss.py                                    # the sizes of Qwen2.5-VL 7B; minutes on a CPU
+python scripts/bench_loss.py --rows 256 --dtype float32         # a smaller one
 
 Memory is what is allocated at most beyond the inputs: on a GPU by torch's own count, on the CPU (Linux) by the growth
 of the resident set of a process that does nothing else. The arms take turns; medians are printed. Required of the

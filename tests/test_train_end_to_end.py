@@ -216,6 +216,10 @@ def test_a_run_goes_on_with_its_own_target_and_precision_only(samples, tmp_path,
         main.main(arguments)
     arguments[1] = LLAVA
     assert main.main(arguments) == 0
+    config = json.loads(Path(CONFIG).read_text()) | {"rope_theta": 5e5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cp holds a run of other arguments .config .*500000"):
+        main.main([str(tmp_path / "config.json") if argument == CONFIG else argument for argument in arguments])
     bf16 = Processes(torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr("vispec.train.command.launched_processes", lambda: bf16)
     with pytest.raises(ValueError, match="mixed_precision 'no' there, 'bf16' now"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_train_chain import LargestTensor
 
-from vispec.ge_data.sample_file import make_sample, write_sample
+from vispec.ge_data.sample_file import make_sample, read_sample, write_sample
 from vispec.model.checkpoints import load_draft
 from vispec.model.draft import DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
@@ -243,6 +243,19 @@ def test_a_loss_that_is_not_finite_names_the_file(data, tmp_path):
     assert (tmp_path / "cp" / RESUME_FILE).is_file()
 
 
+def test_a_held_out_loss_that_is_not_finite_names_the_file_and_leaves_the_state(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "cp", epochs=1)
+    good, spoiled = trainer.held_out_set.paths[1], tmp_path / "spoiled.safetensors"
+    sample = read_sample(good)
+    sample.hidden[-3] = torch.nan
+    write_sample(spoiled, sample)
+    trainer.held_out_set = SampleFolder([good, spoiled], 64)
+    trainer.lengths = (trainer.lengths[0], read_lengths([good, spoiled], 64))
+    with pytest.raises(ValueError, match="held-out samples is not finite in [^,]*spoiled.safetensors;"):
+        trainer.run()
+    assert torch.load(tmp_path / "cp" / RESUME_FILE, weights_only=True)["step_in_epoch"] == trainer.steps_per_epoch
+
+
 def test_a_gradient_that_is_not_finite_names_the_file(data, tmp_path):
     trainer = make_trainer(data, tmp_path / "cp")
     before = {name: value.clone() for name, value in trainer.head.state_dict().items()}
@@ -372,7 +385,8 @@ def test_tensorboard_has_every_step_once(data, tmp_path):
 
 def test_eagle2_refuses_images_without_features(data):
     sample = SampleFolder(find_samples([data]), 64)[(1, None)][0]
-    reduced = make_sample(sample.input_ids, sample.loss_mask, sample.images, sample.full_hidden(), sample.full_hidden())
+    rows = torch.ones(len(sample), SIZE)
+    reduced = make_sample(sample.input_ids, sample.loss_mask, sample.images, rows, rows)
     write_sample(data / "00000001.safetensors", reduced)
     with pytest.raises(ValueError, match="00000001.*--store all"):
         SampleFolder(find_samples([data]), 64, all_features=True)[(1, None)]

@@ -47,8 +47,9 @@ class RunFolder:
             made_by.pop("arguments")
             manifest = {"arguments": arguments, "target": dict(target), "complete": False, **made_by}
             write_json_atomic(file, manifest)
-        for leftover in [*path.glob(f".*{SUFFIX}.*"), *path.rglob(".*.json.*")]:  # of writes that were killed
-            leftover.unlink()
+        for pattern in (f".*{SUFFIX}.*", f".{MANIFEST}.*", "logs/.*.json.*"):  # of writes that were killed
+            for leftover in path.glob(pattern):
+                leftover.unlink()
         return cls(path, arguments, manifest)
 
     def sample_path(self, index: int) -> Path:

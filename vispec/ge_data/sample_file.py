@@ -71,12 +71,6 @@ class Sample(Tokens):
     hidden: torch.Tensor
     """(K, H) the target's last hidden states at these tokens."""
 
-    def full_hidden(self) -> torch.Tensor:
-        """(L, H), zeros where no feature is stored."""
-        full = self.hidden.new_zeros(len(self), self.hidden.shape[1])
-        full[self.hidden_positions] = self.hidden
-        return full
-
     def has_all_features(self) -> bool:
         """Whether a head that keeps image rows as ordinary pairs (EAGLE-2) can be trained on the sample too."""
         return self.hidden_positions.shape[0] >= len(self) - 1

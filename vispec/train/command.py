@@ -171,6 +171,8 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         "samples": len(train_set),
         "tmpdir": args.tmpdir,
         "loadpath": args.loadpath,
+        "config": head.config.to_dict(),
+        "start": tables_digest(*(tensor.cpu() for tensor in head.state_dict().values())),
         **recipe_identity(recipe),
         "batch_size": recipe.batch_size * recipe.accumulation * processes.count,
     }

@@ -21,7 +21,7 @@ from vispec.model.draft import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
-from vispec.train.nonfinite import gradient_norm, spoiled_samples
+from vispec.train.nonfinite import gradient_norm, one_row, spoiled_samples
 from vispec.train.processes import Processes
 from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
 from vispec.train.states import prune_states, remove_leftovers, write_state
@@ -245,20 +245,32 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Sums:
-        """Losses and accuracies on the held-out samples."""
-        sums = Sums()
+        """Losses and accuracies on the held-out samples.
+
+        Raises:
+            ValueError: a loss is not finite, in whichever process: all raise it together.
+        """
+        sums, spoiled = Sums(), []
         order = sorted(range(len(self.held_out_set)), key=lambda i: self.lengths[1][i])
         mine = micro_batches(order, self.recipe.batch_size, self.processes.index, self.processes.count)
         self.head.eval()
         for batch in self._loader(self.held_out_set, [[(i, None) for i in batch] for batch in mine]):
             batch = batch.to(self.processes.device, torch.float32)
-            with self.processes.precision():
-                rows = self.outputs(batch)
-                _, parts = summed_loss(self.recipe.objective, rows, batch.targets, self.lm_head)
+            loss, parts = self.loss(batch)
+            if not loss.isfinite():
+                alone = (self.loss(one_row(batch, row))[0] for row in range(len(batch.names)))
+                spoiled += [name for name, one in zip(batch.names, alone, strict=True) if not one.isfinite()]
             sums.add(parts, len(batch.scored), self.recipe.mtp_steps + 1, len(batch.lengths))
             sums.add_drafts(*self._drafts(batch))
         self.head.train()
-        return Sums(self.processes.sum(sums.values).tolist())
+        sums = Sums(self.processes.sum(sums.values).tolist())
+        if not math.isfinite(sums.loss):
+            names = ", ".join(sorted(self.processes.gather(spoiled)))
+            raise ValueError(
+                f"the loss of held-out samples is not finite in {names}; the state after this epoch's steps is in "
+                f"{self.folder / RESUME_FILE}"
+            )
+        return sums
 
     def drafted(self, batch: Batch) -> Iterable[torch.Tensor]:
         """Up to DEPTH outputs (S, H): the m-th at a scored pair is that of the draft whose m-th token it predicts."""
