@@ -148,6 +148,12 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
     assert ("is not used, it has loaded spec_model_sha256 new and old\n" in printed) is retrained
 
 
+def test_gpus_that_no_model_would_get_are_refused():
+    with pytest.raises(ValueError, match="--num-gpus-total 3: expected a multiple of --num-gpus-per-model 2"):
+        with actors.loaded(Models("target", gpus=2), 3):
+            pass
+
+
 def test_without_ray_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"several models at a time need Ray: pip install 'vispec\[ray\]'"):

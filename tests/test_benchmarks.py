@@ -9,7 +9,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.benchmarks import BENCHMARKS, Question
+from vispec.evaluation.benchmarks.base import _distinct
 
 ROW_FILES = list(files.QUESTIONS)
 EXPLAIN = "Please answer with an explanation."
@@ -71,6 +72,18 @@ def test_questions_with_one_id_are_told_apart(tmp_path):
     questions, _ = BENCHMARKS["mme"].questions(str(tmp_path))
     assert sorted(question.question_id for question in questions) == ["color/0.jpg", "color/0.jpg#2", "color/1.jpg"]
     assert len({question.turns[0].items[0] for question in questions}) == 3
+
+
+def test_a_number_that_is_an_id_of_the_data_is_not_given_again():
+    questions = _distinct([Question(name, ()) for name in ("a", "a", "a#2", 1, "a")])
+    assert [question.question_id for question in questions] == ["a", "a#3", "a#2", 1, "a#4"]
+
+
+@pytest.mark.parametrize("found", [None, ["a"], True, 1.5])
+def test_an_id_that_is_neither_number_nor_text_is_named(tmp_path, found):
+    files.write_rows("gqa", tmp_path, [files.row("gqa", 0), files.row("gqa", 1) | {"question_id": found}])
+    with pytest.raises(ValueError, match=r"gqa: .*, row 2: .*question_id is .*, expected a whole number or text"):
+        BENCHMARKS["gqa"].questions(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -15,7 +15,8 @@ from vispec.evaluation import answering
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
 from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
-from vispec.evaluation.loading import Models
+from vispec.evaluation.loading import Models, load_models
+from vispec.evaluation.runner import make_parser
 from vispec.model import tune
 from vispec.model.checkpoints import load_draft, read_config, save_draft
 from vispec.model.draft_vocab import DraftVocabulary, fingerprint
@@ -292,6 +293,34 @@ def test_prompts_beyond_the_positions_are_left_out(coco, tmp_path, capsys):
     left_out = json.loads(path.with_name(path.name + ".meta.json").read_text())["left_out"]
     assert {row["question_id"] for row in left_out} == {20, 50}
     assert left_out[0]["reason"] == "the prompt has 327 tokens, the target has 320 positions"
+
+
+@pytest.mark.parametrize("part", [["--question-begin", "5"], ["--question-begin", "3", "--question-end", "3"]])
+def test_a_part_without_questions_is_refused(coco, tmp_path, part):
+    with pytest.raises(ValueError, match="no question of coco_caption lies there, it has 5"):
+        run_baseline(coco, tmp_path, *part)
+    assert not any(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_head_that_is_not_there_is_named_before_the_target_is_loaded(monkeypatch):
+    monkeypatch.setattr("vispec.evaluation.loading.load_model", lambda *a, **k: pytest.fail("the target was loaded"))
+    with pytest.raises(ValueError, match="mistyped"):
+        load_models(Models(TARGET, {"vispec": "./mistyped"}))
+
+
+def test_defaults_are_the_authors():
+    args = make_parser(BENCHMARKS["coco_caption"], "spec").parse_args(["--base-model-path", "a"])
+    assert (args.temperature, args.max_new_token, args.num_choices) == (1.0, 1024, 1)
+    assert (args.total_token, args.depth, args.top_k) == (30, 3, 8)
+
+
+def test_a_choice_is_the_same_however_many_follow(coco, tmp_path):
+    flags = ["--temperature", "1.0", "--question-end", "1", "--num-choices"]
+    lines = []
+    for choices in ("1", "2"):
+        run_baseline(coco, tmp_path / choices, *flags, choices)
+        lines += read(tmp_path / choices / "coco_caption" / "tiny-plain-temperature-1.0.jsonl")
+    assert lines[0]["choices"][0]["output_ids"] == lines[1]["choices"][0]["output_ids"]
 
 
 def test_choices_differ_by_seed_when_sampling(coco, tmp_path):

@@ -198,6 +198,7 @@ def test_a_difference_in_half_precision_is_looked_at_in_float32(data, tmp_path, 
         (["--methods", "medusa"], "--methods medusa: its draft head is missing, give --spec-model-path medusa=PATH"),
         (["--spec-model-path", "vispec=a", "vispec=b"], "--spec-model-path: found two heads of one method"),
         (["--max-new-token", "7"], "made with max_new_tokens 6, found 7"),
+        (["--question-begin", "500"], "--question-begin 500, --question-end .*: no question of gqa lies there, it has"),
     ],
 )
 def test_what_is_refused_before_loading(finished, data, monkeypatch, more, message):

@@ -66,6 +66,13 @@ def count(text: str) -> int:
     return value
 
 
+def index(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.strip().isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
+    return int(text)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo import embedded
 from vispec.evaluation.loading import MEASURED, dtype_name, load_model, quiet_transformers, tree_size
+from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.text import TextStream, coloured, wants_colour
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 
@@ -33,7 +34,7 @@ class Streamed:
 
     token_ids: list[int]
     accepted: list[int]
-    """Draft tokens that each round brought into the answer."""
+    """Draft tokens that each round had right, those behind an end token too."""
     seconds: float
     """Spent in the model, prefill included; writing to the screen is not."""
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"baseline {_speed(plain)}")
         print(f"speedup {answer.tokens_per_second / plain.tokens_per_second:.2f}x, outputs identical: ", end="")
         same = "yes" if answer.token_ids == plain.token_ids else "no"
-        print(same if args.temperature <= 1e-5 else "not compared, both are sampled")
+        print(same if is_greedy(args.temperature) else "not compared, both are sampled")
     return 0
 
 

@@ -2,8 +2,8 @@
 
 python -m vispec.demo.ablation --work out/rebuild --out out/ablation
 
-Every variant is trained by the command line of stage 2, once for each seed and with equally many epochs, then τ is
-measured on unseen scenes. The same command goes on where it was stopped; settings.json has the command line of every
+Every variant that is trained has the command line of stage 2, once for each seed and with equally many epochs, then τ
+is measured on unseen scenes. The same command goes on where it was stopped; settings.json has the command line of every
 training.
 """
 
@@ -21,7 +21,7 @@ from vispec.cli import Parser, UserError, changes, count, provenance, run_cli, w
 from vispec.demo.tau import QUESTIONS, TREES, weights_digest
 
 FLAGS = {"--lr": "1e-3", "--bs": "16", "--use-ours": "True", "--num-q": "2", "--mtp-steps": "1"}
-"""Stage 2 as rebuild.sh runs it, which is the reference of the comparison."""
+"""The reference of the comparison: stage 2 as rebuild.sh runs it, but with the released loss."""
 
 EPOCHS = 6
 

@@ -43,7 +43,7 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Recipe:
     """What is spent on each part."""
 
-    minutes: float = 72.0
+    minutes: float = 115.0
     """Wall time of everything but the tokenizer; the learning rate and the growth follow it."""
     steps: int | None = None
     """Decoder steps instead of `minutes`, for a run that can be repeated."""
@@ -51,7 +51,7 @@ class Recipe:
     """Conversations that the tokenizer is trained on."""
     tower_steps: int = 800
     projector_steps: int = 200
-    stages: tuple[tuple[int, float], ...] = ((6, 0.4), (12, 0.82), (24, 1.0))
+    stages: tuple[tuple[int, float], ...] = ((6, 0.25), (12, 0.54), (24, 1.0))
     """Decoder layers, until this fraction of the decoder's time."""
     batch_tokens: int = 3072
     dtype: str = "bfloat16"

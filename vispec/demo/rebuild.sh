@@ -1,14 +1,14 @@
 #!/bin/sh
 # Makes the embedded default from nothing: the tiny VLM, its training data, and its draft head by the same command
 # lines that the large models use. Run it from the repository's root; every step goes on where it was interrupted.
-# About two hours on two CPU cores. The weights are put in place only at the end.
+# About three hours on two CPU cores. The weights are put in place only at the end.
 set -eu
 PYTHON=${PYTHON:-python}
 WORK=${WORK:-out/rebuild}
 WEIGHTS=vispec/demo/weights
 TARGET=$WORK/target/model
 
-$PYTHON -m vispec.demo.build_target --out "$WORK/target" --minutes "${MINUTES:-72}"
+$PYTHON -m vispec.demo.build_target --out "$WORK/target" --minutes "${MINUTES:-115}"
 code=0
 $PYTHON -m vispec.demo.check_target --model "$TARGET" || code=$?
 case $code in

@@ -22,6 +22,8 @@ MOST_DEATHS = 2
 @contextmanager
 def loaded(models: Models, gpus_total: int) -> Iterator[AnswersQuestions]:
     """The models in this process, or once for every `models.gpus` of all GPUs in actors."""
+    if gpus_total > 1 and gpus_total % models.gpus:
+        raise UserError(f"--num-gpus-total {gpus_total}: expected a multiple of --num-gpus-per-model {models.gpus}")
     copies = gpus_total // models.gpus
     if copies <= 1:
         yield Answerer(models)

@@ -59,7 +59,7 @@ def load_model(
 
     Args:
         dtype: one of `vispec.cli.DTYPES`.
-        device_map: transformers' device_map; None takes the first GPU, all of them if `gpus` > 1, or the CPU.
+        device_map: transformers' device_map; None takes the first GPUs, as many as `gpus` says, or the CPU.
     """
     import torch
 
@@ -67,6 +67,10 @@ def load_model(
 
     if device_map is None and torch.cuda.is_available():
         device_map = "auto" if gpus > 1 else "cuda"
+        if gpus > 1:
+            from accelerate.utils import get_max_memory
+
+            options["max_memory"] = {gpu: free for gpu, free in get_max_memory().items() if gpu in range(gpus)}
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     options = {name: value for name, value in options.items() if value is not None}
     return SpecModel.from_pretrained(
@@ -77,11 +81,14 @@ def load_model(
 def load_models(models: Models) -> dict[str, "SpecModel"]:
     """The baseline and every method of `models`, over one target."""
     from vispec import SpecModel
-    from vispec.model.checkpoints import load_draft
+    from vispec.model.checkpoints import find_draft, load_draft
     from vispec.model.lookup import PromptLookup
     from vispec.model.tree import TreeShape
 
-    TreeShape(*models.tree)  # what is wrong is said before minutes of loading
+    # what is wrong is said before minutes of loading
+    TreeShape(*models.tree)
+    for path in filter(None, models.drafts.values()):
+        find_draft(path)
     plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
     target = plain.target
     loaded = {"baseline": plain}

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from vispec.cli import UserError, one_line
 from vispec.evaluation.answers import AnswerFile, meta_path, read_meta
-from vispec.evaluation.measure import Answer
+from vispec.evaluation.measure import Answer, is_greedy
 from vispec.evaluation.speed import COMPARABLE, read_answers
 
-GREEDY = 1e-5
-"""Temperatures up to this one are greedy."""
 RERUN_FAILS = (RuntimeError, MemoryError, ValueError, OSError, ImportError)
 """What comes of a target that is too large in float32 (torch's error is a RuntimeError), or cannot be loaded so."""
 
@@ -50,7 +48,7 @@ def wants_check(flag: bool | None, temperature: float) -> bool:
     Raises:
         UserError: the flag asks for it while tokens are sampled.
     """
-    greedy = temperature <= GREEDY
+    greedy = is_greedy(temperature)
     if flag and not greedy:
         raise UserError(f"--check-lossless=True: expected --temperature 0, found {temperature}: samples need not agree")
     return greedy if flag is None else flag

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 Arm = Literal["baseline", "spec"]
 
 
+def is_greedy(temperature: float) -> bool:
+    """Whether the decoder takes the likeliest tokens at this temperature, as `vispec.model.acceptance` has it."""
+    return temperature <= 1e-5
+
+
 @dataclass(frozen=True)
 class Generation:
     """How an answer is generated; the same for the arms that are compared."""

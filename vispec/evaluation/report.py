@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
-from vispec.evaluation.lossless import GREEDY
+from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
 from vispec.evaluation.speed import TAU_CONVENTION
@@ -21,7 +21,7 @@ LEGEND = f"""\
 - 95 %: bootstrap interval over questions; (n): the average is over n benchmarks
 - round in steps: time of a draft round over that of a plain step, both without prefill
 - identical: questions with the baseline's output ids, of those that both arms have answered
-- left out: questions that could not be asked, the image unreadable or the prompt longer than the target's positions
+- left out: questions that could not be asked: image unreadable, prompt too long, or actors died of it
 - the baseline's tokens/s are over all questions that it has answered"""
 MEASURES = ("speedup", "decode_speedup", "tau")
 
@@ -65,7 +65,7 @@ def as_json(results: Results, made_by: Mapping) -> str:
 def about(table: Table) -> str:
     """What all numbers of a table have in common, in one line."""
     settings = table.settings
-    sampling = "greedy" if table.temperature <= GREEDY else f"temperature {table.temperature:g}"
+    sampling = "greedy" if is_greedy(table.temperature) else f"temperature {table.temperature:g}"
     several = f" ({settings['devices']} devices)" if (settings["devices"] or 1) > 1 else ""
     device, cap = settings["device"] + several, settings["max_new_tokens"]
     return f"{device}, {settings['dtype']}, {sampling}, at most {cap} new tokens"
@@ -136,7 +136,7 @@ def _behind(table: Table) -> list[list[str]]:
         lines += _left_out(table, row.method)
         lines.append(["", "decode-only", *map(_number, [*decode, average.value])])
         lines.append(["", "round in steps", *map(_number, rounds), ""])
-        if table.temperature <= GREEDY:
+        if is_greedy(table.temperature):
             identical = [cell.comparison.identical_questions if cell else None for cell in cells]
             lines.append(["", "identical", *map(_share, identical, map(_questions, cells)), ""])
     return lines

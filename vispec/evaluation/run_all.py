@@ -32,7 +32,7 @@ from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
-from vispec.evaluation.runner import add_common_flags, add_tree_flags
+from vispec.evaluation.runner import add_common_flags, add_tree_flags, asked_part
 
 METHODS = ("baseline", "vispec", "eagle2", "medusa", "lookup")
 HEADS = ("vispec", "eagle2", "medusa")
@@ -171,7 +171,7 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
                 series = Series(name, method, method, generation)
                 file = AnswerFile(args.out / name / f"{method}-temperature-{temperature}.jsonl")
                 tasks.append(Task(series, file, settings_of(series, models, data, options)))
-            plans.append(Plan(benchmark, data, questions, slice(args.question_begin, args.question_end), tasks))
+            plans.append(Plan(benchmark, data, questions, asked_part(args, name, len(questions)), tasks))
     return plans, missing
 
 
@@ -222,7 +222,9 @@ def _check_lossless(plans: Sequence[Plan], models: Models) -> bool:
     float32 = InFloat32(models)
 
     def rerun(plan: Plan, series: Series, question_id: int | str) -> tuple[list[int], list[int]]:
-        question = next(question for question in plan.all_questions if question.question_id == question_id)
+        question = next((asked for asked in plan.all_questions if asked.question_id == question_id), None)
+        if question is None:
+            raise UserError(f"it is not among the questions of {plan.data} any more")
         return float32.ids_of_both_arms(series, question)
 
     same = True

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, parse_bool, provenance
+from vispec.cli import Parser, UserError, count, index, parse_bool, provenance
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -37,7 +37,7 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
     options = {name: getattr(args, name) for name in benchmark.options}
     questions, data = benchmark.questions(args.data_folder, **options)
     by_id = {question.question_id: question for question in questions}
-    questions = questions[args.question_begin : args.question_end]
+    questions = questions[asked_part(args, name, len(questions))]
     file = AnswerFile(answer_path(args, method))
     with file.alone():
         models = _models(args, arm, method)
@@ -58,6 +58,8 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
         if check:
 
             def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
+                if question_id not in by_id:
+                    raise UserError(f"it is not among the questions of {data} any more")
                 return InFloat32(models).ids_of_both_arms(series, by_id[question_id])
 
             good &= check_lossless(file, required=bool(args.check_lossless), rerun=rerun)
@@ -107,11 +109,26 @@ def add_common_flags(parser: Parser) -> None:
     """Flags of every command that answers questions."""
     add = parser.add_argument
     add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
-    add("--question-begin", type=int, help="first question, counted from 0")
-    add("--question-end", type=int, help="question to stop before")
+    add("--question-begin", type=index, help="first question, counted from 0")
+    add("--question-end", type=index, help="question to stop before")
     add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
     add("--num-gpus-total", type=count, default=1, help="as many models share the questions (needs Ray)")
     parser.add_hardware()
+
+
+def asked_part(args: argparse.Namespace, name: str, total: int) -> slice:
+    """The part of a benchmark's questions that the flags of `add_common_flags` ask for.
+
+    Raises:
+        UserError: it is empty.
+    """
+    part = slice(args.question_begin, args.question_end)
+    if not range(total)[part]:
+        raise UserError(
+            f"--question-begin {args.question_begin}, --question-end {args.question_end}: no question of {name} lies "
+            f"there, it has {total}"
+        )
+    return part
 
 
 def add_tree_flags(parser: Parser, measured: bool = False) -> None:

@@ -21,7 +21,7 @@ from statistics import fmean
 
 from vispec.cli import Parser, UserError, provenance
 from vispec.evaluation.answers import answers_of, left_out_of, meta_path, read_lines, read_meta
-from vispec.evaluation.measure import Answer
+from vispec.evaluation.measure import Answer, is_greedy
 
 COMPARABLE = (
     "benchmark", "data", "benchmark_options", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype",
@@ -268,7 +268,7 @@ def _print_report(result: Comparison, settings: dict) -> None:
     print(f"speedup decode-only  {_number(result.decode_speedup)}x")
     print(f"tau                  {_number(result.tau)} over {result.rounds} rounds; {TAU_CONVENTION}")
     identical = f"{result.identical_questions} of {result.questions} questions"
-    sampled = settings.get("temperature", 0) > 1e-5
+    sampled = not is_greedy(settings.get("temperature", 0))
     print(f"identical output ids {identical}" + (" (sampled: they need not be)" if sampled else ""))
 
 

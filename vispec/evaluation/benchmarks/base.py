@@ -1,7 +1,6 @@
 """What a benchmark is, and what its loaders share: files that may be missing, rows that may be wrong, the hub."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +25,10 @@ class Question:
 
     question_id: int | str
     turns: tuple[Turn, ...]
+
+    def __post_init__(self):
+        if isinstance(self.question_id, bool) or not isinstance(self.question_id, int | str):
+            raise TypeError(f"question_id is {self.question_id!r}, expected a whole number or text")
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,14 @@ def _distinct(questions: list[Question]) -> list[Question]:
 
     MME asks two questions about an image under one id, and an answer file has one line an id.
     """
-    seen: Counter[int | str] = Counter()
+    given = {question.question_id for question in questions}
+    seen: set[int | str] = set()
     distinct = []
     for question in questions:
-        seen[question.question_id] += 1
-        times = seen[question.question_id]
-        name = question.question_id if times == 1 else f"{question.question_id}#{times}"
+        name, times = question.question_id, 1
+        while name in seen or (times > 1 and name in given):
+            times += 1
+            name = f"{question.question_id}#{times}"
+        seen.add(name)
         distinct.append(replace(question, question_id=name))
     return distinct

@@ -52,10 +52,13 @@ def _from_columns(data: "Dataset", suffix: str, where: str) -> list[Question]:
     if missing:
         raise UserError(f"mmvet: {where} lacks the columns {', '.join(missing)}, it has {', '.join(data.column_names)}")
     rows = zip(data[name], data["question"], strict=True)
-    return [
-        Question(question_id, (user_turn(question, suffix, hub_image(data, row)),))
-        for row, (question_id, question) in enumerate(rows)
-    ]
+    try:
+        return [
+            Question(question_id, (user_turn(question, suffix, hub_image(data, row)),))
+            for row, (question_id, question) in enumerate(rows)
+        ]
+    except TypeError as error:
+        raise UserError(f"mmvet: {where} is not as published: {error}") from None
 
 
 MMVET = Benchmark(name="mmvet", load=_load, suffix=EXPLAIN, folder="data/mm-vet", source=SOURCE, hub=HUB, samples=None)
