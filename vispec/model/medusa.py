@@ -15,6 +15,7 @@ from torch import nn
 from vispec.model.draft import BaseHead
 from vispec.model.draft_config import DraftConfig
 from vispec.model.pairs import Span
+from vispec.model.passes import decoding_pass
 from vispec.model.rows import Rows
 
 HEADS = 5
@@ -62,6 +63,7 @@ class MedusaHead(BaseHead):
         """(…, H) features -> (…, heads, H) estimates of the features of the tokens after each, the next one first."""
         return torch.stack([head(hidden) for head in self.medusa_head], dim=-2)
 
+    @decoding_pass()
     def begin(
         self,
         hidden: torch.Tensor,
@@ -73,6 +75,7 @@ class MedusaHead(BaseHead):
         """Read the prompt: `hidden` (B, L, H) of the target's pass over it; the rest is what other heads read."""
         return MedusaState(self(hidden[:, -1]))
 
+    @decoding_pass()
     def extend(self, state: MedusaState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Go on from the last committed token of a verified path; arguments as for `DraftHead.extend`."""
         last = hidden.gather(1, (counts - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
