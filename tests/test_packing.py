@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, image_prompt, random_head, random_target
+from tiny_models import FAMILIES, generate, image_prompt, random_head, random_target
 from torch import nn
 
 from vispec import SpecModel
@@ -119,13 +119,13 @@ def test_large_models_small_matrices_and_other_kinds_of_layers_are_left_alone(mo
 def test_both_arms_use_it_and_say_what_generate_says(packed, family, method):
     target = random_target(family, seed=1)
     prompt = image_prompt(target, 0, "a.b")
-    expected = target.generate(**prompt, do_sample=False, max_new_tokens=24)
+    expected = generate(target, prompt, max_new_tokens=24)
     model = SpecModel(target, random_head(target, method, seed=2), total_token=8, depth=2, top_k=3)
     assert torch.equal(model.baseline_generate(**prompt, max_new_tokens=24), expected)
     of_target = len(packed)
     assert torch.equal(model.specgenerate(**prompt, max_new_tokens=24), expected)
     assert of_target > 7 and len(packed) > of_target
-    assert torch.equal(target.generate(**prompt, do_sample=False, max_new_tokens=24), expected)
+    assert torch.equal(generate(target, prompt, max_new_tokens=24), expected)
 
 
 def test_state_dicts_stay_as_they_are():

@@ -13,12 +13,16 @@ import sys
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging import version
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vispec.model.passes import in_decoding_pass
 
 NAME = "vispec_sdpa"
+FALLS_BACK = version.parse(transformers.__version__).major < 5
+"""Whether layers with sdpa, which has no attention weights, compute otherwise when they are asked for them."""
 
 
 def adopt(layers: nn.ModuleList) -> int | None:
@@ -50,8 +54,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     """What transformers' table asks of an attention function: queries (B, heads, n, D), keys (B, key heads, m, D)."""
     if not in_decoding_pass():
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        if kwargs.get("output_attentions"):  # sdpa has none; transformers itself falls back so, where it gives them
-            stock = getattr(sys.modules[type(module).__module__], "eager_attention_forward", stock)
+        if kwargs.get("output_attentions") and FALLS_BACK:
+            stock = sys.modules[type(module).__module__].eager_attention_forward
         return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, rows, width = query.shape
     packed = query.reshape(batch, key.shape[1], -1, width)
