@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
 from vispec.cli import UserError, provenance, run_cli, write_atomic
 from vispec.model.hub import CARD, VOCABULARY_FILE, with_vocabulary_section
-from vispec.model.packing import PackableLinear
+from vispec.model.packing import PackableLinear, allow_packing
+from vispec.model.passes import decoding_pass
 
 logger = logging.getLogger("vispec")
 
@@ -134,10 +134,12 @@ class DraftVocabulary:
                 f"{self.source}: the target's output head is offloaded, a draft vocabulary needs it in memory; load "
                 "with draft_vocab=False"
             )
-        rows = self.token_ids.to(lm_head.weight.device)
-        weight = lm_head.weight.detach()[rows].to(device)
-        bias = None if lm_head.bias is None else lm_head.bias.detach()[rows].to(device)
-        return DraftOutput(lambda hidden: F.linear(hidden, weight, bias), self.token_ids.to(device))
+        kept = self.token_ids.to(lm_head.weight.device)
+        rows = nn.Linear(lm_head.in_features, len(self), lm_head.bias is not None, device="meta")
+        for name, parameter in lm_head.named_parameters():
+            setattr(rows, name, nn.Parameter(parameter.detach()[kept].to(device), requires_grad=False))
+        allow_packing(rows)
+        return DraftOutput(decoding_pass()(rows.forward), self.token_ids.to(device))
 
 
 def fingerprint(tokenizer, token_ids: torch.Tensor) -> str:
