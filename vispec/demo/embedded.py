@@ -8,7 +8,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
 
 TREE = {"total_token": 12, "depth": 3, "top_k": 4}
-"""The tree that pays best for a target of this size on a CPU."""
+"""A tree that pays for a target of this size on a CPU, see docs/measuring.md."""
 
 DTYPE = "float32"
 """Where identity of the outputs holds; the files are bfloat16."""
