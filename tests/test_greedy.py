@@ -37,6 +37,29 @@ def target_with_answers(family: str, seed: int):
     return target, [(prompt, generate(target, prompt, max_new_tokens=NEW_TOKENS)) for prompt in prompts]
 
 
+class Int8Linear(torch.nn.Module):
+    """As quantised layers are: not torch's class, the weight in integers."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("numbers", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.numbers.to(x.dtype) * self.scale)
+
+
+def test_targets_with_quantised_layers():
+    target = random_target("llava_next", seed=4)
+    for layer in target.get_decoder().layers:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, part, Int8Linear(getattr(layer.mlp, part)))
+    inputs = image_prompt(target, 0, "a.b")
+    model = SpecModel(target, random_head(target, "vispec", seed=5), total_token=12, depth=2, top_k=4)
+    check(model, inputs, generate(target, inputs, max_new_tokens=24), max_new_tokens=24)
+
+
 def check(model: SpecModel, inputs: dict, expected: torch.Tensor, **options) -> list[int]:
     """Both arms answer as expected; returns the acceptance lengths."""
     answer, lengths = model.specgenerate(**inputs, **options, return_acceptance_len=True)

@@ -100,6 +100,24 @@ def test_another_thread_may_meet_a_hook_that_is_half_there():
     assert not seen
 
 
+@pytest.mark.parametrize("method", ["specgenerate", "baseline_generate"])
+def test_pictures_are_seen_once_and_a_prompt_gets_one_row_of_logits(method):
+    model, (inputs, _) = recorded_model("llava_next", "vispec"), prompts_and_answers("llava_next", "vispec")[0]
+    (tower,) = [module for name, module in model.target.model.named_modules() if name.endswith("vision_tower")]
+    seen, rows = [], []
+    watched = [
+        tower.register_forward_hook(lambda *call: seen.append(call)),
+        model.target.lm_head.register_forward_hook(lambda head, args, logits: rows.append(logits.shape[:-1].numel())),
+    ]
+    try:
+        getattr(model, method)(**inputs, max_new_tokens=24)
+    finally:
+        for handle in watched:
+            handle.remove()
+    assert inputs["input_ids"].shape[1] > 60 and len(seen) == 1
+    assert rows[0] == 1 and max(rows) <= model.shape.total_token
+
+
 # --- streaming ---
 
 

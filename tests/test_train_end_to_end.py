@@ -224,6 +224,14 @@ def test_a_run_goes_on_with_its_own_target_and_precision_only(samples, tmp_path,
     monkeypatch.setattr("vispec.train.command.launched_processes", lambda: bf16)
     with pytest.raises(ValueError, match="mixed_precision 'no' there, 'bf16' now"):
         main.main(arguments)
+    arguments[arguments.index("--cpdir") + 1] = str(tmp_path / "bf16")
+    assert main.main(arguments) == 0
+    losses = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["train"]["loss"]
+        for name in ("cp", "bf16")
+    ]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert load_file(tmp_path / "bf16" / "state_1" / "model.safetensors")["fc.weight"].dtype == torch.float32
 
 
 def test_refusals_name_the_flag(samples, tmp_path):

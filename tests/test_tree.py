@@ -383,3 +383,13 @@ def test_a_path_wider_than_the_pass_stays_inside_the_buffer():
     visible, _ = cache.update(keys, keys, 0)
     cache.keep(torch.tensor([[0, 1, 1, 1, 1]]))
     assert visible.flatten().tolist() == [0.0, 1.0]
+
+
+def test_a_pass_looks_at_the_slots_in_use_and_no_others():
+    cache = TreeCache([torch.device("cpu")], 1, capacity=500)
+    for n in (3, 4):
+        cache.reserve(n)
+        mask = cache.mask(torch.eye(n, dtype=torch.bool)[None], torch.float32)
+        keys, values = cache.update(torch.ones(1, 2, n, 8), torch.ones(1, 2, n, 8), 0)
+        cache.commit(torch.tensor([n]))
+    assert mask.shape == (1, 1, 4, 7) and keys.shape == values.shape == (1, 2, 7, 8)
