@@ -69,6 +69,13 @@ def test_other_passes_do_not_use_the_copy(layer, packed):
     assert layer.weight.grad is not None and not packed
 
 
+def test_autocast_is_left_to_the_stock_product(layer):
+    x = torch.randn(1, 6, 48)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), decoding_pass():
+        found = layer(x.bfloat16())
+        assert found.dtype == torch.bfloat16 and torch.equal(found, F.linear(x, layer.weight, layer.bias))
+
+
 def test_weights_may_change(layer):
     decoded(layer)
     with torch.no_grad():

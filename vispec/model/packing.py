@@ -46,7 +46,8 @@ class PackableLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if not in_decoding_pass() or not _can_be_packed(weight):
+        # under autocast the two dtypes may differ, which is for F.linear to settle
+        if not in_decoding_pass() or x.dtype != weight.dtype or not _can_be_packed(weight):
             return F.linear(x, weight, self.bias)
         if self._copy is None or not self._copy.is_of(weight):
             self._copy = _pack(weight)
