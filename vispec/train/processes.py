@@ -1,5 +1,8 @@
 """The processes that train together: which one this is, and what they have to tell each other."""
 
+import atexit
+import os
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -42,12 +45,23 @@ class Processes:
         return [value for part in found for value in part]
 
     def leave(self) -> None:
-        """Part from the others in order: whoever just exits may be aborted by its threads that still listen to them."""
+        """Part from the others when all work is done; the process has nothing left but to end, successfully.
+
+        Threads that listened to the others have aborted processes while Python and PyTorch were taken down, so both
+        are left as they are.
+        """
         if dist.is_initialized():
             dist.destroy_process_group()
+            atexit.register(_end)
 
     def precision(self) -> AbstractContextManager:
         return self.autocast() if self.autocast else torch.autocast(self.device.type, enabled=False)
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def launched_processes() -> Processes:
