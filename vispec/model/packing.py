@@ -55,7 +55,7 @@ class PackableLinear(nn.Linear):
 
     def __getstate__(self) -> dict:
         """Copies and pickled layers make a packed copy of their own."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_copy"}
+        return {name: value for name, value in vars(self).items() if name != "_copy"}
 
 
 def allow_packing(*modules: nn.Module) -> None:
