@@ -66,9 +66,9 @@ def count(text: str) -> int:
     return value
 
 
-def index(text: str) -> int:
+def whole(text: str) -> int:
     """A whole number from 0 on."""
-    if not text.strip().isdigit():
+    if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
     return int(text)
 

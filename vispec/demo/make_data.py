@@ -10,13 +10,12 @@
 Training files hold scenes of the split "draft", the coco folder those of the split "eval".
 """
 
-import argparse
 import random
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vispec.cli import Parser, UserError, run_cli, write_json_atomic
+from vispec.cli import Parser, UserError, run_cli, whole, write_json_atomic
 from vispec.demo.conversations import draw_question, text_turns
 from vispec.demo.language import answer
 from vispec.demo.questions import caption_question
@@ -89,20 +88,13 @@ def write_coco(folder: Path, scenes: list[Scene]) -> None:
     write_json_atomic(folder / "dataset_coco.json", {"dataset": "coco", "images": rows})
 
 
-def amount(text: str) -> int:
-    """A whole number from 0 on."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m vispec.demo.make_data", description="Write scenes as training and test data.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=amount, default=0, help="text-only conversations")
-    parser.add_argument("--images", type=amount, default=0, help="pictures with a question")
-    parser.add_argument("--eval", type=amount, default=0, help="unseen scenes in the coco layout")
-    parser.add_argument("--seed", type=amount, default=0, help="another seed, other scenes")
+    parser.add_argument("--text", type=whole, default=0, help="text-only conversations")
+    parser.add_argument("--images", type=whole, default=0, help="pictures with a question")
+    parser.add_argument("--eval", type=whole, default=0, help="unseen scenes in the coco layout")
+    parser.add_argument("--seed", type=whole, default=0, help="another seed, other scenes")
     args = parser.parse_args(argv)
     if args.text:
         scenes = scene_window("draft", TEXT_SCENES_FROM, args.text, args.seed)

@@ -32,7 +32,7 @@ from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
-from vispec.evaluation.runner import add_common_flags, add_tree_flags, asked_part
+from vispec.evaluation.runner import add_common_flags, add_tree_flags, asked_part, question_of
 
 METHODS = ("baseline", "vispec", "eagle2", "medusa", "lookup")
 HEADS = ("vispec", "eagle2", "medusa")
@@ -222,10 +222,7 @@ def _check_lossless(plans: Sequence[Plan], models: Models) -> bool:
     float32 = InFloat32(models)
 
     def rerun(plan: Plan, series: Series, question_id: int | str) -> tuple[list[int], list[int]]:
-        question = next((asked for asked in plan.all_questions if asked.question_id == question_id), None)
-        if question is None:
-            raise UserError(f"it is not among the questions of {plan.data} any more")
-        return float32.ids_of_both_arms(series, question)
+        return float32.ids_of_both_arms(series, question_of(question_id, plan.all_questions, plan.data))
 
     same = True
     for plan in plans:

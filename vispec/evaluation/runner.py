@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, index, parse_bool, provenance
+from vispec.cli import Parser, UserError, count, parse_bool, provenance, whole
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -35,9 +36,8 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
     _notice_unused(args, arm)
     check = arm == "spec" and wants_check(args.check_lossless, args.temperature)
     options = {name: getattr(args, name) for name in benchmark.options}
-    questions, data = benchmark.questions(args.data_folder, **options)
-    by_id = {question.question_id: question for question in questions}
-    questions = questions[asked_part(args, name, len(questions))]
+    all_questions, data = benchmark.questions(args.data_folder, **options)
+    questions = all_questions[asked_part(args, name, len(all_questions))]
     file = AnswerFile(answer_path(args, method))
     with file.alone():
         models = _models(args, arm, method)
@@ -58,9 +58,7 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
         if check:
 
             def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
-                if question_id not in by_id:
-                    raise UserError(f"it is not among the questions of {data} any more")
-                return InFloat32(models).ids_of_both_arms(series, by_id[question_id])
+                return InFloat32(models).ids_of_both_arms(series, question_of(question_id, all_questions, data))
 
             good &= check_lossless(file, required=bool(args.check_lossless), rerun=rerun)
         return 0 if good else 1
@@ -109,8 +107,8 @@ def add_common_flags(parser: Parser) -> None:
     """Flags of every command that answers questions."""
     add = parser.add_argument
     add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
-    add("--question-begin", type=index, help="first question, counted from 0")
-    add("--question-end", type=index, help="question to stop before")
+    add("--question-begin", type=whole, help="first question, counted from 0")
+    add("--question-end", type=whole, help="question to stop before")
     add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
     add("--num-gpus-total", type=count, default=1, help="as many models share the questions (needs Ray)")
     parser.add_hardware()
@@ -129,6 +127,18 @@ def asked_part(args: argparse.Namespace, name: str, total: int) -> slice:
             f"there, it has {total}"
         )
     return part
+
+
+def question_of(question_id: int | str, questions: Sequence[Question], data: str) -> Question:
+    """The question that an answer belongs to.
+
+    Raises:
+        UserError: the data have changed since.
+    """
+    for question in questions:
+        if question.question_id == question_id:
+            return question
+    raise UserError(f"it is not among the questions of {data} any more")
 
 
 def add_tree_flags(parser: Parser, measured: bool = False) -> None:

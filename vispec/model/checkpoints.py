@@ -188,9 +188,9 @@ def _identify(
     found = "vispec" if queries is not None else "medusa" if medusa else "eagle2"
     if method is not None and method != found:
         raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")
-    if queries is None and num_q is not None:
-        raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
     if queries is None:
+        if num_q is not None:
+            raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
         return {"method": found, "heads": len(medusa)} if medusa else {"method": found}
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")

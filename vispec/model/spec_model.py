@@ -273,11 +273,11 @@ class SpecModel:
     ) -> Iterator[dict[int, Round]]:
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
-        stops = []
+        ends, stops = frozenset(self.target.eos_token_ids), []
         for row, (ids, _) in enumerate(prompts):
             name = row_name(row, len(prompts))
             limit = self._new_token_limit(ids.shape[1], input_ids.shape[1], max_new_tokens, max_length, name)
-            stops.append(Stop(limit, frozenset(self.target.eos_token_ids)))
+            stops.append(Stop(limit, ends))
         if speculate:
             self._require_draft()
         return self._decoder(speculate, sampling).batch_rounds(prompts, stops)

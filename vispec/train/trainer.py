@@ -21,7 +21,7 @@ from vispec.model.draft import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
-from vispec.train.nonfinite import gradient_norm, one_row, spoiled_samples
+from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.processes import Processes
 from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
 from vispec.train.states import prune_states, remove_leftovers, write_state
@@ -258,8 +258,8 @@ class Trainer:
             batch = batch.to(self.processes.device, torch.float32)
             loss, parts = self.loss(batch)
             if not loss.isfinite():
-                alone = (self.loss(one_row(batch, row))[0] for row in range(len(batch.names)))
-                spoiled += [name for name, one in zip(batch.names, alone, strict=True) if not one.isfinite()]
+                with torch.enable_grad():
+                    spoiled += spoiled_samples([batch], lambda one: self.loss(one)[0], self.parameters)
             sums.add(parts, len(batch.scored), self.recipe.mtp_steps + 1, len(batch.lengths))
             sums.add_drafts(*self._drafts(batch))
         self.head.train()
