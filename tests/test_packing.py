@@ -10,15 +10,19 @@ from torch import nn
 
 from vispec import SpecModel
 from vispec.model import packing
-from vispec.model.packing import PackableLinear, allow_packing
+from vispec.model.packing import Joined, PackableLinear, allow_packing, expect_new_weights
 from vispec.model.passes import decoding_pass
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 
 
+def pays_from(monkeypatch, numbers: int) -> None:
+    monkeypatch.setattr(packing, "LEAST_NUMBERS", dict.fromkeys(packing.LEAST_NUMBERS, numbers))
+
+
 @pytest.fixture(autouse=True)
 def small_matrices_too(monkeypatch):
-    monkeypatch.setattr(packing, "LEAST_NUMBERS", 0)
+    pays_from(monkeypatch, 0)
 
 
 @pytest.fixture
@@ -44,7 +48,8 @@ def packed(monkeypatch) -> list[tuple[int, ...]]:
 
 @torch.inference_mode()
 def decoded(layer: nn.Linear, rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a pass of decoding computes, and what it should."""
+    """What a pass of decoding computes after a new prompt, and what it should."""
+    expect_new_weights()
     x = torch.randn(1, rows, layer.in_features, dtype=layer.weight.dtype)
     with decoding_pass():
         return layer(x), F.linear(x, layer.weight, layer.bias)
@@ -112,13 +117,61 @@ def test_large_models_small_matrices_and_other_kinds_of_layers_are_left_alone(mo
 
     layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 7), Quantised(8, 8), nn.Linear(8, 8, dtype=torch.float64)])
     kinds = [nn.Linear, nn.Linear, Quantised, nn.Linear]
-    monkeypatch.setattr(packing, "LEAST_NUMBERS", 64)
+    pays_from(monkeypatch, 64)
     monkeypatch.setattr(packing, "MOST_BYTES", 8 * 8 * 4 - 1)
     allow_packing(layers)
     assert [type(layer) for layer in layers] == kinds
     monkeypatch.setattr(packing, "MOST_BYTES", 8 * 8 * 4)
     allow_packing(layers)
     assert [type(layer) for layer in layers] == [PackableLinear, *kinds[1:]]
+
+
+@torch.inference_mode()
+def joined(join: Joined, layers: list[nn.Linear], rows: int = 6) -> None:
+    """Compare what a pass of decoding computes with what the layers do."""
+    expect_new_weights()
+    x = torch.randn(1, rows, layers[0].in_features, dtype=layers[0].weight.dtype)
+    with decoding_pass():
+        found = join(x, *layers)
+    torch.testing.assert_close(list(found), [F.linear(x, y.weight, y.bias) for y in layers], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [0, 10**9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_over_one_input_become_one_product(packed, monkeypatch, least, bias):
+    pays_from(monkeypatch, least)
+    torch.manual_seed(0)
+    layers = [nn.Linear(48, n, bias=bias) for n in (80, 16, 24)]
+    join = Joined()
+    for rows in (1, 3, 12):
+        joined(join, layers, rows)
+    assert packed == ([(120, 48)] if least == 0 else [])
+    with torch.no_grad():
+        layers[1].weight.mul_(2)
+    joined(join, layers)
+    layers[2] = nn.Linear(48, 30, bias=bias)
+    joined(join, layers)
+    other = copy.deepcopy(join)
+    with torch.no_grad():
+        layers[0].weight.zero_()
+    joined(other, layers)
+    joined(join, layers)
+
+
+def test_other_passes_and_other_kinds_of_layers_are_not_joined(packed):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, join = torch.randn(1, 6, 48, requires_grad=True), Joined()
+    layers = [nn.Linear(48, 80), Doubled(48, 16)]
+    expect_new_weights()
+    with torch.inference_mode(), decoding_pass():
+        for found, layer in zip(join(x, *layers), layers, strict=True):
+            assert torch.equal(found, layer(x))
+    layers[1] = nn.Linear(48, 16)
+    sum(part.sum() for part in join(x, *layers)).backward()
+    assert all(layer.weight.grad is not None for layer in layers) and not packed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from tiny_models import bare_head, image_prompt, random_head, random_target
 
-from vispec.model.draft import DraftHead, ViSpecHead, rotary_angles
+from vispec.model.draft import DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
+from vispec.model.draft_layer import rotary_angles
 from vispec.model.families import image_token_id
 from vispec.model.pairs import Span, plan_pairs
 from vispec.model.target import Target

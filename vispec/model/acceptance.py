@@ -53,7 +53,8 @@ class Sampling:
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The target's token for each row of logits: (…, V) -> (…)."""
         if self.greedy:
-            return logits.argmax(-1)
+            # the first of equal ones, as by argmax, which takes four times as long in bfloat16 on a CPU
+            return logits.max(-1).indices
         probabilities = self.probabilities(logits)
         # what torch.multinomial does, without its checks, which wait for the device
         return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)

@@ -60,7 +60,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     batch, heads, rows, width = query.shape
     packed = query.reshape(batch, key.shape[1], -1, width)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(batch, heads, rows, width).transpose(1, 2), None
+    # tokens first already, so that layers need not copy once more when they put the heads side by side
+    out = out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, rows, heads, width), None
 
 
 def _asks_the_table(module: nn.Module | None) -> bool:

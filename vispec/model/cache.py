@@ -66,15 +66,14 @@ class TreeCache(Cache):
             self._passes[device] = self._begin_pass(device, key_states)
         slots, visible = self._passes[device]
         keys, values = visible[2 * self._places[layer_idx]], visible[2 * self._places[layer_idx] + 1]
-        keys.scatter_(2, slots, key_states)
-        values.scatter_(2, slots, value_states)
+        _write(keys, slots, key_states)
+        _write(values, slots, value_states)
         return keys, values
 
     def _begin_pass(self, device: torch.device, keys: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Slots to write, in the shape of one layer's keys, and the visible keys and values of all layers."""
+        """(B, n) slots to write, and the visible keys and values of all layers."""
         buffer = self._buffers[device] if device in self._buffers else self._allocate(device, keys)
-        slots = self._slots.to(device)[:, None, :, None].expand(keys.shape)
-        return slots, buffer[..., : self._visible, :].unbind()
+        return self._slots.to(device), buffer[..., : self._visible, :].unbind()
 
     def mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Additive attention mask of the reserved pass.
@@ -92,13 +91,12 @@ class TreeCache(Cache):
         # slots behind the pass become visible to it, which takes a mask that hides them: other passes see no more
         # than was written
         self._visible = self._aligned(self._visible)
-        lengths, lowest = self.lengths[:, None], torch.finfo(dtype).min
-        committed = torch.zeros(batch, self._visible, dtype=dtype, device=lengths.device)
-        committed.masked_fill_(self._numbers[: self._visible] >= lengths, lowest)
-        among_new = torch.full(ancestors.shape, lowest, dtype=dtype, device=lengths.device)
-        among_new.masked_fill_(ancestors, 0)
-        slots = (lengths + self._numbers[:m])[:, None].expand(batch, n, m)
-        return committed[:, None].repeat(1, n, 1).scatter_(2, slots, among_new)[:, None]
+        # what each token sees: the committed ones, the provisional ones it is told, and not what is behind these
+        table = torch.full((batch, n, 1 + m + 1), torch.finfo(dtype).min, dtype=dtype, device=ancestors.device)
+        table[..., 0].zero_()
+        table[..., 1:-1].masked_fill_(ancestors, 0)
+        column = (self._numbers[: self._visible] - self.lengths[:, None] + 1).clamp_(0, m + 1)
+        return table.gather(2, column[:, None].expand(-1, n, -1))[:, None]
 
     def commit(self, counts: torch.Tensor) -> None:
         """Make the first counts[b] provisional tokens of row b committed; the host only knows that `used` grows."""
@@ -181,6 +179,18 @@ class TreeCache(Cache):
         # zeros, not empty: slots that no token has written yet are masked, but a NaN there would survive the mask
         self._buffers[device] = torch.zeros(shape, dtype=keys.dtype, device=device)
         return self._buffers[device]
+
+
+def _write(buffer: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+    """Put states (B, heads, n, head_dim) into slots (B, n) of one layer's keys or values.
+
+    Not by `scatter_`, which in half precision on a CPU converts the whole buffer to float32 and back.
+    """
+    if len(slots) == 1:
+        buffer.index_copy_(2, slots[0], states)
+    else:
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        buffer.transpose(1, 2).index_put_((rows, slots), states.transpose(1, 2))
 
 
 def _takes_layers() -> bool:

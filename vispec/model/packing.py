@@ -8,7 +8,7 @@ twelve 0.36 and 0.6. Below `LEAST_NUMBERS` the call itself costs more than is wo
 Both arms use it. The copies take the memory of the matrices once more, so a large model goes without.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -17,71 +17,144 @@ from torch import nn
 
 from vispec.model.passes import in_decoding_pass
 
-LEAST_NUMBERS = 100_000
-"""Smaller matrices are left alone."""
+LEAST_NUMBERS = {torch.float32: 150_000, torch.bfloat16: 0}
+"""Smaller matrices are left alone: there the call itself costs more than is won."""
 MOST_BYTES = 2**31
 """A model whose matrices are larger than this together is left alone."""
 USUAL_ROWS = 16
 """How many tokens a copy is packed for; it serves other numbers too."""
 
+_prompts = 0
+"""How many prompts were read so far."""
 
-@dataclass(frozen=True)
-class _Copy:
-    """A packed weight, and what of."""
 
-    weight: torch.Tensor
-    address: int
-    version: int
-    packed: torch.Tensor
-
-    def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether it is still the same: weights may be loaded, trained or moved."""
-        return self.weight is weight and self.version == weight._version and self.address == weight.data_ptr()
+def expect_new_weights() -> None:
+    """With every prompt: weights may have been loaded, trained or moved since the last one, though not within one."""
+    global _prompts
+    _prompts += 1
 
 
 class PackableLinear(nn.Linear):
-    """A linear layer that uses a packed copy of its weight in passes of decoding."""
+    """A linear layer that uses a packed copy of its weight in passes of decoding; made by `allow_packing`."""
 
-    _copy: _Copy | None = None
+    _kept: "_Kept"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        # under autocast the two dtypes may differ, which is for F.linear to settle
-        if not in_decoding_pass() or x.dtype != weight.dtype or not _can_be_packed(weight):
-            return F.linear(x, weight, self.bias)
-        if self._copy is None or not self._copy.is_of(weight):
-            self._copy = _pack(weight)
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._copy.packed, self.bias, "none", [], "")
+        copy = self._kept.of(self) if in_decoding_pass() else None
+        if copy is None or copy.dtype != x.dtype:  # these differ under autocast, which F.linear knows
+            return F.linear(x, self.weight, self.bias)
+        return copy(x)
 
-    def __getstate__(self) -> dict:
-        """Copies and pickled layers make a packed copy of their own."""
-        return {name: value for name, value in vars(self).items() if name != "_copy"}
+
+PLAIN = nn.Linear, PackableLinear
+"""Kinds of linear layers that are what they seem; others may be quantised."""
+
+
+class Joined:
+    """Several linear layers over the same input, which passes of decoding on a CPU compute as one product.
+
+    With few tokens the call of a product takes as long as a small product itself.
+    """
+
+    def __init__(self):
+        self._kept = _Kept()
+
+    def __call__(self, x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
+        """What each of the layers makes of x; all have a bias or none has."""
+        copy = self._kept.of(*layers) if in_decoding_pass() else None
+        if copy is None or copy.dtype != x.dtype:
+            return [layer(x) for layer in layers]
+        return copy(x).split(copy.sizes, dim=-1)
 
 
 def allow_packing(*modules: nn.Module) -> None:
     """Let the plain linear layers in modules use packed copies, where they compute on a CPU and are small enough."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not _has_packing():
         return
-    # and no other kinds of linear layers, which may be quantised
-    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
-    layers = [layer for layer in layers if layer.weight.numel() >= LEAST_NUMBERS and _can_be_packed(layer.weight)]
+    layers = [layer for module in modules for layer in module.modules() if type(layer) in PLAIN]
+    layers = [layer for layer in layers if _can_be_copied(layer) and _pays(layer.weight)]
     if sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES:
         for layer in layers:
             layer.__class__ = PackableLinear
+            layer._kept = _Kept()
 
 
-def _pack(weight: torch.Tensor) -> _Copy:
-    with torch.inference_mode(False), torch.no_grad():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
-    return _Copy(weight, weight.data_ptr(), weight._version, packed)
+class _Kept:
+    """A copy of the weights of some layers, from prompt to prompt; what is copied or pickled starts without."""
+
+    def __init__(self):
+        self._copy: _Copy | None = None
+        self._prompt: int | None = None
+
+    def of(self, *layers: nn.Linear) -> "_Copy | None":
+        """The copy, made anew if the weights are others; None where layers compute by themselves."""
+        if self._prompt != _prompts:
+            if self._copy is None or not self._copy.is_of(layers):
+                possible = all(map(_can_be_copied, layers)) and sum(x.weight.nbytes for x in layers) <= MOST_BYTES
+                self._copy = _Copy(layers) if possible else None
+            self._prompt = _prompts
+        return self._copy
+
+    def __reduce__(self):
+        return _Kept, ()
 
 
-def _can_be_packed(weight: torch.Tensor) -> bool:
-    return weight.is_cpu and weight.dtype in _dtypes() and not weight.is_inference()
+class _Copy:
+    """The weights of some layers in one matrix, packed if that pays, and a note of what it was made from."""
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        self._of = _marks(layers)
+        self.dtype = layers[0].weight.dtype
+        self.sizes = [layer.out_features for layer in layers]
+        with torch.inference_mode(False), torch.no_grad():
+            self._bias = None if layers[0].bias is None else _joined([layer.bias.detach() for layer in layers])
+            matrix = _joined([layer.weight.detach() for layer in layers])
+            self._packed = _has_packing() and _pays(matrix)
+            self._matrix = _pack(matrix) if self._packed else matrix
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise.default(x, self._matrix, self._bias, "none", [], "")
+        return F.linear(x, self._matrix, self._bias)
+
+    def is_of(self, layers: Sequence[nn.Linear]) -> bool:
+        marks = _marks(layers)
+        return len(marks) == len(self._of) and all(
+            tensor is known and rest == marked
+            for (tensor, *rest), (known, *marked) in zip(marks, self._of, strict=True)
+        )
+
+
+def _marks(layers: Sequence[nn.Linear]) -> list[tuple[torch.Tensor, int, int]]:
+    """Weights and biases, each with what changes when its numbers do."""
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+    return [(tensor, tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _pack(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, USUAL_ROWS)
+
+
+def _can_be_copied(layer: nn.Linear) -> bool:
+    weight = layer.weight if type(layer) in PLAIN else None
+    return weight is not None and weight.is_cpu and weight.dtype in _dtypes() and not weight.is_inference()
+
+
+def _pays(matrix: torch.Tensor) -> bool:
+    return matrix.numel() >= LEAST_NUMBERS[matrix.dtype]
+
+
+@lru_cache
+def _has_packing() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @lru_cache
 def _dtypes() -> tuple[torch.dtype, ...]:
     """Those that oneDNN computes in on this machine."""
-    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bfloat16 = _has_packing() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)

@@ -28,7 +28,7 @@ from vispec.model.fusion import fuse
 from vispec.model.graphs import Steps, obstacle
 from vispec.model.hub import hub_options
 from vispec.model.inputs import forward_parameters
-from vispec.model.packing import allow_packing
+from vispec.model.packing import allow_packing, expect_new_weights
 from vispec.model.pairs import Span
 from vispec.model.passes import decoding_pass
 
@@ -126,6 +126,7 @@ class Target:
             input_ids: (B, L).
             inputs: what else the family's processor returned, attention_mask included.
         """
+        expect_new_weights()
         batch, length = input_ids.shape
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from vispec.model.draft import DraftHead, rotary_angles, rotate
+from vispec.model.draft import DraftHead
+from vispec.model.draft_layer import rotary_angles, rotate
 from vispec.model.pairs import Span
 
 SCORES = 2**24
