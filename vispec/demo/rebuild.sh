@@ -34,7 +34,7 @@ $PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.ma
 $PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.main_mtp \
     --basepath "$TARGET" --configpath vispec/demo/draft_config.json --loadpath "$WORK/stage1/state_6" \
     --tmpdir "$WORK/images" --cpdir "$WORK/stage2" --lr 1e-3 --bs 16 --num-epochs 8 \
-    --use-ours=True --num-q=2 --mtp-steps=1 --loss ce
+    --use-ours=True --num-q=2 --mtp-steps=3 --loss ce
 
 rm -rf "$WEIGHTS.new" && mkdir -p "$WEIGHTS.new"
 cp -r "$TARGET" "$WEIGHTS.new/target"
