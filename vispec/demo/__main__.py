@@ -105,7 +105,7 @@ def _explain_half(results: list) -> None:
     half = results[1].comparison
     same_questions = [[reply.measured("baseline")] for reply in results[0].replies[: half.questions]]
     if half.baseline.tokens_per_second < 0.95 * arm_speed(same_questions).tokens_per_second:
-        print(f"{results[1].dtype} is slower than {results[0].dtype} on this machine.")
+        print(f"Plain decoding is slower in {results[1].dtype} than in {results[0].dtype} on this machine.")
     if not half.outputs_identical:
         print(
             f"In {results[1].dtype} a pass over a tree and a pass over one token round differently, "
