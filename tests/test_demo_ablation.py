@@ -62,7 +62,7 @@ def test_every_variant_has_a_row(work, started, tmp_path, capsys):
     heads = {name: load_draft(out / f"{name}_0" / "state_1") for name in rows if name != "stage1"}
     assert heads["eagle2"].method == "eagle2"
     assert {name: head.num_q for name, head in heads.items() if name != "eagle2"} == {
-        "start": 2, "reference": 2, "blind": 2, "mtp0": 2, "mtp2": 2, "l1": 2, "q5": 5,
+        "start": 2, "reference": 2, "blind": 2, "mtp0": 2, "mtp1": 2, "mtp5": 2, "l1": 2, "q5": 5,
     }  # fmt: skip
     assert not heads["blind"].imadpt.o_proj.weight.any() and heads["reference"].imadpt.o_proj.weight.any()
     first = load_draft(work / "stage1" / "state_2").state_dict()

@@ -20,7 +20,7 @@ from vispec.children import start_child
 from vispec.cli import Parser, UserError, changes, count, provenance, run_cli, write_json_atomic
 from vispec.demo.tau import QUESTIONS, TREES, weights_digest
 
-FLAGS = {"--lr": "1e-3", "--bs": "16", "--use-ours": "True", "--num-q": "2", "--mtp-steps": "1", "--loss": "ce"}
+FLAGS = {"--lr": "1e-3", "--bs": "16", "--use-ours": "True", "--num-q": "2", "--mtp-steps": "3", "--loss": "ce"}
 """Stage 2 as rebuild.sh runs it, which is the reference of the comparison."""
 
 EPOCHS = 6
@@ -43,10 +43,11 @@ VARIANTS = (
     Variant("stage1", "no stage 2: the EAGLE-2 head of stage 1, image rows as ordinary pairs", None),
     # a learning rate of 0 writes the head that stage 2 begins with
     Variant("start", "no stage 2: the same, begun as a ViSpec head", {"--lr": "0", "--num-epochs": "1"}),
-    Variant("reference", "stage 2: images, mtp_steps 1, cross-entropy, num_q 2"),
+    Variant("reference", "stage 2: images, mtp_steps 3, cross-entropy, num_q 2"),
     Variant("blind", "without images: the adaptor's output held at zero", {"--blind": "True"}),
     Variant("mtp0", "mtp_steps 0", {"--mtp-steps": "0"}),
-    Variant("mtp2", "mtp_steps 2", {"--mtp-steps": "2"}),
+    Variant("mtp1", "mtp_steps 1, as published", {"--mtp-steps": "1"}),
+    Variant("mtp5", "mtp_steps 5", {"--mtp-steps": "5"}),
     Variant("l1", "l1, the released loss", {"--loss": "l1"}),
     Variant("q5", "num_q 5", {"--num-q": "5"}),
     Variant("eagle2", "EAGLE-2 head, image rows as ordinary pairs", {"--use-ours": "False"}),
