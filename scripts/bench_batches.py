@@ -64,7 +64,7 @@ def parse(argv: list[str] | None):
     add("--target", help="folder or hub id (default: the embedded one)")
     add("--draft", help="the target's draft head")
     add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
-    add("--tree", type=parse_tree, default=tuple(embedded.TREE.values()), metavar="N/d/k", help="default: 12/3/4")
+    add("--tree", type=parse_tree, default=embedded.TREE_NAME, metavar="N/d/k", help="(default: %(default)s)")
     add("--sizes", nargs="+", type=count, default=[1, 2, 4, 8], metavar="B", help="(default: %(default)s)")
     add("--questions", type=count, default=16, help="a multiple of the sizes (default: %(default)s)")
     add("--repetitions", type=count, default=3, help="of each arm (default: %(default)s)")

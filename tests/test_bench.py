@@ -239,7 +239,7 @@ def test_the_embedded_pair_is_measured_too(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "ANSWER_TOKENS", 8)
     file = tmp_path / "bench.json"
     assert bench.main(["--prompt-tokens", "9", "--repeats", "1", "--json", str(file)]) == 0
-    measured = json.loads(file.read_text())["trees"]["12/3/4"]["measured"]
+    measured = json.loads(file.read_text())["trees"][bench.embedded.TREE_NAME]["measured"]
     assert measured["tau"] > 0 and measured["speedup"] > 0 and measured["identical_questions"] == 1
 
 

@@ -62,7 +62,7 @@ def test_every_variant_has_a_row(work, started, tmp_path, capsys):
     heads = {name: load_draft(out / f"{name}_0" / "state_1") for name in rows if name != "stage1"}
     assert heads["eagle2"].method == "eagle2"
     assert {name: head.num_q for name, head in heads.items() if name != "eagle2"} == {
-        "start": 2, "reference": 2, "blind": 2, "mtp0": 2, "mtp1": 2, "mtp5": 2, "l1": 2, "q5": 5,
+        "start": 2, "reference": 2, "blind": 2, "mtp0": 2, "mtp1": 2, "l1": 2, "q5": 5,
     }  # fmt: skip
     assert not heads["blind"].imadpt.o_proj.weight.any() and heads["reference"].imadpt.o_proj.weight.any()
     first = load_draft(work / "stage1" / "state_2").state_dict()
@@ -167,6 +167,6 @@ def test_tau_is_measured_again_for_other_weights(work, tmp_path, monkeypatch, ca
     assert found[0]["trees"].keys() == found[1]["trees"].keys() == set(tau.TREES)
     monkeypatch.setattr(tau, "load_model", lambda *arguments, **options: pytest.fail("measured twice"))
     assert tau.main(command) == 0
-    assert f"{head}: τ {found[1]['trees']['12/3/4']['tau']:.3f} at 12/3/4" in capsys.readouterr().out
+    assert f"{head}: τ {found[1]['trees'][tau.TREES[0]]['tau']:.3f} at {tau.TREES[0]}" in capsys.readouterr().out
     with pytest.raises(UserError, match="other measurements .questions 1 there, 2 now"):
         tau.main([*command, "--questions", "2"])

@@ -47,7 +47,6 @@ VARIANTS = (
     Variant("blind", "without images: the adaptor's output held at zero", {"--blind": "True"}),
     Variant("mtp0", "mtp_steps 0", {"--mtp-steps": "0"}),
     Variant("mtp1", "mtp_steps 1, as published", {"--mtp-steps": "1"}),
-    Variant("mtp5", "mtp_steps 5", {"--mtp-steps": "5"}),
     Variant("l1", "l1, the released loss", {"--loss": "l1"}),
     Variant("q5", "num_q 5", {"--num-q": "5"}),
     Variant("eagle2", "EAGLE-2 head, image rows as ordinary pairs", {"--use-ours": "False"}),

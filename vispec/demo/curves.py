@@ -10,14 +10,13 @@ from pathlib import Path
 
 from vispec.cli import Parser, UserError, count, run_cli, write_atomic
 from vispec.demo import tau
-from vispec.demo.embedded import TREE
+from vispec.demo.embedded import TREE_NAME
 from vispec.demo.figure import INK
 
 STAGES = ("stage1", "stage2")
 TITLES = {"stage1": "stage 1: text", "stage2": "stage 2: images"}
 COLOURS = {"stage1": "#0969da", "stage2": "#2da44e"}
 GRID = "#e6e9ed"
-TREE_NAME = "/".join(str(TREE[name]) for name in ("total_token", "depth", "top_k"))
 
 
 @dataclass(frozen=True)

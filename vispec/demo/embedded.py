@@ -7,8 +7,9 @@ from vispec.cli import UserError
 WEIGHTS = Path(__file__).parent / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
 
-TREE = {"total_token": 12, "depth": 3, "top_k": 4}
+TREE = {"total_token": 16, "depth": 7, "top_k": 2}
 """A tree that pays for a target of this size on a CPU, see docs/measuring.md."""
+TREE_NAME = "/".join(map(str, TREE.values()))
 
 DTYPE = "float32"
 """Where identity of the outputs holds; the files are bfloat16."""

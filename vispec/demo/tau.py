@@ -17,7 +17,7 @@ from vispec.demo.trees import Tree, parse_tree
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
 
-TREES = ("12/3/4", "30/3/8")
+TREES = (embedded.TREE_NAME, "30/3/8")
 QUESTIONS = 28
 """Two of each kind."""
 

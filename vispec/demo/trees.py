@@ -16,7 +16,7 @@ from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.speed import compare, round_in_steps
 
-TREES = ("8/3/3", "12/3/4", "12/4/3", "30/3/8")
+TREES = ("8/3/3", "12/3/4", "12/5/2", embedded.TREE_NAME, "30/3/8")
 QUESTIONS, REPETITIONS = 6, 5
 
 Tree = tuple[int, int, int]

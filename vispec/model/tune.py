@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEFAULT = TreeShape()
 SIZES = (2, 4, 6, 8, 10, 12, 16, 24, 30, 40, 60)
 WIDTHS = (1, 2, 3, 4, 8)
-DEEPEST = 5
+DEEPEST = 8
 """The grid: N, k, and d from 0 on."""
 TOKENS = 48
 """Of each answer."""
