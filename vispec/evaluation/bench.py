@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--spec-model-path", help="its draft head")
     add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
     parser.add_hardware(dtype=None)
-    add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help=f"default: 30/3/8, or {embedded.TREE_NAME}")
+    add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help=f"default: 30/3/8, embedded: {embedded.TREE_NAME}")
     add("--draft-vocab", type=count, metavar="SIZE", help="with --random-weights: a draft vocabulary too (any tokens)")
     add("--prompt-tokens", type=count, default=512, help="(default: %(default)s)")
     add("--repeats", type=count, default=5, help="of every run (default: %(default)s)")
