@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vispec.cli import run_cli, write_json_atomic
+from vispec.cli import run_cli
+from vispec.files import write_json_atomic
 
 FAMILIES = ("llava_next", "llava_1.5", "qwen2_5_vl")
 SEEDS, NEW_TOKENS = (0, 1, 2), 24

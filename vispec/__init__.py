@@ -1,6 +1,8 @@
 """ViSpec: lossless tree speculative decoding for vision-language models (arXiv 2509.15235)."""
 
-__version__ = "0.1.0"
+from vispec.version import __version__
+
+__all__ = ["SpecModel", "__version__"]
 
 
 def __getattr__(name: str):

@@ -1,19 +1,17 @@
-"""What all command lines share: their flags' parser, one-line errors, provenance, whole files."""
+"""What all command lines share: their flags' parser, one-line errors, provenance."""
 
 import argparse
-import json
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import vispec
 from vispec.children import end_with_parent
+from vispec.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +105,7 @@ def provenance(args: argparse.Namespace | dict) -> dict:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": {k: v for k, v in arguments.items() if isinstance(v, str | int | float | bool | list | None)},
         "versions": {
-            "vispec": vispec.__version__,
+            "vispec": __version__,
             **{name: _version(name) for name in ("torch", "transformers", "accelerate", "numpy")},
         },
         "python": platform.python_version(),
@@ -124,28 +122,6 @@ def device_name(device: "torch.device | None" = None) -> str:
     if kind == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {torch.get_num_threads()} threads" if kind == "cpu" else kind
-
-
-def write_json_atomic(path: str | os.PathLike, value) -> None:
-    """The file appears whole or not at all."""
-    write_atomic(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"))
-
-
-def write_atomic(path: str | os.PathLike, write: Callable) -> None:
-    """Let `write(file)` fill a binary file beside `path`, then put it in place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _version(package: str) -> str | None:

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, provenance, run_cli, write_json_atomic
+from vispec.cli import Parser, UserError, count, provenance, run_cli
 from vispec.demo import embedded
+from vispec.files import write_json_atomic
 
 QUESTIONS, REPETITIONS = 12, 3
 HALF_QUESTIONS = 4

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import fmean
 
 from vispec.children import start_child
-from vispec.cli import Parser, UserError, changes, count, provenance, run_cli, write_json_atomic
+from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
 from vispec.demo.tau import QUESTIONS, TREES, weights_digest
+from vispec.files import write_json_atomic
 
 FLAGS = {"--lr": "1e-3", "--bs": "16", "--use-ours": "True", "--num-q": "2", "--mtp-steps": "3", "--loss": "ce"}
 """Stage 2 as rebuild.sh runs it, which is the reference of the comparison."""

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from vispec.cli import Parser, UserError, count, run_cli, write_atomic, write_json_atomic
+from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo.batches import IGNORED, Batch, Stream
 from vispec.demo.conversations import training_conversation
 from vispec.demo.families import FAMILIES, Family
 from vispec.demo.quiz_accuracy import quiz_accuracy
 from vispec.demo.tower import fit_projector, train_tower
 from vispec.evaluation.loading import quiet_transformers
+from vispec.files import write_atomic, write_json_atomic
 
 CHECKPOINT, PROCESSOR, MODEL = "checkpoint.pt", "processor", "model"
 MATRIX_LR, OTHER_LR = 3e-3, 1.2e-3

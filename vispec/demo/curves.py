@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, run_cli, write_atomic
+from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo import tau
 from vispec.demo.embedded import TREE_NAME
 from vispec.demo.figure import INK
+from vispec.files import write_atomic
 
 STAGES = ("stage1", "stage2")
 TITLES = {"stage1": "stage 1: text", "stage2": "stage 2: images"}

@@ -22,7 +22,7 @@ def draw(result: Result, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from vispec.cli import write_atomic
+    from vispec.files import write_atomic
 
     shown = result.replies[:SHOWN]
     width, row = 11.0, 1.72

@@ -23,13 +23,14 @@ from pathlib import Path
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from vispec.cli import Parser, count, run_cli, write_atomic, write_json_atomic
+from vispec.cli import Parser, count, run_cli
 from vispec.demo import multiple_choice
 from vispec.demo import phrases as ph
 from vispec.demo.language import Question, answer
 from vispec.demo.make_data import scene_window, write_coco
 from vispec.demo.questions import ask, caption_question
 from vispec.demo.scenes import Scene, render
+from vispec.files import write_atomic, write_json_atomic
 
 FIRST_SCENE, SCENES_EACH = 70_000, 3_000
 """Where the benchmarks' scenes begin among the unseen ones, and how many each benchmark may have of them."""

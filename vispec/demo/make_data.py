@@ -15,11 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vispec.cli import Parser, UserError, run_cli, whole, write_json_atomic
+from vispec.cli import Parser, UserError, run_cli, whole
 from vispec.demo.conversations import draw_question, text_turns
 from vispec.demo.language import answer
 from vispec.demo.questions import caption_question
 from vispec.demo.scenes import SPLIT_SEEDS, Scene, render, scene_of
+from vispec.files import write_json_atomic
 
 TEXT_SCENES_FROM = 1_000_000
 """Text conversations use other scenes of the split than pictures do."""

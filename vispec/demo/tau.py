@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from vispec.cli import Parser, UserError, changes, count, provenance, run_cli, write_json_atomic
+from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
 from vispec.demo import embedded
 from vispec.demo.trees import Tree, parse_tree
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
+from vispec.files import write_json_atomic
 
 TREES = (embedded.TREE_NAME, "30/3/8")
 QUESTIONS = 28

@@ -10,11 +10,12 @@ import argparse
 from dataclasses import dataclass, replace
 from statistics import median
 
-from vispec.cli import DTYPES, Parser, count, provenance, run_cli, write_json_atomic
+from vispec.cli import DTYPES, Parser, count, provenance, run_cli
 from vispec.demo import embedded
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.speed import compare, round_in_steps
+from vispec.files import write_json_atomic
 
 TREES = ("8/3/3", "12/3/4", "12/5/2", embedded.TREE_NAME, "30/3/8")
 QUESTIONS, REPETITIONS = 6, 5

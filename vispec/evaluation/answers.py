@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vispec.cli import UserError, write_atomic, write_json_atomic
+from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
+from vispec.files import write_atomic, write_json_atomic
 
 
 class AnswerFile:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli, write_atomic, write_json_atomic
+from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
 from vispec.demo import embedded
 from vispec.demo.trees import Tree, parse_tree
 from vispec.evaluation import bench_report
@@ -43,6 +43,7 @@ from vispec.evaluation.round_times import (
     watched_parts,
     watched_run,
 )
+from vispec.files import write_atomic, write_json_atomic
 
 VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens whose verification is timed."""

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from vispec.cli import UserError, write_atomic
+from vispec.cli import UserError
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES
 from vispec.evaluation.report import about, title
 from vispec.evaluation.results import Results, Row, Table
+from vispec.files import write_atomic
 
 INK, FAINT, LINE = "#1f2328", "#6e7781", "#d0d7de"
 COLOURS: Mapping[str, str] = {"vispec": "#2da44e", "eagle2": "#54a3d8", "medusa": "#e3a34f", "lookup": "#b6bcc4"}

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vispec.cli import DTYPES, Parser, write_json_atomic
+from vispec.cli import DTYPES, Parser
+from vispec.files import write_json_atomic
 from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_skipped, report, skip_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vispec.cli import changes, provenance, write_json_atomic
+from vispec.cli import changes, provenance
+from vispec.files import write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from vispec.cli import write_atomic
+from vispec.files import write_atomic
 from vispec.model.pairs import Span
 
 SUFFIX = ".safetensors"

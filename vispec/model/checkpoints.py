@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from vispec.cli import write_atomic, write_json_atomic
+from vispec.files import write_atomic, write_json_atomic
 from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig
 from vispec.model.draft_vocab import DraftVocabulary

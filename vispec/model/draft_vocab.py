@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from vispec.cli import UserError, provenance, run_cli, write_atomic
+from vispec.cli import UserError, provenance, run_cli
+from vispec.files import write_atomic
 from vispec.model.hub import CARD, VOCABULARY_FILE, with_vocabulary_section
 from vispec.model.packing import PackableLinear, allow_packing
 from vispec.model.passes import decoding_pass

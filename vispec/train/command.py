@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vispec.cli import DTYPES, parse_bool, provenance, write_json_atomic
+from vispec.cli import DTYPES, parse_bool, provenance
+from vispec.files import write_json_atomic
 from vispec.model.checkpoints import load_draft, read_config
 from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
 from vispec.model.draft_config import DraftConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vispec.cli import write_atomic
+from vispec.files import write_atomic
 from vispec.train.losses import PARTS
 
 DEPTH = 5
