@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 
 from vispec import SpecModel
 from vispec.ge_data.sample_file import Tokens, file_name, write_sample
-from vispec.model import draft_vocab
 from vispec.model.checkpoints import load_draft, save_draft
 from vispec.model.draft import DraftHead
 from vispec.model.draft_vocab import DraftVocabulary, fingerprint
 from vispec.model.hub import VOCABULARY_FILE
+from vispec.train import draft_vocab
 
 FAMILY = GOLDEN / "llava_next"
 TARGET, DRAFT = str(FAMILY / "target"), FAMILY / "draft_vispec"
@@ -309,7 +309,7 @@ def test_wrong_data(tmp_path):
 
 
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "vispec.model.draft_vocab", "--counts", str(tmp_path), "--size", "9"]
+    command = [sys.executable, "-m", "vispec.train.draft_vocab", "--counts", str(tmp_path), "--size", "9"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 1
     assert done.stderr.strip() == f"error: --counts {tmp_path}: no sample files (.safetensors) there"
