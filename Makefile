@@ -19,6 +19,7 @@ test: $(VENV)/.installed-test lint
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 test-transformers5: $(VENV5)/.installed
 	$(RUN5) -m pytest $(DECODER_TESTS:%=tests/test_%.py)
