@@ -16,8 +16,8 @@ import torch
 from transformers import AutoProcessor
 
 from vispec.cli import run_cli, write_json_atomic
-from vispec.demo.embedded import TARGET
 from vispec.demo.make_data import scene_window, write_pretrain
+from vispec.embedded import TARGET
 from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.run_folder import batches_of
 from vispec.ge_data.sources import load_image

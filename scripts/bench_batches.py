@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli, write_json_atomic
-from vispec.demo import embedded
-from vispec.demo.trees import parse_tree
 from vispec.evaluation.bench import one_device
-from vispec.evaluation.loading import load_model, quiet_transformers
+from vispec.evaluation.loading import load_model, parse_tree, quiet_transformers
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 
 if TYPE_CHECKING:

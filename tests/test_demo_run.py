@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vispec import embedded
 from vispec.demo import __main__ as demo
-from vispec.demo import embedded, figure, runner
+from vispec.demo import figure, runner
 from vispec.demo.scenes import SPLIT_SEEDS
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vispec.demo import embedded, runner, trees
+from vispec import embedded
+from vispec.demo import runner, trees
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vispec.cli import Parser, UserError, count, run_cli, write_atomic
 from vispec.demo import tau
-from vispec.demo.embedded import TREE_NAME
 from vispec.demo.figure import INK
+from vispec.embedded import TREE_NAME
 
 STAGES = ("stage1", "stage2")
 TITLES = {"stage1": "stage 1: text", "stage2": "stage 2: images"}

@@ -10,9 +10,9 @@ from PIL import Image
 
 from vispec.demo.questions import ask
 from vispec.demo.scenes import render, scene_of
+from vispec.evaluation.comparison import Comparison, compare
 from vispec.evaluation.loading import load_model
 from vispec.evaluation.measure import Answer, Arm, Generation, answer_question, drafted_flags
-from vispec.evaluation.speed import Comparison, compare
 from vispec.evaluation.text import pieces_of
 from vispec.prompts import build_inputs, user_turn
 

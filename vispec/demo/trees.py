@@ -6,21 +6,17 @@ All arms, the plain baseline among them, take turns question by question; the me
 larger tree has more tokens accepted in a round, and a round that takes longer: a row shows both, and what comes of it.
 """
 
-import argparse
 from dataclasses import dataclass, replace
 from statistics import median
 
+from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli, write_json_atomic
-from vispec.demo import embedded
-from vispec.evaluation.loading import load_model, quiet_transformers
+from vispec.evaluation.comparison import compare, round_in_steps
+from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Answer, Generation, answer_question
-from vispec.evaluation.speed import compare, round_in_steps
 
 TREES = ("8/3/3", "12/3/4", "12/5/2", embedded.TREE_NAME, "30/3/8")
 QUESTIONS, REPETITIONS = 6, 5
-
-Tree = tuple[int, int, int]
-"""(total_token, depth, top_k)."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,6 @@ class Row:
     speedup: float
     """Prefill included."""
     outputs_identical: bool
-
-
-def parse_tree(text: str) -> Tree:
-    """total_token/depth/top_k."""
-    parts = text.split("/")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"expected total_token/depth/top_k such as 12/3/4, found {text!r}")
-    total_token, depth, top_k = map(int, parts)
-    return total_token, depth, top_k
 
 
 def measure(model, trees: list[Tree], inputs: list[dict], repetitions: int, max_new_tokens: int) -> list[Row]:

@@ -17,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from vispec import embedded
 from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli, write_atomic, write_json_atomic
-from vispec.demo import embedded
-from vispec.demo.trees import Tree, parse_tree
 from vispec.evaluation import bench_report
-from vispec.evaluation.loading import dtype_name, load_model, quiet_transformers
+from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.published import AVERAGE, published
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.evaluation.roofline import Rates, measure_rates

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vispec.evaluation.comparison import Comparison, decode_speed, wall_speed
 from vispec.evaluation.measure import Answer
-from vispec.evaluation.speed import Comparison, decode_speed, wall_speed
 
 DRAWS = 2000
 PERCENTILES = (2.5, 97.5)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vispec.cli import UserError
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "demo" / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
 
 TREE = {"total_token": 16, "depth": 7, "top_k": 2}
