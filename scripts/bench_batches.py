@@ -13,7 +13,6 @@ one prompt at a time.
 
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli, write_json_atomic
 from vispec.evaluation.bench import one_device
 from vispec.evaluation.loading import load_model, parse_tree, quiet_transformers
+from vispec.evaluation.measure import now, turns
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 
 if TYPE_CHECKING:
@@ -129,16 +129,15 @@ def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_
     }
     options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     arms = [(arm, size) for size in sizes for arm in ARMS]
+    for arm, size in arms:  # warm-up
+        answer(model, arm, batches[size], options)
     speeds = {key: [] for key in arms}
     answers = {}
-    for repetition in range(repetitions + 1):  # the first one is warm-up
-        for arm, size in arms:
-            torch.manual_seed(0)
-            start = time.perf_counter()
-            answers[arm, size] = answer(model, arm, batches[size], options)
-            seconds = time.perf_counter() - start
-            if repetition:
-                speeds[arm, size].append(sum(map(len, answers[arm, size])) / seconds)
+    for _, _, (arm, size) in turns(arms, 1, repetitions):
+        torch.manual_seed(0)
+        start = now(model.device)
+        answers[arm, size] = answer(model, arm, batches[size], options)
+        speeds[arm, size].append(sum(map(len, answers[arm, size])) / (now(model.device) - start))
     torch.manual_seed(0)
     single = answer(model, "baseline", [collate_prompts([prompt], pad_token_id=0) for prompt in prompts], options)
     equal = {key: sum(a == b for a, b in zip(found, single, strict=True)) for key, found in answers.items()}
