@@ -9,15 +9,15 @@ the medians are compared. By default the target is the embedded one and the pict
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from transformers import AutoProcessor
 
 from vispec.cli import run_cli
-from vispec.demo.embedded import TARGET
 from vispec.demo.make_data import scene_window, write_pretrain
+from vispec.embedded import TARGET
+from vispec.evaluation.measure import now, turns
 from vispec.files import write_json_atomic
 from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.run_folder import batches_of
@@ -62,13 +62,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     speeds = {name: [] for name in arms}
     for size in arms.values():
         answers(job, range(min(size, args.rows)), size)  # warm-up
-    for _ in range(args.rounds):
-        found = []
-        for name, size in arms.items():
-            started = time.perf_counter()
-            found.append(answers(job, range(args.rows), size))
-            speeds[name].append(args.rows / (time.perf_counter() - started))
-    batched, single = found
+    found = {}
+    for _, _, (name, size) in turns(list(arms.items()), 1, args.rounds):
+        started = now(target.device)
+        found[name] = answers(job, range(args.rows), size)
+        speeds[name].append(args.rows / (now(target.device) - started))
+    batched, single = (found[name] for name in arms)
     together, alone = (statistics.median(values) for values in speeds.values())
     return {
         "samples_per_second": speeds,

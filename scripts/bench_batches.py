@@ -13,17 +13,16 @@ one prompt at a time.
 
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli
-from vispec.demo import embedded
-from vispec.demo.trees import parse_tree
 from vispec.evaluation.bench import one_device
-from vispec.evaluation.loading import load_model, quiet_transformers
+from vispec.evaluation.loading import load_model, parse_tree, quiet_transformers
+from vispec.evaluation.measure import now, turns
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.files import write_json_atomic
 
@@ -131,16 +130,15 @@ def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_
     }
     options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     arms = [(arm, size) for size in sizes for arm in ARMS]
+    for arm, size in arms:  # warm-up
+        answer(model, arm, batches[size], options)
     speeds = {key: [] for key in arms}
     answers = {}
-    for repetition in range(repetitions + 1):  # the first one is warm-up
-        for arm, size in arms:
-            torch.manual_seed(0)
-            start = time.perf_counter()
-            answers[arm, size] = answer(model, arm, batches[size], options)
-            seconds = time.perf_counter() - start
-            if repetition:
-                speeds[arm, size].append(sum(map(len, answers[arm, size])) / seconds)
+    for _, _, (arm, size) in turns(arms, 1, repetitions):
+        torch.manual_seed(0)
+        start = now(model.device)
+        answers[arm, size] = answer(model, arm, batches[size], options)
+        speeds[arm, size].append(sum(map(len, answers[arm, size])) / (now(model.device) - start))
     torch.manual_seed(0)
     single = answer(model, "baseline", [collate_prompts([prompt], pad_token_id=0) for prompt in prompts], options)
     equal = {key: sum(a == b for a, b in zip(found, single, strict=True)) for key, found in answers.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_bench import tiny
 
-from vispec.demo import embedded
+from vispec import embedded
 from vispec.evaluation.random_pairs import TARGETS
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_rows import CONFIGS, TARGETS, generate, write_rows
 
 from vispec.cli import UserError
-from vispec.demo import ablation, curves, embedded, runner, tau
+from vispec.demo import ablation, curves, runner, tau
 from vispec.model.checkpoints import load_draft
 from vispec.train import main, main_mtp
 from vispec.train.metrics import MetricsLog
@@ -125,7 +125,7 @@ def test_a_cell_has_the_mean_and_each_seed():
 
 
 def test_the_reference_is_stage_2_of_the_rebuild():
-    script = Path(embedded.__file__).with_name("rebuild.sh").read_text()
+    script = Path(ablation.__file__).with_name("rebuild.sh").read_text()
     command = script.split("vispec.train.main_mtp")[1].split("rm -rf")[0].replace("=", " ")
     paths = {"--basepath", "--configpath", "--loadpath", "--tmpdir", "--cpdir", "--num-epochs"}
     given = dict(re.findall(r"(--[\w-]+) (\S+)", command))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vispec.demo import embedded
+from vispec import demo
 
-SCRIPT = Path(embedded.__file__).with_name("rebuild.sh")
+SCRIPT = Path(demo.__file__).with_name("rebuild.sh")
 STAND_IN = """#!/bin/sh
 echo "$*" >> calls
 case "$2" in

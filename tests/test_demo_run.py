@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vispec import embedded
 from vispec.demo import __main__ as demo
-from vispec.demo import embedded, figure, runner
+from vispec.demo import figure, runner
 from vispec.demo.scenes import SPLIT_SEEDS
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
@@ -53,11 +54,12 @@ def test_questions_are_about_unseen_scenes():
     assert all(question.scene_seed in SPLIT_SEEDS["eval"] for question in asked)
     assert len({question.text for question in asked}) > 8
     assert [question.text for question in runner.questions(3)] == [question.text for question in asked[:3]]
+    assert runner.questions(2, first=10) == asked[10:]
 
 
 def test_medians_of_repetitions():
     answers = [runner.Answer([1, 2], 0, wall, decode, [0]) for wall, decode in ((3.0, 1.0), (1.0, 9.0), (2.0, 2.0))]
-    reply = runner.Reply(runner.questions(1)[0], {"baseline": answers, "spec": answers})
+    reply = runner.Reply(runner.questions(1)[0], {"baseline": answers, "spec": answers}, pieces=[])
     assert (reply.measured("spec").wall_time, reply.measured("spec").decode_time) == (2.0, 2.0)
 
 

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from vispec.demo import embedded, runner, trees
+from vispec import embedded
+from vispec.demo import __main__ as demo
+from vispec.demo import runner, tau, trees
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
+
+
+questions = runner.questions
 
 
 def test_rows_are_those_of_the_trees(monkeypatch, tmp_path, capsys):
@@ -15,13 +20,22 @@ def test_rows_are_those_of_the_trees(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(embedded, "DRAFT", FAMILY / "draft_vispec")
     monkeypatch.setattr(runner, "MAX_NEW_TOKENS", 12)
     file = tmp_path / "rows.json"
-    options = ["--questions", "2", "--repetitions", "1", "--json", str(file)]
+    asked = []
+    monkeypatch.setattr(runner, "questions", lambda *part: asked.append(part) or questions(*part))
+    options = ["--questions", "2", "--first-question", "30", "--repetitions", "1", "--json", str(file)]
     assert trees.main([*options, "--trees", "2/0/1", "30/3/8"]) == 0
+    assert asked == [(2, 30)]
     small, large = json.loads(file.read_text())["rows"]
     assert (small["tree"], large["tree"]) == ("2/0/1", "30/3/8")
     assert 0 < small["tau"] < large["tau"]  # only one node is drafted in the small one
     assert small["outputs_identical"] and large["outputs_identical"]
     assert "| 30/3/8 |" in capsys.readouterr().out
+
+
+def test_no_question_both_chooses_a_tree_and_reports_it():
+    chosen_on = {asked.scene_seed for asked in runner.questions(trees.QUESTIONS, trees.FIRST_QUESTION)}
+    reported_on = {asked.scene_seed for asked in runner.questions(max(demo.QUESTIONS, tau.QUESTIONS))}
+    assert len(chosen_on) == trees.QUESTIONS and not chosen_on & reported_on
 
 
 def test_a_round_is_measured_in_plain_steps():

@@ -15,11 +15,12 @@ import pytest
 from answer_files import choice, write
 from PIL import Image
 
-from vispec.demo import embedded
+from vispec import embedded
 from vispec.evaluation import chart, speed
 from vispec.evaluation.answers import meta_path
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.bootstrap import DRAWS, SEED, average, estimates
+from vispec.evaluation.comparison import compare, wall_speed
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, published
 from vispec.evaluation.report import title
@@ -101,11 +102,11 @@ def random_arms(questions: int) -> tuple[dict, dict]:
 
 def test_draws_are_those_of_a_slow_computation():
     arms = random_arms(8)
-    comparison = speed.compare(*arms)
+    comparison = compare(*arms)
     found = estimates(comparison, *(list(answers.values()) for answers in arms), stream=5)
     drawn = np.random.default_rng([SEED, 5]).integers(8, size=(DRAWS, 8))
     for draw in range(0, DRAWS, 20):
-        one = speed.compare(*({i: answers[question] for i, question in enumerate(drawn[draw])} for answers in arms))
+        one = compare(*({i: answers[question] for i, question in enumerate(drawn[draw])} for answers in arms))
         for name, estimate in found.items():
             assert estimate.draws[draw] == pytest.approx(getattr(one, name))
     for name, estimate in found.items():
@@ -115,10 +116,10 @@ def test_draws_are_those_of_a_slow_computation():
 
 def test_interval_is_near_that_of_other_draws():
     arms = random_arms(40)
-    comparison = speed.compare(*arms)
+    comparison = compare(*arms)
     found = estimates(comparison, *(list(answers.values()) for answers in arms), stream=0)["speedup"]
     random.seed(9)
-    speeds = [[speed.wall_speed(answers) for answers in one.values()] for one in arms]
+    speeds = [[wall_speed(answers) for answers in one.values()] for one in arms]
     ratios = []
     for _ in range(4000):
         drawn = random.choices(range(40), k=40)
@@ -132,7 +133,7 @@ def test_interval_is_near_that_of_other_draws():
 
 def test_one_question_has_no_interval():
     one = {1: [Answer([1, 2], 0, 2.0, 1.0, [1])]}
-    found = estimates(speed.compare(one, one), list(one.values()), list(one.values()), stream=0)
+    found = estimates(compare(one, one), list(one.values()), list(one.values()), stream=0)
     assert found["speedup"].value == 1.0 and found["speedup"].interval is None
     assert average(list(found.values())).interval is None and average([]).value is None
 

@@ -7,6 +7,7 @@ import pytest
 from answer_files import SETTINGS, choice, write
 
 from vispec.evaluation import speed
+from vispec.evaluation.comparison import round_in_steps
 from vispec.evaluation.measure import Answer, drafted_flags
 
 
@@ -117,8 +118,8 @@ def test_the_two_forms_of_the_command_exclude_each_other(files, tmp_path, capsys
 def test_cost_of_a_round():
     # 0.6 s for 2 rounds against 1 s for 10 plain steps
     plain, ours = (Answer([1] * 11, rounds - 1, 9.0, decode, []) for rounds, decode in ((10, 1.0), (2, 0.6)))
-    assert speed.round_in_steps([plain], [ours]) == pytest.approx(3.0)
-    assert speed.round_in_steps([plain], [Answer([1], -1, 9.0, 0.0, [])]) is None
+    assert round_in_steps([plain], [ours]) == pytest.approx(3.0)
+    assert round_in_steps([plain], [Answer([1], -1, 9.0, 0.0, [])]) is None
 
 
 def test_drafted_flags():

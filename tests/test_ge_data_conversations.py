@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vispec.demo.embedded import TARGET
+from vispec.embedded import TARGET
 from vispec.ge_data.conversations import QWEN_SYSTEM, ChatRenderer, SkipRow, read_turns, render_vicuna, tokenize
 from vispec.ge_data.sources import shuffled
 

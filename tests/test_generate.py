@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vispec import generate
-from vispec.demo import embedded
+from vispec import embedded, generate
 from vispec.model import tune
 from vispec.model.target import Target
 

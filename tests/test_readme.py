@@ -11,7 +11,7 @@ import torch
 from documents import DOCUMENTS, README, ROOT
 from PIL import Image
 
-from vispec.demo import embedded
+from vispec import embedded
 from vispec.demo.scenes import render, scene_of
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.published import AVERAGE, published

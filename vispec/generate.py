@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vispec import embedded
 from vispec.cli import Parser, UserError, count, run_cli
-from vispec.demo import embedded
 from vispec.evaluation.loading import MEASURED, dtype_name, load_model, quiet_transformers, tree_size
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.text import TextStream, coloured, wants_colour

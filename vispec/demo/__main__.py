@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from vispec import embedded
 from vispec.cli import Parser, UserError, count, provenance, run_cli
-from vispec.demo import embedded
+from vispec.evaluation.comparison import TAU_CONVENTION, arm_speed
 from vispec.files import write_json_atomic
 
 QUESTIONS, REPETITIONS = 12, 3
@@ -99,8 +100,6 @@ def _print_table(results: list) -> None:
 
 
 def _explain_half(results: list) -> None:
-    from vispec.evaluation.speed import arm_speed
-
     if len(results) < 2:
         return
     half = results[1].comparison
@@ -115,8 +114,6 @@ def _explain_half(results: list) -> None:
 
 
 def _summary(args: argparse.Namespace, results: list, seconds: float) -> dict:
-    from vispec.evaluation.speed import TAU_CONVENTION
-
     first, *others = results
     return {
         "dtype": first.dtype,

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vispec.cli import Parser, UserError, count, run_cli
-from vispec.demo.embedded import TARGET
 from vispec.demo.language import KINDS, answer
 from vispec.demo.parse import parse
 from vispec.demo.prompt_lookup import prompt_lookup_share
 from vispec.demo.questions import ask, caption_question
 from vispec.demo.scenes import IMAGE_SIZE, Scene, render, scene_of
+from vispec.embedded import TARGET
 from vispec.evaluation.loading import quiet_transformers
 from vispec.prompts import EXPLAIN, chat_messages, user_turn
 

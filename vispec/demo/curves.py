@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo import tau
-from vispec.demo.embedded import TREE_NAME
 from vispec.demo.figure import INK
+from vispec.embedded import TREE_NAME
 from vispec.files import write_atomic
 
 STAGES = ("stage1", "stage2")

@@ -44,4 +44,5 @@ import torch
 from vispec.model.checkpoints import load_draft, save_draft
 save_draft(load_draft(sys.argv[1], dtype=torch.bfloat16), sys.argv[2])
 END
+$PYTHON -m vispec.demo.ship_questions --out "$WEIGHTS.new/questions"
 rm -rf "$WEIGHTS" && mv "$WEIGHTS.new" "$WEIGHTS"

@@ -1,18 +1,16 @@
 """The demo's run: the shipped VLM answers questions about unseen scenes, both arms in turn."""
 
 import random
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from statistics import median
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from PIL import Image
 
 from vispec.demo.questions import ask
 from vispec.demo.scenes import render, scene_of
+from vispec.evaluation.comparison import Comparison, compare
 from vispec.evaluation.loading import load_model
-from vispec.evaluation.measure import Answer, Arm, Generation, answer_question, drafted_flags
-from vispec.evaluation.speed import Comparison, compare
+from vispec.evaluation.measure import Answer, Arm, Generation, Kind, drafted_flags, interleave, typical
 from vispec.evaluation.text import pieces_of
 from vispec.prompts import build_inputs, user_turn
 
@@ -26,8 +24,7 @@ KINDS = (
 """Kinds of questions, in the order in which they are asked."""
 
 MAX_NEW_TOKENS = 300
-WARM_UP_TOKENS = 16
-ARMS: tuple[Arm, ...] = ("baseline", "spec")
+ARMS: tuple[Kind, ...] = ("baseline", "spec")
 
 
 @dataclass(frozen=True)
@@ -39,26 +36,21 @@ class Asked:
     text: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reply:
     """Both arms' answers to a question, once for every repetition."""
 
     question: Asked
-    answers: dict[Arm, list[Answer]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
-    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    answers: Mapping[Kind, list[Answer]]
+    pieces: list[tuple[str, bool]]
     """ViSpec's answer as (text, drafted)."""
 
-    def measured(self, arm: Arm) -> Answer:
+    def measured(self, arm: Kind) -> Answer:
         """An arm's answer with the median times of its repetitions."""
-        answers = self.answers[arm]
-        return replace(
-            answers[0],
-            wall_time=median(answer.wall_time for answer in answers),
-            decode_time=median(answer.decode_time for answer in answers),
-        )
+        return typical(self.answers[arm])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """What a run in one dtype brought."""
 
@@ -68,9 +60,9 @@ class Result:
     comparison: Comparison
 
 
-def questions(count: int) -> list[Asked]:
-    """The demo's questions, always the same."""
-    return [_question(index) for index in range(count)]
+def questions(count: int, first: int = 0) -> list[Asked]:
+    """`count` of the demo's questions, from the `first` one on; always the same."""
+    return [_question(index) for index in range(first, first + count)]
 
 
 def run(
@@ -88,27 +80,26 @@ def run(
 
     Args:
         repetitions: at most this many; the medians of their times count.
-        budget: seconds; no repetition that would probably end later is begun, the first one always runs.
+        budget: seconds for all of them, see `turns`.
         on_reply: called after each question of the first repetition.
     """
     model = load_model(target, draft, dtype=dtype, method="vispec", **tree)
     inputs = [build_inputs(processor, [user_turn(question.text, question.image)]) for question in asked]
     generation = Generation(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
-    for arm in ARMS:
-        answer_question(model, inputs[0], arm, replace(generation, max_new_tokens=WARM_UP_TOKENS))
-    replies = [Reply(question) for question in asked]
-    done = 0
-    for done in _repetitions(repetitions, budget):
-        for index, reply in enumerate(replies):
-            for arm in ARMS:
-                reply.answers[arm].append(answer_question(model, inputs[index], arm, generation))
-            if done == 1:
-                spec = reply.answers["spec"][0]
-                reply.pieces = pieces_of(processor.tokenizer, spec.output_ids, drafted_flags(spec))
-                if on_reply is not None:
-                    on_reply(index, reply)
+
+    def reply(index: int, answers: Mapping[Kind, list[Answer]]) -> Reply:
+        spec = answers["spec"][0]
+        return Reply(asked[index], answers, pieces_of(processor.tokenizer, spec.output_ids, drafted_flags(spec)))
+
+    def on_prompt(repetition: int, index: int, answers: Mapping[Kind, Answer]) -> None:
+        if repetition == 0 and on_reply is not None:
+            on_reply(index, reply(index, {arm: [answer] for arm, answer in answers.items()}))
+
+    arms = [Arm(kind, model, kind) for kind in ARMS]
+    found = interleave(arms, inputs, generation, repetitions, budget=budget, on_prompt=on_prompt)
+    replies = [reply(index, {arm: answers[index] for arm, answers in found.items()}) for index in range(len(asked))]
     measured = [{i: [reply.measured(arm)] for i, reply in enumerate(replies)} for arm in ARMS]
-    return Result(dtype, replies, done, compare(*measured))
+    return Result(dtype, replies, len(found["spec"][0]), compare(*measured))
 
 
 def one_reply(reply: Reply) -> Comparison:
@@ -120,13 +111,3 @@ def _question(index: int) -> Asked:
     scene = scene_of("eval", FIRST_SCENE + index)
     question = ask(KINDS[index % len(KINDS)], scene, random.Random(f"demo {scene.seed}"))
     return Asked(scene.seed, render(scene), question.text)
-
-
-def _repetitions(most: int, budget: float) -> Iterator[int]:
-    """1, 2, … as long as another one probably ends within the budget of seconds."""
-    start = time.perf_counter()
-    for number in range(1, most + 1):
-        yield number
-        spent = time.perf_counter() - start
-        if spent + spent / number > budget:
-            return

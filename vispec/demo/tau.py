@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from vispec import embedded
 from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
-from vispec.demo import embedded
-from vispec.demo.trees import Tree, parse_tree
-from vispec.evaluation.loading import load_model, quiet_transformers
+from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
 from vispec.files import write_json_atomic
 

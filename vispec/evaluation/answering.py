@@ -18,7 +18,7 @@ from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models, load_models, loaded_settings, quiet_transformers, weights_sha256
 from vispec.evaluation.lossless import RERUN_FAILS
-from vispec.evaluation.measure import Answer, Generation, answer_question
+from vispec.evaluation.measure import Answer, Generation, answer_question, in_turn
 from vispec.evaluation.text import answer_text
 from vispec.prompts import UNREADABLE, build_inputs, load_processor
 
@@ -257,12 +257,10 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
 
 
 def open_asks(tasks: Sequence[Task], questions: Sequence[Question]) -> list[Ask]:
-    """What is not answered yet; which series begins changes from question to question, so that none always does."""
+    """What is not answered yet; the series that have a question take turns, see `in_turn`."""
     asks = []
     for number, question in enumerate(questions):
-        first = number % len(tasks)
-        turns = [*tasks[first:], *tasks[:first]]
-        series = tuple(task.series for task in turns if question.question_id not in task.file.lines)
+        series = tuple(task.series for task in in_turn(tasks, number) if question.question_id not in task.file.lines)
         if series:
             asks.append(Ask(question, series))
     return asks

@@ -3,16 +3,16 @@
 A line has question_id, answer_id, model_id, tstamp (Unix seconds), method and choices, one for each time the question
 was answered. A choice has index (also its seed), acceptance_length (accepted draft tokens of each round, speculative
 methods only), and with one entry for each of the question's turns: turns (text), output_ids, idxs (0-based index of the
-last round), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds, without prefill and first
-tree).
+last round), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds after the target's prefill).
 """
 
 import fcntl
 import json
 import os
+import sys
 import time
 import uuid
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,26 @@ def answers_of(line: dict, path: Path) -> list[Answer]:
         return [answer for choice in line["choices"] for answer in _answers_of_choice(choice)]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}, question {line['question_id']}: no choice as expected ({error!r})") from None
+
+
+def read_answers(path: Path) -> dict[int | str, list[Answer]]:
+    """All answers of a file, by question."""
+    lines, torn = read_lines(path)
+    if torn:
+        print(f"notice: {path}: the last line is cut off and not counted", file=sys.stderr)
+    answers = {question: answers_of(line, path) for question, line in lines.items()}
+    for question, found in answers.items():
+        if not found or any(not answer.output_ids or answer.wall_time <= 0 for answer in found):
+            raise UserError(f"{path}, question {question}: an answer without tokens or without a time")
+    return answers
+
+
+def left_out_notice(path: Path, left_out: Sequence[Mapping]) -> list[str]:
+    """What is said of the questions of an answer file that could not be asked; [] if there are none."""
+    if not left_out:
+        return []
+    first = "question {question_id}: {reason}".format_map(left_out[0])
+    return [f"{path}: {len(left_out)} question(s) left out, the first one is {first}"]
 
 
 def _locked(lock: Path) -> int | None:

@@ -14,14 +14,16 @@ import argparse
 import copy
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+from vispec import embedded
 from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
-from vispec.demo import embedded
-from vispec.demo.trees import Tree, parse_tree
 from vispec.evaluation import bench_report
-from vispec.evaluation.loading import dtype_name, load_model, quiet_transformers
+from vispec.evaluation.comparison import compare
+from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
+from vispec.evaluation.measure import Arm, Generation, in_turn, interleave, typical
 from vispec.evaluation.published import AVERAGE, published
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.evaluation.roofline import Rates, measure_rates
@@ -44,6 +46,7 @@ from vispec.evaluation.round_times import (
     watched_run,
 )
 from vispec.files import write_atomic, write_json_atomic
+from vispec.prompts import build_inputs, image_file, load_processor, user_turn
 
 VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens whose verification is timed."""
@@ -52,8 +55,8 @@ TAUS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 DEFAULT_TREE = (30, 3, 8)
 IMAGES = 8
 """In the prompt for which the draft's cache is worked out beside that of the text."""
-QUESTIONS, ANSWER_TOKENS = 4, 200
-"""Demo questions on which the embedded pair's τ is measured, and the longest answer."""
+ANSWER_TOKENS = 200
+"""Of the longest answer to the questions on which the embedded pair's τ is measured."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,19 +195,21 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
 
     model = next(iter(arms.values()))  # the target is the same in all of them
     costs = {name: PassCosts(arm, context=ids.shape[1]) for name, arm in arms.items()}
-    baseline, generate = [], []
+    baseline: list[Run] = []
+    generate: list[Run] = []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
     watched: dict[str, list[Run]] = {name: [] for name in arms}
+    work = [(baseline, partial(run, model, ids, speculate=False)), (generate, partial(run_generate, model, ids))]
+    for name, arm in arms.items():
+        work.append((spec[name], partial(run, arm, ids, speculate=True)))
+        work.append((watched[name], partial(watched_run, arm, ids, costs[name])))
     captured = [arm.target.can_capture for arm in arms.values()]
-    for _ in tqdm(range(1 + repeats), desc="all arms", unit="time"):
-        baseline.append(run(model, ids, speculate=False))
-        generate.append(run_generate(model, ids))
-        for name, arm in arms.items():
-            spec[name].append(run(arm, ids, speculate=True))
-            watched[name].append(watched_run(arm, ids, costs[name]))
+    for number in tqdm(range(1 + repeats), desc="all arms", unit="time"):
+        for runs, one_run in in_turn(work, number):
+            runs.append(one_run())
     if [arm.target.can_capture for arm in arms.values()] != captured:
         raise UserError("a capture failed on the way, so times of steps with and without CUDA graphs would be mixed")
-    step, theirs = typical(baseline), typical(generate)
+    step, theirs = median_round(baseline), median_round(generate)
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
     any_costs = next(iter(costs.values()))
     step_floor = sum(rates.floor(any_costs.of(part, 1)) for part in (DECODER, HEAD))
@@ -224,7 +229,7 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
         "trees": {
             name: {
                 **round_parts(arm, ids, costs[name], rates, spec[name], watched[name][1:], repeats),
-                "round_in_plain_steps": typical(spec[name]) / step,
+                "round_in_plain_steps": median_round(spec[name]) / step,
             }
             for name, arm in arms.items()
         },
@@ -248,7 +253,7 @@ def round_parts(model, ids, costs: PassCosts, rates: Rates, runs: list[Run], wat
     drafted = sum(part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD))
     floor = sum(number * rates.floor(costs.of(part, rows)) for number, part, rows in round_passes(model.shape))
     return {
-        "round": beside_floor(typical(runs), floor),
+        "round": beside_floor(median_round(runs), floor),
         "parts": parts,
         "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
         "draft_bytes": {part: costs.of(part, 1).bytes for part in (DRAFT_LAYER, DRAFT_HEAD)},
@@ -288,30 +293,22 @@ def projection(result: dict, row: dict, tau: float, kind: str) -> dict:
 
 
 def measured_answers(model, arms: dict, repeats: int) -> dict[str, dict]:
-    """The baseline and every arm answer demo questions, in turn: what speed and τ really are."""
-    from vispec.demo.runner import questions
-    from vispec.evaluation.measure import Generation, answer_question
-    from vispec.evaluation.speed import compare
-    from vispec.prompts import build_inputs, load_processor, user_turn
-
+    """The baseline and every arm answer the embedded questions, in turn: what speed and τ really are."""
     processor = load_processor(str(embedded.TARGET))
-    inputs = [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(QUESTIONS)]
-    all_arms = [("baseline", "baseline", model), *((name, "spec", arm) for name, arm in arms.items())]
-    found = {name: {i: [] for i in range(len(inputs))} for name, _, _ in all_arms}
-    for repeat in range(1 + repeats):
-        for i, prompt in enumerate(inputs):
-            for name, arm, arm_model in all_arms:
-                answer = answer_question(arm_model, prompt, arm, Generation(0.0, ANSWER_TOKENS))
-                if repeat > 0:  # the first time warms up
-                    found[name][i].append(answer)
-    return {name: asdict(compare(found["baseline"], found[name])) for name in arms}
+    inputs = [
+        build_inputs(processor, [user_turn(text, image_file(picture))]) for picture, text in embedded.questions()
+    ]
+    all_arms = [Arm("baseline", model, "baseline"), *(Arm(name, arm, "spec") for name, arm in arms.items())]
+    found = interleave(all_arms, inputs, Generation(0.0, ANSWER_TOKENS), repeats, warm_up_tokens=None)
+    answers = {arm: {i: [typical(repeated)] for i, repeated in enumerate(found[arm])} for arm in found}
+    return {name: asdict(compare(answers["baseline"], answers[name])) for name in arms}
 
 
 def beside_floor(seconds: float, floor: float) -> dict[str, float]:
     return {"seconds": seconds, "floor": floor, "times_floor": seconds / floor}
 
 
-def typical(runs: list[Run]) -> float:
+def median_round(runs: list[Run]) -> float:
     """Median over all counted rounds of all runs but the first, which warms up."""
     return median(seconds for one in runs[1:] for seconds in one.seconds)
 

@@ -91,7 +91,7 @@ def _speeds(tree: str, row: dict) -> list[str]:
     if answers:
         lines.append(
             f"{answers['tau']:<24.2f}{answers['spec']['decode_tokens_per_second']:>10.1f}"
-            f"{answers['decode_speedup']:>10.2f}  measured on {answers['questions']} demo questions "
+            f"{answers['decode_speedup']:>10.2f}  measured on {answers['questions']} questions "
             f"({answers['speedup']:.2f} with prefill; {answers['identical_questions']} outputs identical)"
         )
     return lines

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vispec.evaluation.comparison import Comparison, decode_speed, wall_speed
 from vispec.evaluation.measure import Answer
-from vispec.evaluation.speed import Comparison, decode_speed, wall_speed
 
 DRAWS = 2000
 PERCENTILES = (2.5, 97.5)
 SEED = 42
 
-Arm = Sequence[Sequence[Answer]]
+ArmAnswers = Sequence[Sequence[Answer]]
 """All answers to each question; both arms have the questions in the same order."""
 
 
@@ -39,7 +39,7 @@ class Estimate:
         return float(low), float(high)
 
 
-def estimates(comparison: Comparison, baseline: Arm, spec: Arm, stream: int) -> dict[str, Estimate]:
+def estimates(comparison: Comparison, baseline: ArmAnswers, spec: ArmAnswers, stream: int) -> dict[str, Estimate]:
     """Speedup, decode_speedup and tau of a comparison with their draws.
 
     Args:
@@ -74,7 +74,7 @@ def average(found: Sequence[Estimate]) -> Estimate:
     )
 
 
-def _mean_speed(arm: Arm, speed, drawn: np.ndarray) -> np.ndarray:
+def _mean_speed(arm: ArmAnswers, speed, drawn: np.ndarray) -> np.ndarray:
     """Mean speed of an arm in each draw (DRAWS,), over the questions that have one."""
     speeds = np.array([speed(answers) for answers in arm], dtype=float)  # None becomes NaN
     has = ~np.isnan(speeds)

@@ -13,6 +13,9 @@ from vispec.cli import device_name
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
 
+Tree = tuple[int, int, int]
+"""total_token, depth, top_k."""
+
 
 @dataclass(frozen=True)
 class Models:
@@ -21,8 +24,7 @@ class Models:
     base_model_path: str
     drafts: Mapping[str, str | None] = field(default_factory=dict)
     """Draft heads by method; None for lookup, which has none."""
-    tree: tuple[int, int, int] = (30, 3, 8)
-    """total_token, depth, top_k."""
+    tree: Tree = (30, 3, 8)
     num_q: int | None = None
     """Queries of a vision adaptor, checked against its weights; None takes what they have."""
     dtype: str = "auto"
@@ -44,6 +46,15 @@ def tree_size(text: str) -> int:
             f"expected a whole number from 2 on, or {MEASURED} to measure which tree is the fastest, found {text!r}"
         )
     return value
+
+
+def parse_tree(text: str) -> Tree:
+    """A draft tree as command lines write it: total_token/depth/top_k."""
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected total_token/depth/top_k such as 12/3/4, found {text!r}")
+    total_token, depth, top_k = map(int, parts)
+    return total_token, depth, top_k
 
 
 def load_model(

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vispec.cli import UserError, one_line
-from vispec.evaluation.answers import AnswerFile, meta_path, read_meta
+from vispec.evaluation.answers import AnswerFile, meta_path, read_answers, read_meta
+from vispec.evaluation.comparison import COMPARABLE
 from vispec.evaluation.measure import Answer, is_greedy
-from vispec.evaluation.speed import COMPARABLE, read_answers
 
 RERUN_FAILS = (RuntimeError, MemoryError, ValueError, OSError, ImportError)
 """What comes of a target that is too large in float32 (torch's error is a RuntimeError), or cannot be loaded so."""

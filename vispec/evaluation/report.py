@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
+from vispec.evaluation.comparison import TAU_CONVENTION
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
-from vispec.evaluation.speed import TAU_CONVENTION
 
 HOLE = "—"
 LEGEND = f"""\

@@ -11,22 +11,20 @@ from pathlib import Path
 from statistics import fmean
 
 from vispec.cli import UserError
-from vispec.demo import embedded
-from vispec.evaluation.answers import left_out_of, meta_path, read_meta
+from vispec.embedded import TARGET
+from vispec.evaluation.answers import left_out_notice, left_out_of, meta_path, read_answers, read_meta
 from vispec.evaluation.bootstrap import Estimate, average, estimates
-from vispec.evaluation.measure import Answer
-from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
-from vispec.evaluation.speed import (
+from vispec.evaluation.comparison import (
     COMPARABLE,
     ArmSpeed,
     Comparison,
     arm_speed,
     compare,
-    left_out_notice,
-    read_answers,
     refuse_differences,
     round_in_steps,
 )
+from vispec.evaluation.measure import Answer
+from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
 
 NEEDED = ("benchmark", "method", "base_model", "temperature")
 SHARED_BY_TABLE = ("dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices")
@@ -100,7 +98,7 @@ class Table:
     def target(self) -> str:
         """The target's name, without its folder or organisation."""
         parts = Path(self.base_model).parts
-        return "the embedded target" if parts[-4:] == embedded.TARGET.parts[-4:] else parts[-1]
+        return "the embedded target" if parts[-4:] == TARGET.parts[-4:] else parts[-1]
 
     def left_out(self, method: str) -> list[int]:
         """How many questions of each benchmark a method has left out."""

@@ -6,11 +6,12 @@ copy counts what it reads and what it writes. Two things can bring a time below 
 from one pass to the next, and a CPU that reads faster than it copies.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
+
+from vispec.evaluation.measure import now
 
 if TYPE_CHECKING:
     import torch
@@ -70,15 +71,6 @@ def timed(work: Callable[[], object], device: "torch.device", repeats: int, warm
         work()
         times.append(now(device) - start)
     return times
-
-
-def now(device: "torch.device") -> float:
-    """The clock, after all work that was given to the device."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def pass_cost(modules: "list[nn.Module]", rows: int) -> Cost:

@@ -16,7 +16,8 @@ from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING
 
-from vispec.evaluation.roofline import Cost, attention_cost, now, pass_cost, timed
+from vispec.evaluation.measure import now
+from vispec.evaluation.roofline import Cost, attention_cost, pass_cost, timed
 
 if TYPE_CHECKING:
     import torch

@@ -23,12 +23,12 @@ from vispec.evaluation.answers import AnswerFile, read_meta
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import MEASURED, Models, tree_size
 from vispec.evaluation.lossless import check_lossless, wants_check
-from vispec.evaluation.measure import Arm, Generation
+from vispec.evaluation.measure import Generation, Kind
 
 UNUSED_FLAGS = ("--image-fc", "--load-in-8bit", "--max-gpu-memory", "--tree-choices", "--label")
 
 
-def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
+def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
     """Answer a benchmark's questions with an arm and write its answer file."""
     benchmark = BENCHMARKS[name]
     args = make_parser(benchmark, arm).parse_args(argv)
@@ -64,7 +64,7 @@ def run_benchmark(name: str, arm: Arm, argv: list[str] | None = None) -> int:
         return 0 if good else 1
 
 
-def make_parser(benchmark: Benchmark, arm: Arm) -> Parser:
+def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
     parser = Parser(
         prog=f"python -m vispec.evaluation.gen_{arm}_answer_{benchmark.name}",
         description=f"Answer {benchmark.name} by "
@@ -178,7 +178,7 @@ def _answer(
         return answer_all([task], questions, answerer, provenance(args), title)
 
 
-def _models(args: argparse.Namespace, arm: Arm, method: str) -> Models:
+def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
     hardware = {"dtype": args.dtype, "device_map": args.device_map, "gpus": args.num_gpus_per_model}
     if arm == "baseline":
         return Models(args.base_model_path, **hardware)
@@ -186,7 +186,7 @@ def _models(args: argparse.Namespace, arm: Arm, method: str) -> Models:
     return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, **hardware)
 
 
-def _method(args: argparse.Namespace, arm: Arm) -> str:
+def _method(args: argparse.Namespace, arm: Kind) -> str:
     if arm == "baseline":
         return "baseline"
     heads = [flag for flag, given in (("--use-ours", args.use_ours), ("--use-medusa", args.use_medusa)) if given]
@@ -208,7 +208,7 @@ def _model_id(args: argparse.Namespace, method: str) -> str:
     return args.model_id or f"{Path(args.base_model_path).name}-{method}"
 
 
-def _notice_unused(args: argparse.Namespace, arm: Arm) -> None:
+def _notice_unused(args: argparse.Namespace, arm: Kind) -> None:
     given = [flag for flag in UNUSED_FLAGS if getattr(args, flag.strip("-").replace("-", "_")) is not None]
     if arm == "baseline" and args.spec_model_path:
         given.append("--spec-model-path")

@@ -1,11 +1,13 @@
-"""The embedded default: the tiny VLM and its draft head that are shipped with the package."""
+"""The embedded default: the tiny VLM and its draft head that are shipped with the package, and questions for them."""
 
+import json
 from pathlib import Path
 
 from vispec.cli import UserError
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "demo" / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
+QUESTIONS = WEIGHTS / "questions"
 
 TREE = {"total_token": 16, "depth": 7, "top_k": 2}
 """A tree that pays for a target of this size on a CPU, see docs/measuring.md."""
@@ -25,3 +27,17 @@ def require_weights() -> tuple[str, str]:
         if not (folder / "config.json").is_file():
             raise UserError(f"the embedded weights are missing: no {folder}; `sh vispec/demo/rebuild.sh` makes them")
     return str(TARGET), str(DRAFT)
+
+
+def questions() -> list[tuple[Path, str]]:
+    """Questions about scenes that the pair has not seen: the picture's file and the text.
+
+    Raises:
+        UserError: they are not there; says how to make them.
+    """
+    file = QUESTIONS / "questions.json"
+    if not file.is_file():
+        made_by = "`python -m vispec.demo.ship_questions` makes them"
+        raise UserError(f"the embedded questions are missing: no {file}; {made_by}")
+    texts = json.loads(file.read_text(encoding="utf-8"))
+    return [(QUESTIONS / f"{index}.png", text) for index, text in enumerate(texts)]
