@@ -17,12 +17,13 @@ from transformers import AutoProcessor
 from vispec.cli import run_cli
 from vispec.demo.make_data import scene_window, write_pretrain
 from vispec.embedded import TARGET
-from vispec.evaluation.measure import now, turns
 from vispec.files import write_json_atomic
 from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.run_folder import batches_of
 from vispec.ge_data.sources import load_image
-from vispec.model.target import Target, load_target
+from vispec.model.loading import load_target
+from vispec.model.target import Target
+from vispec.timing import now, turns
 
 
 def main(argv: list[str] | None = None) -> int:

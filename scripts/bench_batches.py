@@ -1,4 +1,4 @@
-"""Tokens per second of batches of 1, 2, 4 and 8 prompts: tree speculative decoding and the plain baseline.
+"""Tokens per second of batches of 1, 2, 4 and 8 prompts: tree speculative decoding, plain decoding, generate().
 
     python scripts/bench_batches.py                     # the embedded pair
     python scripts/bench_batches.py --target DIR --draft DIR --tree 30/3/8 --dtype bfloat16
@@ -7,8 +7,9 @@
 The same demo questions are answered by every arm, in batches of its size; the arms take turns, and medians over the
 repetitions count. A pair with random weights reads text of random tokens instead; its draft head is practically never
 right, so that its table tells what a round costs, not what it brings. All prefill is in the time, and no more than the
-answers' own tokens are counted. `equal` says how many answers of the two arms are those of the baseline that answers
-one prompt at a time.
+answers' own tokens are counted. `x plain` is the ratio of our tokens/s to those of our own plain loop, `x generate`
+that to those of transformers' generate() on the same target, which answers greedily only. `equal` says how many answers
+of our two arms are those of the baseline that answers one prompt at a time.
 """
 
 import statistics
@@ -22,14 +23,15 @@ from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli
 from vispec.evaluation.bench import one_device
 from vispec.evaluation.loading import load_model, parse_tree, quiet_transformers
-from vispec.evaluation.measure import now, turns
+from vispec.evaluation.measure import is_greedy, transformers_generate
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.files import write_json_atomic
+from vispec.timing import now, turns
 
 if TYPE_CHECKING:
     from vispec import SpecModel
 
-ARMS = ("baseline", "spec")
+ARMS = ("baseline", "spec", "generate")
 SHORTEST_PROMPT = 64
 """Tokens of the shortest prompt of a pair with random weights; the longest has twice as many."""
 
@@ -40,11 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     model, prompts = random_pair(args) if args.random_weights else loaded_pair(args)
     speeds, equal = measure(model, prompts, args.sizes, args.repetitions, args.max_new_tokens, args.temperature)
 
-    lines = ["| B | baseline tokens/s | vispec tokens/s | speedup | equal |", "|---|---|---|---|---|"]
+    titles = ("B", "generate tokens/s", "baseline tokens/s", "vispec tokens/s", "x plain", "x generate", "equal")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for size in args.sizes:
-        baseline, spec = (statistics.median(speeds[arm, size]) for arm in ARMS)
+        medians = {arm: statistics.median(found) for (arm, of), found in speeds.items() if of == size}
+        baseline, spec, theirs = (medians.get(arm) for arm in ARMS)
+        over = ("-", "-") if theirs is None else (f"{theirs:.1f}", f"{spec / theirs:.2f}")
         same = f"{equal['baseline', size]} and {equal['spec', size]} of {len(prompts)}"
-        lines.append(f"| {size} | {baseline:.1f} | {spec:.1f} | {spec / baseline:.2f} | {same} |")
+        cells = (size, over[0], f"{baseline:.1f}", f"{spec:.1f}", f"{spec / baseline:.2f}", over[1], same)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     table = "\n".join(lines)
     print(table)
     if args.json:
@@ -52,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             {"arm": arm, "batch": size, "tokens_per_second": speeds[arm, size], "equal": equal[arm, size]}
             for arm, size in speeds
         ]
-        captured = model.target.can_capture
-        result = {"rows": rows, "table": table, "captured": captured, "provenance": provenance(args)}
+        result = {"rows": rows, "table": table, "captured": model.captured, "provenance": provenance(args)}
         write_json_atomic(args.json, result)
     return 0
 
@@ -124,12 +129,16 @@ def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_
 
     from vispec.ge_data.answers import collate_prompts
 
+    lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    for size in sorted(sizes, reverse=True):  # the largest makes the memory that the others use too
+        model.warmup(min(lengths), max(lengths) - min(lengths) + max_new_tokens, size)
     batches = {
         size: [collate_prompts(prompts[i : i + size], pad_token_id=0) for i in range(0, len(prompts), size)]
         for size in sizes
     }
     options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    arms = [(arm, size) for size in sizes for arm in ARMS]
+    kinds = ARMS if is_greedy(temperature) else ARMS[:2]
+    arms = [(arm, size) for size in sizes for arm in kinds]
     for arm, size in arms:  # warm-up
         answer(model, arm, batches[size], options)
     speeds = {key: [] for key in arms}
@@ -147,12 +156,19 @@ def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_
 
 def answer(model, arm: str, batches: list[dict], options: dict) -> list[list[int]]:
     """The answers' tokens, without the padding behind them."""
+    from vispec.model.rows import Stop
+
     generate = model.specgenerate if arm == "spec" else model.baseline_generate
     found = []
     for batch in batches:
+        length = batch["input_ids"].shape[1]
+        if arm == "generate":
+            stop = Stop(options["max_new_tokens"], frozenset(model.target.eos_token_ids))
+            output = transformers_generate(model, batch, stop.max_new_tokens)
+            found += [stop.cut(row[length:].tolist(), 0)[0] for row in output]
+            continue
         output, new, _ = generate(**batch, **options, log=True)
         new = new if isinstance(new, list) else [new]
-        length = batch["input_ids"].shape[1]
         found += [row[length : length + n].tolist() for row, n in zip(output, new, strict=True)]
     return found
 

@@ -136,10 +136,15 @@ def differing(found: dict) -> list[str]:
 
 
 def not_captured(found: dict) -> list[str]:
-    """What ran without CUDA graphs."""
+    """What ran without CUDA graphs, in whole or in part."""
     parts = {f"tiny models, {name}": counts for name, counts in found.get("exactness", {}).items()}
     parts.update((name, result) for name, result in found.items() if name != "exactness")
-    return [f"{name}: ran without CUDA graphs" for name, part in parts.items() if part.get("captured") is False]
+    without = {False: "ran", "none": "ran", "some": "ran in part"}
+    return [
+        f"{name}: {without[part['captured']]} without CUDA graphs"
+        for name, part in parts.items()
+        if part.get("captured") in without
+    ]
 
 
 def benches(found: dict) -> dict:
@@ -189,7 +194,7 @@ def table_row(name: str, result: dict, tree: str, row: dict) -> str:
     same = result["outputs"][tree]
     cells = [
         name,
-        "yes" if result["captured"] else "no",
+        result["captured"],
         f"{1000 * step['seconds']:.2f}",
         marked(f"{possible:.0%}", possible < LEAST_OF_THE_POSSIBLE),
         marked(f"{ratio:.2f}", ratio < 1),

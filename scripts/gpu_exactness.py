@@ -3,8 +3,8 @@
     python scripts/gpu_exactness.py --device cuda --json exactness.json
 
 In float32 both arms must say what transformers' generate says, with images and without, in a batch, beyond the first
-capacity of the caches, and with prompt lookup; sampled tokens must follow the target's distribution. In bfloat16
-differences are counted. A check that fails is written down, and the others go on.
+capacity of the caches, with prompt lookup, and with plain steps among rounds; sampled tokens must follow the target's
+distribution. In bfloat16 differences are counted. A check that fails is written down, and the others go on.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def pair(family: str, seed: int, device: str, dtype=None, vocabulary: int | None
     from tiny_models import random_head, random_target
 
     from vispec import SpecModel
-    from vispec.model.lookup import PromptLookup
+    from vispec.model.drafts import PromptLookup
 
     target = random_target(family, seed, vocabulary).to(device, dtype)
     draft = PromptLookup() if lookup else random_head(target, "vispec", seed + 10).to(device, dtype)
@@ -81,7 +81,7 @@ def compare(found: dict, model, inputs: dict, new_tokens: int) -> None:
     found["baseline_differs"] += ours.tolist() != theirs.tolist()
     found["spec_differs"] += spec.tolist() != ours.tolist()
     found["accepted"] += sum(accepted)
-    found["captured"] &= model.target.can_capture
+    found["captured"] &= model.captured == "all"
 
 
 def single_prompts(device: str, dtype: str) -> dict:
@@ -117,7 +117,7 @@ def batch(device: str) -> dict:
             found["baseline_differs"] += ours[row, -NEW_TOKENS:].tolist() != expected.tolist()
             found["spec_differs"] += spec[row, -NEW_TOKENS:].tolist() != expected.tolist()
         found["accepted"] += sum(map(sum, accepted))
-        found["captured"] &= model.target.can_capture
+        found["captured"] &= model.captured == "all"
     return found
 
 
@@ -139,7 +139,7 @@ def sampling(device: str) -> dict:
             p = rank_p_value(logits[0, start - 1 : -1], ids[0, start:], settings)
             found["answers"] += 1
             found["least_p_value"] = min(found["least_p_value"], p)
-    found["captured"] = model.target.can_capture
+    found["captured"] = model.captured == "all"
     return found
 
 
@@ -147,7 +147,7 @@ def rank_p_value(logits, tokens, settings: dict) -> float:
     """Chi-square of the ranks of tokens (n,) under the warped distributions of logits (n, V)."""
     import torch
 
-    from vispec.model.acceptance import Sampling
+    from vispec.model.sampling import Sampling
 
     probabilities = Sampling(**settings).probabilities(logits).double().cpu()
     ranked, order = probabilities.sort(dim=-1, descending=True)
@@ -191,6 +191,19 @@ def lookup(device: str) -> dict:
     return found
 
 
+def auto(device: str) -> dict:
+    """Plain steps among rounds with several trees, all captured before the first answer."""
+    from tiny_models import image_prompt
+
+    found = counts()
+    for family in FAMILIES:
+        model = pair(family, 2, device, vocabulary=12).with_tree("auto")
+        inputs = placed(image_prompt(model.target.model, 2, ".a."), device)
+        model.warmup(inputs["input_ids"].shape[1], 3 * NEW_TOKENS)
+        compare(found, model, inputs, 3 * NEW_TOKENS)
+    return found
+
+
 CHECKS = {
     "float32": lambda device: single_prompts(device, "float32"),
     "bfloat16": lambda device: single_prompts(device, "bfloat16"),
@@ -198,6 +211,7 @@ CHECKS = {
     "sampling": sampling,
     "growth": growth,
     "lookup": lookup,
+    "auto": auto,
 }
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 SETTINGS = {"benchmark": "coco_caption", "temperature": 0.0, "max_new_tokens": 9, "dtype": "float32", "num_choices": 1}
 
 
-def choice(ids, wall, decode, accepted=None) -> dict:
-    rounds = len(ids) - 1 if accepted is None else len(accepted)
-    fields = {"index": 0, "turns": ["x"], "output_ids": [ids], "idxs": [rounds - 1], "new_tokens": [len(ids)]}
+def choice(ids, wall, decode, accepted=None, plain_steps=0) -> dict:
+    """Without `accepted`, one of the baseline's; `plain_steps` are those of an arm that drafts, beside its rounds."""
+    steps = len(ids) - 1 if accepted is None else len(accepted) + plain_steps
+    fields = {"index": 0, "turns": ["x"], "output_ids": [ids], "idxs": [steps - 1], "new_tokens": [len(ids)]}
     fields |= {"wall_time": [wall], "decode_time": [decode]}
     return fields if accepted is None else fields | {"acceptance_length": accepted}
 

@@ -1,18 +1,38 @@
-"""Settings for all tests: no network, no noise, one thread (the models are tiny, more threads only cost)."""
+"""Settings for all tests: no network, no noise, one thread (the models are tiny, more threads only cost).
+
+Kernels that are measured are remembered for the session alone, by the child processes of tests too.
+"""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it has to come first
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vispec-tests-")
+
+import shutil
+from collections import Counter
 
 import pytest
 import torch
+from recorded_steps import record
 
+from vispec.model import decoding, graphs, products, target
 from vispec.model.cache import CUDA_ALIGNMENT, TreeCache
+from vispec.model.graphs import Steps
 
 torch.set_num_threads(1)
+
+CAPTURED_BUCKET = 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_home():
+    """Remembered kernels go with the session."""
+    yield
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture
@@ -25,3 +45,35 @@ def aligned(monkeypatch):
         self._alignment = CUDA_ALIGNMENT
 
     monkeypatch.setattr(TreeCache, "__init__", as_on_cuda)
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Counter:
+    """Steps are captured on the CPU, in small buckets; counts how often each key was."""
+    found = Counter()
+    run = Steps.run
+
+    def count(self, *args):
+        before = set(self._replays)
+        value = run(self, *args)
+        found.update(self._replays.keys() - before)
+        return value
+
+    monkeypatch.setattr(target, "obstacle", lambda *_: None)
+    monkeypatch.setattr(graphs, "cuda_capture", lambda device: record)
+    monkeypatch.setattr(Steps, "run", count)
+    monkeypatch.setattr(decoding, "BUCKET", CAPTURED_BUCKET)
+    return found
+
+
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """Lets one kernel win all measurements; it is to be one that works here."""
+
+    def choose(name: str) -> None:
+        if not products._has(name, torch.float32):
+            pytest.skip(f"this PyTorch has no {name}")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        monkeypatch.setattr(products, "_measure", lambda alike, rows, names: name if name in names else "linear")
+
+    return choose

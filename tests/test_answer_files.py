@@ -7,7 +7,8 @@ import benchmark_rows
 import pytest
 
 from vispec.evaluation import answering, gen_baseline_answer_gqa, run_all
-from vispec.evaluation.answers import AnswerFile, read_meta
+from vispec.evaluation.answers import AnswerFile, answer_line, answers_of, read_meta
+from vispec.evaluation.measure import Answer
 
 TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
 
@@ -80,3 +81,14 @@ def test_a_question_is_left_out_until_it_is_answered(tmp_path):
         {"question_id": 9, "reason": "no picture"},
     ]
     assert AnswerFile(file.path).lines.keys() == {5}
+
+
+def test_a_choice_says_whether_its_steps_were_captured(tmp_path):
+    """Readers of the answers do without it, as older files do."""
+    answers = [Answer([5, 6], 0, 2.0, 1.0, [1]), Answer([7], -1, 1.0, 0.0, [])]
+    line = answer_line(3, "tiny", "vispec", [(answers[0], "a", "all"), (answers[1], "b", "some")])
+    assert [(one["index"], one["turns"], one.pop("captured")) for one in line["choices"]] == [
+        (0, ["a"], "all"),
+        (1, ["b"], "some"),
+    ]
+    assert answers_of(line, tmp_path) == answers

@@ -31,7 +31,7 @@ def test_every_batch_size_is_measured(bench, monkeypatch, tmp_path, capsys):
     rows = json.loads(file.read_text())["rows"]
     assert [(row["arm"], row["batch"]) for row in rows] == [(arm, size) for size in (1, 2) for arm in bench.ARMS]
     assert all(len(row["tokens_per_second"]) == 2 and min(row["tokens_per_second"]) > 0 for row in rows)
-    assert [row["equal"] for row in rows] == [2] * 4
+    assert [row["equal"] for row in rows] == [2] * 6
     assert "| 2 |" in capsys.readouterr().out
 
 
@@ -43,10 +43,14 @@ def test_a_pair_with_random_weights(bench, monkeypatch, tmp_path, capsys):
     options += ["--sizes", "1", "4", "--json", str(file)]
     assert bench.main(["--random-weights", "llama-135m", *options]) == 0
     found = json.loads(file.read_text())
-    assert [row["equal"] for row in found["rows"]] == [4] * 4 and found["captured"] is False
+    assert [row["equal"] for row in found["rows"]] == [4] * 6 and found["captured"] == "none"
     printed = capsys.readouterr().out
     assert found["table"] in printed
     assert [line.split("|")[1].strip() for line in found["table"].splitlines()] == ["B", "---", "1", "4"]
+    # what samples is not compared with generate(), which is greedy
+    assert bench.main(["--random-weights", "llama-135m", *options, "--temperature", "1"]) == 0
+    sampled = json.loads(file.read_text())
+    assert {row["arm"] for row in sampled["rows"]} == {"baseline", "spec"} and "| - |" in sampled["table"]
 
 
 @pytest.mark.parametrize(

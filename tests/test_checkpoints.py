@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, recorded_case
 
 from vispec import SpecModel
-from vispec.model.checkpoints import build_head, load_draft, read_config, save_draft
+from vispec.model.drafts import build_head, load_draft
+from vispec.model.drafts.checkpoints import read_config, save_draft
 
 CONFIGS = Path(__file__).parents[1] / "vispec" / "train"
 PUBLISHED = {

@@ -11,7 +11,7 @@ from tiny_rows import CONFIGS, TARGETS, generate, write_rows
 
 from vispec.cli import UserError
 from vispec.demo import ablation, curves, runner, tau
-from vispec.model.checkpoints import load_draft
+from vispec.model.drafts import load_draft
 from vispec.train import main, main_mtp
 from vispec.train.metrics import MetricsLog
 

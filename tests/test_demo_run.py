@@ -36,7 +36,11 @@ def test_demo_writes_table_summary_and_figure(tiny, tmp_path, capsys, monkeypatc
     assert ours["tau"] == pytest.approx(sum(lengths) / len(lengths))
     speeds = [summary["methods"][name]["tokens_per_second"] for name in ("vispec", "baseline")]
     assert ours["speedup"] == pytest.approx(speeds[0] / speeds[1])
-    assert summary["bfloat16"]["methods"].keys() == summary["methods"].keys() == {"baseline", "vispec"}
+    generate = summary["methods"]["generate"]
+    assert ours["speedup_over_generate"] == pytest.approx(speeds[0] / generate["tokens_per_second"])
+    assert summary["methods"]["baseline"]["speedup"] == generate["speedup_over_generate"] == 1.0
+    assert f"{ours['speedup']:>9.2f}x{ours['speedup_over_generate']:>11.2f}x" in printed
+    assert summary["bfloat16"]["methods"].keys() == summary["methods"].keys() == {"generate", "baseline", "vispec"}
     assert summary["repetitions"] == 2 and summary["provenance"]["versions"]["torch"]
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 1000

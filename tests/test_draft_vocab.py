@@ -6,20 +6,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
-from tiny_models import GOLDEN, generate, image_prompt, random_head, random_target, text_prompt
+from tiny_models import GOLDEN, generate, image_prompt, random_head, random_target, read_prompt, text_prompt
 from transformers import AutoTokenizer
 
 from vispec import SpecModel
 from vispec.ge_data.sample_file import Tokens, file_name, write_sample
-from vispec.model.checkpoints import load_draft, save_draft
-from vispec.model.draft import DraftHead
-from vispec.model.draft_vocab import DraftVocabulary, fingerprint
-from vispec.model.hub import VOCABULARY_FILE
+from vispec.model.drafts import DraftHead, load_draft
+from vispec.model.drafts.checkpoints import save_draft
+from vispec.model.drafts.vocabulary import VOCABULARY_FILE, DraftVocabulary, fingerprint
+from vispec.model.tree import grow
 from vispec.train import draft_vocab
 
 FAMILY = GOLDEN / "llava_next"
@@ -75,16 +76,23 @@ def new_ids(answer: torch.Tensor, prompt: dict) -> list[int]:
     return answer[0, prompt["input_ids"].shape[1] :].tolist()
 
 
+def target_with(lm_head: torch.nn.Module) -> SimpleNamespace:
+    """Stands in for a target whose output head alone is asked for."""
+    return SimpleNamespace(lm_head=lm_head, device=torch.device("cpu"), fast=True)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()
 def test_logits_are_rows_of_the_targets(bias):
     generator = torch.Generator().manual_seed(0)
-    lm_head = torch.nn.Linear(16, 9, bias=bias)
+    target = target_with(torch.nn.Linear(16, 9, bias=bias))
     ids = torch.tensor([0, 4, 5, 8])
-    output = DraftVocabulary(ids, 9, "").output(lm_head, torch.device("cpu"))
     hidden = torch.randn(2, 3, 16, generator=generator)
-    torch.testing.assert_close(output.logits(hidden), lm_head(hidden)[..., ids])
-    assert output.token_ids.tolist() == ids.tolist()
+    for target.fast in (True, False):
+        output = DraftVocabulary(ids, 9, "").output(target)
+        output.expect([6])
+        torch.testing.assert_close(output.logits(hidden), target.lm_head(hidden)[..., ids])
+        assert output.token_ids.tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize("method", ["vispec", "medusa"])
@@ -99,8 +107,9 @@ def test_a_full_vocabulary_changes_nothing(method):
             model.draft.draft_vocab = None
             model = SpecModel(model.target.model, model.draft, 30, 3, 8)
         prompt = model.target.prefill(model.target.new_cache(1, 200), *inputs_of(model))
-        state = model.draft.start(prompt, torch.tensor([7]), capacity=200)
-        trees.append(model.draft.grow(state, torch.tensor([7]), model.shape, *model.draft_output))
+        root = torch.tensor([7])
+        memory = read_prompt(model.draft, model.target, prompt, root)
+        trees.append(grow(model.draft, memory, root, model.shape, model.draft.output(model.target)))
     for tree in trees[1:]:
         assert torch.equal(tree.tokens, trees[0].tokens) and torch.equal(tree.parents, trees[0].parents)
 
@@ -130,9 +139,9 @@ def test_output_heads_that_cannot_be_restricted():
 
     few = vocabulary(*SPECIAL)
     with pytest.raises(ValueError, match="output head is a Quantised, .* plain linear layer; load with draft_vocab"):
-        few.output(Quantised(4, SIZE), torch.device("cpu"))
+        few.output(target_with(Quantised(4, SIZE)))
     with pytest.raises(ValueError, match="output head is offloaded"):
-        few.output(torch.nn.Linear(4, SIZE, device="meta"), torch.device("cpu"))
+        few.output(target_with(torch.nn.Linear(4, SIZE, device="meta")))
 
 
 # --- files ---
@@ -148,9 +157,11 @@ def test_loading_and_leaving_it_alone(head):
     vocabulary(*SPECIAL, 9, 11).write(head)
     model = SpecModel.from_pretrained(TARGET, str(head))
     assert model.draft.draft_vocab.token_ids.tolist() == [0, 1, 2, 3, 9, 11, 37]
-    assert model.shape.top_k == 7 and model.draft_output.token_ids.tolist() == [0, 1, 2, 3, 9, 11, 37]
+    restricted = model.draft.output(model.target)
+    assert model.shape.top_k == 7 and restricted.token_ids.tolist() == [0, 1, 2, 3, 9, 11, 37]
     model = SpecModel.from_pretrained(TARGET, str(head), draft_vocab=False)
-    assert model.draft.draft_vocab is None and model.draft_output.token_ids is None and model.shape.top_k == 8
+    assert model.draft.draft_vocab is None and model.draft.output(model.target).token_ids is None
+    assert model.shape.top_k == 8
 
 
 def test_round_trip_with_the_head(head, tmp_path):

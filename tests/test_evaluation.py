@@ -4,23 +4,21 @@ import json
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoTokenizer
 
 from vispec import SpecModel
-from vispec.evaluation import answering
+from vispec.evaluation import answering, speed
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
-from vispec.evaluation.benchmarks import BENCHMARKS, first_shuffled
-from vispec.evaluation.loading import Models, load_models
+from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.loading import Models
 from vispec.evaluation.runner import make_parser
+from vispec.evaluation.tree_flags import asked_tree
 from vispec.model import tune
-from vispec.model.checkpoints import load_draft, read_config, save_draft
-from vispec.model.draft_vocab import DraftVocabulary, fingerprint
-from vispec.model.medusa import MedusaHead
+from vispec.model.drafts import MedusaHead, load_draft
+from vispec.model.drafts.checkpoints import read_config, save_draft
+from vispec.model.tree import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
@@ -104,6 +102,7 @@ def test_line_format(finished):
     assert (plain["method"], ours["method"]) == ("baseline", "vispec")
     (choice,) = ours["choices"]
     assert choice.keys() - plain["choices"][0].keys() == {"acceptance_length"}
+    assert choice["captured"] == plain["choices"][0]["captured"] == "none"
     assert choice["index"] == 0
     (ids,) = choice["output_ids"]
     assert choice["new_tokens"] == [len(ids)] and 1 <= len(ids) <= 12
@@ -153,6 +152,7 @@ def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch
         (["--max-new-token", "13"], "max_new_tokens"),
         (["--dtype", "bfloat16"], "dtype"),
         (["--total-token", "20"], "asked_tree"),
+        (["--tree", "auto"], "asked_tree"),
         (["--num-choices", "2"], "num_choices"),
         (["--use-ours=False", "--spec-model-path", EAGLE2], "method"),
     ],
@@ -192,36 +192,47 @@ def test_a_retrained_head_is_refused(coco, tmp_path, monkeypatch):
         run_spec(coco, tmp_path, "--spec-model-path", str(folder), "--question-end", "1")
 
 
-def test_settings_are_those_of_the_loaded_models(tmp_path):
-    """A narrow target fills no tree of 900 tokens, Medusa's depth is its heads', and some heads propose few tokens."""
-    head = MedusaHead(read_config(Path(EAGLE2) / "config.json"))
-    head.embed_tokens = load_draft(EAGLE2).embed_tokens
-    save_draft(head, tmp_path / "medusa")
-    shutil.copytree(EAGLE2, tmp_path / "eagle2")
-    ids = torch.arange(3, 38)
-    tokens = fingerprint(AutoTokenizer.from_pretrained(TARGET), ids)
-    DraftVocabulary(ids, head.config.vocab_size, tokens).write(tmp_path / "eagle2")
-    drafts = {"medusa": str(tmp_path / "medusa"), "eagle2": str(tmp_path / "eagle2"), "lookup": None}
-    found = answering.Answerer(Models(TARGET, drafts, (900, 3, 8), dtype="auto")).loaded_settings()
-    assert found.keys() == {"baseline", "medusa", "eagle2", "lookup"}
-    assert {settings["dtype"] for settings in found.values()} == {"float32"}
-    assert found["medusa"]["tree"][1] == 4 and found["medusa"]["tree"][0] < 900
-    assert found["lookup"]["tree"] == [33, 3, 8] and "spec_model_sha256" not in found["lookup"]
-    assert found["eagle2"]["draft_vocab"].startswith("35 tokens, sha256 ")
-    assert "tree" not in found["baseline"]
+@pytest.mark.parametrize("tree", [["--tree", "30/3/8"], ["--total-token", "30", "--depth", "3"]])
+def test_a_file_goes_on_whatever_way_its_tree_is_spelled(tree, finished, coco, tmp_path):
+    path = copy_of(finished[1], tmp_path)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    run_spec(coco, tmp_path, *tree)
+    assert len(read(path)) == len(IDS)
 
 
-def test_measured_tree(coco, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "SIZES", (2, 8, 30))
-    monkeypatch.setattr(tune, "WIDTHS", (4,))
+def test_trees_that_are_chosen_while_it_answers(finished, coco, tmp_path, capsys):
+    path = run_spec(coco, tmp_path, "--tree", "auto", "--max-new-token", "12")
+    meta = json.loads(path.with_name(path.name + ".meta.json").read_text())
+    assert meta["settings"]["tree"] == meta["settings"]["asked_tree"] == "auto"
+    drafted = 0
+    for plain, ours in zip(read(finished[0]), read(path), strict=True):
+        (one,), (other,) = plain["choices"], ours["choices"]
+        assert one["output_ids"] == other["output_ids"]
+        rounds, steps = other["acceptance_length"], other["idxs"][0] + 1
+        # each step brings its own token and those it accepted, behind the prompt's pass; an end may cut some off
+        assert len(rounds) <= steps and other["new_tokens"][0] <= 1 + steps + sum(rounds)
+        drafted += len(rounds)
+    capsys.readouterr()
+    assert speed.main(["--baseline", str(finished[0]), "--spec", str(path)]) == 0
+    assert f" over {drafted} rounds" in capsys.readouterr().out
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="made with asked_tree 'auto', found 'tune'"):
+        run_spec(coco, tmp_path, "--tree", "tune")
+    run_spec(coco, tmp_path, "--tree", "auto")
+    assert len(read(path)) == len(IDS)
+
+
+@pytest.mark.parametrize("tree", [["--total-token", "-1"], ["--tree", "tune"]])
+def test_measured_tree(tree, coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "SHAPES", (TreeShape(2, 0, 1), TreeShape(8, 3, 4)))
     monkeypatch.setattr(tune, "REPETITIONS", 1)
-    path = run_spec(coco, tmp_path, "--total-token", "-1", "--question-end", "2")
+    path = run_spec(coco, tmp_path, *tree, "--question-end", "2")
     printed = capsys.readouterr().out
     assert "measured on 2 prompts" in printed and "\nchosen: " in printed
     meta = json.loads(path.with_name(path.name + ".meta.json").read_text())
     assert f"chosen: {'/'.join(map(str, meta['settings']['tree']))}," in printed
     monkeypatch.setattr(SpecModel, "tune", lambda *args: pytest.fail("a file keeps its tree"))
-    assert run_spec(coco, tmp_path, "--total-token", "-1") == path
+    assert run_spec(coco, tmp_path, *tree) == path
     assert [line["question_id"] for line in read(path)] == sorted(IDS)
     assert json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"] == meta["settings"]
 
@@ -233,9 +244,15 @@ def test_impossible_sizes_of_a_tree(size, coco, tmp_path, capsys):
     assert "--total-token: expected a whole number from 2 on, or -1 to measure" in capsys.readouterr().err
 
 
-def test_trees_are_measured_with_one_model(coco, tmp_path):
+@pytest.mark.parametrize("tree", [["--total-token", "-1"], ["--tree", "tune"]])
+def test_trees_are_measured_with_one_model(tree, coco, tmp_path):
     with pytest.raises(ValueError, match="--total-token -1 measures with one model: begin without --num-gpus-total"):
-        run_spec(coco, tmp_path, "--total-token", "-1", "--num-gpus-total", "2")
+        run_spec(coco, tmp_path, *tree, "--num-gpus-total", "2")
+
+
+def test_a_tree_is_asked_for_in_one_way(coco, tmp_path):
+    with pytest.raises(ValueError, match="^--tree and --total-token, --depth both say what the tree is, expected only"):
+        run_spec(coco, tmp_path, "--tree", "9/2/2", "--total-token", "9", "--depth", "3")
 
 
 def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
@@ -302,16 +319,10 @@ def test_a_part_without_questions_is_refused(coco, tmp_path, part):
     assert not any(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_head_that_is_not_there_is_named_before_the_target_is_loaded(monkeypatch):
-    monkeypatch.setattr("vispec.evaluation.loading.load_model", lambda *a, **k: pytest.fail("the target was loaded"))
-    with pytest.raises(ValueError, match="mistyped"):
-        load_models(Models(TARGET, {"vispec": "./mistyped"}))
-
-
 def test_defaults_are_the_authors():
     args = make_parser(BENCHMARKS["coco_caption"], "spec").parse_args(["--base-model-path", "a"])
     assert (args.temperature, args.max_new_token, args.num_choices) == (1.0, 1024, 1)
-    assert (args.total_token, args.depth, args.top_k) == (30, 3, 8)
+    assert asked_tree(args, Models.tree) == (30, 3, 8)
 
 
 def test_a_choice_is_the_same_however_many_follow(coco, tmp_path):
@@ -378,47 +389,3 @@ def test_wrong_flags_get_one_line(coco, tmp_path, flags, capsys):
         run_spec(coco, tmp_path, *flags)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_missing_data_says_which_where_and_whence(tmp_path):
-    with pytest.raises(ValueError, match=r"dataset_coco\.json is missing, looked for in .*; get it from https://"):
-        BENCHMARKS["coco_caption"].questions(str(tmp_path))
-
-
-def test_wrong_data_file(tmp_path):
-    (tmp_path / "dataset_coco.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
-    with pytest.raises(ValueError, match="is not Karpathy's file"):
-        BENCHMARKS["coco_caption"].questions(str(tmp_path))
-    (tmp_path / "dataset_coco.json").write_text("{")
-    with pytest.raises(ValueError, match="is no valid JSON"):
-        BENCHMARKS["coco_caption"].questions(str(tmp_path))
-
-
-def test_hub_data_set_that_datasets_refuses(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def refuse(name, split):
-        raise RuntimeError("Dataset scripts are no longer supported, but found COCO.py")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match="does not load HuggingFaceM4/COCO .*--data-folder"):
-        BENCHMARKS["coco_caption"].questions(None)
-
-
-def test_hub_rows_are_one_an_image(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    features = datasets.Features({"imgid": datasets.Value("int64"), "image": datasets.Image()})
-    rows = {"imgid": [7, 7, 8, 9, 9], "image": [Image.new("L", (8, 8))] * 5}
-    hub = datasets.Dataset.from_dict(rows, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
-    questions, source = BENCHMARKS["coco_caption"].questions(None)
-    assert sorted(question.question_id for question in questions) == [7, 8, 9]
-    assert source == "hub:HuggingFaceM4/COCO"
-    text, image = questions[0].turns[0].items
-    assert text == "Please provide a detailed description of the given image." and image().mode == "RGB"
-
-
-@pytest.mark.parametrize("length", [3, 100, 257])
-def test_order_is_that_of_datasets(length):
-    rows = datasets.Dataset.from_list([{"id": i} for i in range(length)])
-    assert first_shuffled(range(length), 100) == rows.shuffle(seed=42)["id"][:100]

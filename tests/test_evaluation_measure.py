@@ -1,12 +1,18 @@
 """How arms take turns, and what is made of the times of repetitions."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from vispec import timing
 from vispec.evaluation import measure
-from vispec.evaluation.measure import Answer, Arm, Generation, in_turn, interleave, turns, typical
+from vispec.evaluation.loading import load_model
+from vispec.evaluation.measure import Answer, Arm, Generation, answer_question, interleave, typical
+from vispec.timing import in_turn, turns
 
+PAIR = Path(__file__).parent / "golden" / "llava_next"
 PROMPTS = [{"prompt": 0}, {"prompt": 1}, {"prompt": 2}]
 
 
@@ -27,7 +33,7 @@ def calls(monkeypatch):
 def clock(monkeypatch):
     """A clock that only the test moves."""
     at = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: at.seconds))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: at.seconds))
     return at
 
 
@@ -78,3 +84,16 @@ def test_a_warm_up_is_never_longer_than_an_answer(calls, tokens, longest):
 def test_typical_times_are_medians():
     answers = [Answer([1, 2], 0, wall, decode, [1]) for wall, decode in ((3.0, 1.0), (1.0, 9.0), (2.0, 2.0))]
     assert typical(answers) == Answer([1, 2], 0, 2.0, 2.0, [1])
+
+
+def test_every_kind_of_arm_gives_the_same_answer():
+    model = load_model(str(PAIR / "target"), str(PAIR / "draft_vispec"), dtype="float32")
+    inputs = {"input_ids": torch.randint(3, 30, (1, 9), generator=torch.Generator().manual_seed(0))}
+    kinds = ("baseline", "spec", "generate")
+    answers = {kind: answer_question(model, inputs, kind, Generation(0.0, 10)) for kind in kinds}
+    for answer in answers.values():
+        assert answer.output_ids == answers["baseline"].output_ids
+        assert 0 < answer.decode_time < answer.wall_time
+    assert answers["generate"].last_round == answers["baseline"].last_round == len(answers["baseline"].output_ids) - 2
+    with pytest.raises(ValueError, match="found temperature 0.7"):
+        answer_question(model, inputs, "generate", Generation(0.7, 10))

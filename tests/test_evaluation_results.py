@@ -82,6 +82,36 @@ def test_cells_and_averages_by_hand(folder):
     assert table.rows[1].cells["gqa"].comparison.identical_questions == 0
 
 
+def test_answers_of_chosen_trees(tmp_path, capsys):
+    """`--tree auto`: on gqa a part of the steps has no draft, on sqa none has one."""
+    for benchmark in ("gqa", "sqa"):
+        arm(tmp_path, benchmark, "baseline", baseline_answers(4.0))
+    ids = [1, 2, 3, 4, 5]
+    gqa = {1: [choice(ids, 3.0, 2.0, accepted=[3])], 2: [choice(ids, 4.0, 3.0, accepted=[1], plain_steps=2)]}
+    arm(tmp_path, "gqa", "vispec", gqa, tree="auto")
+    sqa = {name: [choice(ids, 5.0, 4.0, accepted=[], plain_steps=4)] for name in (1, 2)}
+    arm(tmp_path, "sqa", "vispec", sqa, tree="auto")
+    (table,) = read_results(tmp_path).tables
+    (row,) = table.rows
+    cell = row.cells["gqa"]
+    # a step takes 1 s; the round of question 1 tells what a round takes
+    assert (cell.comparison.rounds, cell.comparison.plain_steps, cell.round_in_steps) == (2, 2, 2.0)
+    assert row.cells["sqa"].estimates["tau"].interval is None and row.cells["sqa"].round_in_steps is None
+    assert row.average("tau").value == 2.0 and row.histogram == {1: 1, 3: 1}
+    printed = report(tmp_path, capsys)
+    assert "\nViSpec: tree auto, chosen while it answers.\n" in printed
+    (line,) = [line for line in printed.splitlines() if re.match(r"\|\s+\| plain steps", line)]
+    assert line.count(" 50.0 % ") == 1 and line.count(" 100.0 % ") == 1
+    found = json.loads(report(tmp_path, capsys, "--format", "json"))["tables"][0]["methods"][0]["benchmarks"]
+    assert (found["gqa"]["plain_steps"], found["sqa"]["plain_steps"]) == (2, 8)
+    assert found["sqa"]["tau"] == {"value": None, "interval": None} and found["sqa"]["accepted_rounds"] == {}
+    rows = {row["benchmark"]: row for row in csv.DictReader(io.StringIO(report(tmp_path, capsys, "--format", "csv")))}
+    assert rows["sqa"]["tau"] == "" and rows["sqa"]["plain_steps"] == "8"
+    (tmp_path / "gqa" / "vispec-temperature-0.0.jsonl").unlink()
+    (tmp_path / "gqa" / "vispec-temperature-0.0.jsonl.meta.json").unlink()
+    assert "Share of rounds" not in report(tmp_path, capsys, "--figure", str(tmp_path / "x.png"))
+
+
 def test_equal_questions_have_an_interval_of_one_point(folder):
     (table,) = read_results(folder).tables
     for estimate in (table.rows[2].cells["gqa"].estimates["speedup"], table.rows[2].average("speedup")):

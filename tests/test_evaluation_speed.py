@@ -78,6 +78,9 @@ def test_missing_and_misplaced_files(files):
         speed.main(["--baseline", str(files[0]), "--spec", str(files[1]) + "x"])
     with pytest.raises(ValueError, match="answers of a speculative method"):
         speed.main(["--baseline", str(files[1]), "--spec", str(files[1])])
+    write(files[1], {1: [choice([5, 6], 0.4, 0.1, accepted=[], plain_steps=1)]}, method="vispec")
+    with pytest.raises(ValueError, match="answers of a speculative method"):
+        speed.main(["--baseline", str(files[1]), "--spec", str(files[1])])
 
 
 def test_lines_that_are_no_answers(files):
@@ -117,9 +120,29 @@ def test_the_two_forms_of_the_command_exclude_each_other(files, tmp_path, capsys
 
 def test_cost_of_a_round():
     # 0.6 s for 2 rounds against 1 s for 10 plain steps
-    plain, ours = (Answer([1] * 11, rounds - 1, 9.0, decode, []) for rounds, decode in ((10, 1.0), (2, 0.6)))
+    plain, ours = Answer([1] * 11, 9, 9.0, 1.0, []), Answer([1] * 11, 1, 9.0, 0.6, [4, 4])
     assert round_in_steps([plain], [ours]) == pytest.approx(3.0)
     assert round_in_steps([plain], [Answer([1], -1, 9.0, 0.0, [])]) is None
+    # what holds plain steps does not say how long its rounds took
+    mixed = Answer([1] * 11, 6, 9.0, 5.0, [3])
+    assert round_in_steps([plain], [ours, mixed]) == pytest.approx(3.0)
+    assert round_in_steps([plain], [mixed, Answer([1] * 11, 9, 9.0, 1.0, [])]) is None
+
+
+def test_plain_steps_are_no_rounds(files, capsys):
+    """As `--tree auto` answers: a part of the steps has no draft, or none has one."""
+    settings = {"method": "vispec", "tree": "auto"}
+    some = {1: [choice([5, 6, 7, 8], 0.8, 0.5, accepted=[1], plain_steps=1)], 2: [choice([5, 6], 0.4, 0.1, [], 1)]}
+    write(files[1], some, **settings)
+    found = report(files, capsys)
+    assert (found["tau"], found["rounds"], found["plain_steps"]) == (1.0, 1, 2) and found["speedup"] == 5 / 3
+    speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+    assert "tau                  1.00 over 1 rounds beside 2 plain steps; " in capsys.readouterr().out
+    write(files[1], {2: some[2]}, **settings)
+    found = report(files, capsys)
+    assert (found["tau"], found["rounds"], found["plain_steps"]) == (None, 0, 1)
+    speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
+    assert "tau                  - over 0 rounds beside 1 plain steps; " in capsys.readouterr().out
 
 
 def test_drafted_flags():

@@ -14,8 +14,8 @@ from vispec.ge_data.sample_file import (
     write_sample,
 )
 from vispec.ge_data.workers import gpu_groups
-from vispec.model.draft import ViSpecHead
-from vispec.model.draft_config import DraftConfig
+from vispec.model.drafts import ViSpecHead
+from vispec.model.drafts.config import DraftConfig
 from vispec.train.chain import draft_chain
 
 SIZE = 16

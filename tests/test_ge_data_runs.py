@@ -23,7 +23,8 @@ from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.report import full_matrices
 from vispec.ge_data.sample_file import read_length
 from vispec.ge_data.sources import Rows, load_image, shuffled
-from vispec.model.target import Target, load_target
+from vispec.model.loading import load_target
+from vispec.model.target import Target
 from vispec.train import main_mtp
 
 ROOT = Path(__file__).parents[1]

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import RECORDED, Recording, recorded_case, recorded_model
+from tiny_models import RECORDED, Recording, read_prompt, recorded_case, recorded_model
 
 from vispec import SpecModel
-from vispec.model.acceptance import Sampling
-from vispec.model.decoding import Round, SpeculativeDecoder, Stop
+from vispec.model.decoding import Decoder
+from vispec.model.policies import Always
+from vispec.model.rows import Round, Stop
+from vispec.model.sampling import Sampling
 from vispec.model.tree import Tree
 
 NEW_TOKENS = 48
@@ -17,25 +19,26 @@ cases = pytest.mark.parametrize(
 )
 
 
-class WatchedDecoder(SpeculativeDecoder):
+class WatchedDecoder(Decoder):
     """The product's loop; keeps each tree it grows."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.trees: list[Tree] = []
 
-    def _grow(self, state, root):
-        tree = super()._grow(state, root)
-        self.trees.append(tree)
-        return tree
+    def _draft(self, *args):
+        self.trees.append(super()._draft(*args))
+        return self.trees[-1]
 
 
 def run(model: SpecModel, recording: Recording) -> tuple[list[Round], list[Tree]]:
-    decoder = WatchedDecoder(model.target, model.draft, model.shape, Sampling())
+    decoder = WatchedDecoder(model.target, model.draft)
     inputs = dict(recording.inputs)
     stop = Stop(NEW_TOKENS, frozenset(model.target.eos_token_ids))
-    rounds = list(decoder.rounds(inputs.pop("input_ids"), inputs, stop))
-    return rounds[1:], decoder.trees
+    prompts = [(inputs.pop("input_ids"), inputs)]
+    first, *rounds = (step[0] for step in decoder.rounds(prompts, [stop], Sampling(), Always(model.shape)))
+    assert not first.drafted and all(step.drafted for step in rounds)
+    return rounds, decoder.trees
 
 
 @cases
@@ -49,7 +52,7 @@ def test_prompt_and_draft_prefill(family, method, case):
         root = prompt.logits.argmax(-1)
         next_embeds = torch.cat([prompt.embeds[:, 1:], draft.embed(root)[:, None]], dim=1)
         out = draft(prompt.hidden, prompt.embeds, next_embeds, prompt.images)
-        state = draft.begin(prompt.hidden, prompt.embeds, root, prompt.images)
+        memory = read_prompt(draft, target, prompt, root)
 
     torch.testing.assert_close(prompt.hidden, recorded["target_hidden"], **TOLERANCE)
     if "inputs_embeds" in recorded:
@@ -62,7 +65,7 @@ def test_prompt_and_draft_prefill(family, method, case):
     expected = recorded["draft_prefill_hidden"]
     torch.testing.assert_close(out, expected, **TOLERANCE)
     assert torch.equal(out.abs().sum(-1) == 0, expected.abs().sum(-1) == 0)
-    torch.testing.assert_close(state.hidden, expected[:, -1], **TOLERANCE)
+    torch.testing.assert_close(memory.estimate, expected[:, -1], **TOLERANCE)
 
 
 @cases

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from vispec import SpecModel
 from vispec.model import decoding
-from vispec.model.lookup import PromptLookup
+from vispec.model.drafts import PromptLookup
 
 TREES = ((2, 1, 1), (12, 3, 4), (30, 3, 8), (60, 6, 10))
 NEW_TOKENS = 20

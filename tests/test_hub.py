@@ -11,10 +11,8 @@ from huggingface_hub import ModelCard
 from test_tree import CONFIG
 from tiny_models import GOLDEN, bare_head
 
-from vispec.model.checkpoints import load_draft
-from vispec.model.draft import BaseHead, DraftHead
-from vispec.model.hub import model_card
-from vispec.model.medusa import MedusaHead
+from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, load_draft
+from vispec.model.drafts.hub import model_card
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 

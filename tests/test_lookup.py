@@ -4,13 +4,15 @@ import pytest
 import torch
 from test_batches import batch_of
 from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
-from tiny_models import FAMILIES, generate, image_prompt, random_target
+from tiny_models import FAMILIES, ON_CPU, generate, image_prompt, random_target
 
 from vispec import SpecModel
-from vispec.model import decoding, lookup
-from vispec.model.lookup import LookupState, PromptLookup
+from vispec.model import decoding
+from vispec.model.drafts import PromptLookup, lookup
+from vispec.model.drafts.base import Kept
+from vispec.model.drafts.lookup import LookupMemory
 from vispec.model.target import Prompt
-from vispec.model.tree import EMPTY, Tree, TreeShape
+from vispec.model.tree import EMPTY, Tree, TreeShape, grow
 
 
 def drafted_by_hand(text: list[int], total_token: int, k: int, levels: int) -> list[list[int]]:
@@ -39,6 +41,16 @@ def drafted(tree: Tree, row: int) -> list[list[int]]:
     return [path for path in paths[1:] if EMPTY not in path]
 
 
+def read(draft: PromptLookup, prompt: torch.Tensor, root: torch.Tensor, images: list, capacity: int) -> LookupMemory:
+    """What it remembers of prompts (B, L) and the token (B,) after each."""
+    memory = draft.memory(len(prompt), capacity, ON_CPU)
+    for row, spans in enumerate(images):
+        one = Prompt(prompt[row : row + 1], {}, None, None, None, [spans], None)
+        memory.used = draft.read(memory.part(row, row + 1), one)
+    draft.extend(memory, Kept(None, root[:, None], torch.ones_like(root)))
+    return memory
+
+
 @pytest.mark.parametrize("shape", [TreeShape(2, 0, 1), TreeShape(9, 2, 4), TreeShape(30, 3, 8), TreeShape(60, 1, 20)])
 @pytest.mark.parametrize("seed", range(3))
 def test_trees_equal_the_oracle(seed, shape):
@@ -51,22 +63,22 @@ def test_trees_equal_the_oracle(seed, shape):
     draft = PromptLookup()
     shape = draft.fit(shape)
     prompt, root = ids(3, 9), ids(3)
-    state = draft.start(Prompt(prompt, None, None, None, [[(2, 5)], [], []], None), root, capacity=40)
+    memory = read(draft, prompt, root, [[(2, 5)], [], []], capacity=40)
     texts = [[*row, last] for row, last in zip(prompt.tolist(), root.tolist(), strict=True)]
     texts[0][2:5] = [EMPTY] * 3
     for _ in range(6):
-        tree = draft.grow(state, root, shape, lm_head=None)
+        tree = grow(draft, memory, root, shape, None)
         assert tree.tokens.shape == (3, shape.total_token)
         for row, text in enumerate(texts):
             expected = drafted_by_hand(text, shape.total_token, shape.top_k, shape.levels)
             assert drafted(tree, row) == expected
             assert (tree.tokens[row] == EMPTY).sum() == shape.total_token - 1 - len(expected)
         tokens, counts = ids(3, 4), torch.tensor([1, 4, 2])
-        draft.extend(state, None, tokens, counts)
+        draft.extend(memory, Kept(None, tokens, counts))
         for text, new, count in zip(texts, tokens.tolist(), counts.tolist(), strict=True):
             text += new[:count]
         root = tokens.gather(1, counts[:, None] - 1)[:, 0]
-    assert isinstance(state, LookupState) and state.lengths.tolist() == [len(text) for text in texts]
+    assert memory.lengths.tolist() == [len(text) for text in texts]
 
 
 @pytest.mark.parametrize("tree", [(2, 0, 1), (30, 3, 8)])
@@ -132,5 +144,5 @@ def test_a_tree_has_no_more_branches_than_a_text_has_slots():
     shape = draft.fit(TreeShape(4000, 1, 900))
     assert (shape.total_token, shape.top_k) == (2 * lookup.MOST_BRANCHES + 1, lookup.MOST_BRANCHES)
     root = torch.tensor([5])
-    state = draft.start(Prompt(torch.tensor([[5, 6, 7]]), None, None, None, [[]], None), root, capacity=4)
-    assert drafted(draft.grow(state, root, shape, lm_head=None), 0) == [[6], [6, 7]]
+    memory = read(draft, torch.tensor([[5, 6, 7]]), root, [[]], capacity=4)
+    assert drafted(grow(draft, memory, root, shape, None), 0) == [[6], [6, 7]]

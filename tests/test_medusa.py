@@ -5,12 +5,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
 from test_tree import CONFIG, SIZE, VOCABULARY, check_tree, tree_of
-from tiny_models import FAMILIES, bare_head, generate, image_prompt, random_head, random_target, text_prompt
+from tiny_models import (
+    FAMILIES,
+    ON_CPU,
+    bare_head,
+    generate,
+    image_prompt,
+    output_of,
+    random_head,
+    random_target,
+    read_rows,
+    text_prompt,
+)
 
 from vispec import SpecModel
-from vispec.model.checkpoints import load_draft, save_draft
-from vispec.model.medusa import MedusaHead
-from vispec.model.tree import TreeShape, grow_tree
+from vispec.model.drafts import MedusaHead, load_draft
+from vispec.model.drafts.base import Kept
+from vispec.model.drafts.checkpoints import save_draft
+from vispec.model.tree import TreeShape, grow
 
 # --- the tree ---
 
@@ -41,17 +53,18 @@ def test_grown_trees_equal_the_oracle(total_token, k):
     lm_head.weight.data = torch.randn(VOCABULARY, SIZE, generator=generator) * 0.1
     root, counts = torch.tensor([3, 4, 5]), torch.tensor([1, 4, 2])
     prompt, path = torch.randn(3, 5, SIZE, generator=generator), torch.randn(3, 4, SIZE, generator=generator)
-    state = head.begin(prompt, prompt, root, [[], [], []])
+    memory = head.memory(3, 20, ON_CPU)
+    read_rows(head, memory, prompt, prompt, root, [[], [], []])
     shape = TreeShape(total_token, 1, k).fitted(VOCABULARY, head.fixed_depth)
     assert shape.levels == 5
     for features in (prompt[:, -1], path[torch.arange(3), counts - 1]):
-        tree = grow_tree(head, state, root, shape, lm_head)
+        tree = grow(head, memory, root, shape, output_of(lm_head))
         for b, feature in enumerate(features):
             linears = [(block[0].linear.weight, block[0].linear.bias) for block in head.medusa_head]
             outs = [feature + torch.nn.functional.silu(weight @ feature + bias) for weight, bias in linears]
             log_probs = lm_head(torch.stack(outs)).log_softmax(-1)
             check_tree(tree, b, brute_force_tree(log_probs, int(root[b]), shape.total_token, k), shape)
-        head.extend(state, path, torch.zeros(3, 4, dtype=torch.long), counts)
+        head.extend(memory, Kept(path, torch.zeros(3, 4, dtype=torch.long), counts))
 
 
 # --- lossless ---

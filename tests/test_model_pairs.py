@@ -9,8 +9,7 @@ from tiny_models import random_head, random_target
 
 from vispec import SpecModel
 from vispec.model import spec_model
-from vispec.model.checkpoints import load_draft
-from vispec.model.draft import DraftHead
+from vispec.model.drafts import DraftHead, load_draft
 
 
 def test_sizes():

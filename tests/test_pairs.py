@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import bare_head, image_prompt, random_head, random_target
+from test_tree import run_layer
+from tiny_models import ON_CPU, bare_head, image_prompt, random_head, random_target, read_prompt, read_rows
 
-from vispec.model.draft import DraftHead, ViSpecHead
-from vispec.model.draft_config import DraftConfig
-from vispec.model.draft_layer import rotary_angles
+from vispec.model.drafts import DraftHead, ViSpecHead
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.eagle2 import DraftMemory
 from vispec.model.families import image_token_id
 from vispec.model.pairs import Span, plan_pairs
 from vispec.model.target import Target
@@ -73,31 +74,6 @@ def reference(
     return positions, run_layer(head, torch.stack(inputs), positions), g
 
 
-def run_layer(head: DraftHead, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
-    """The decoder layer over (R, H), every query on its own."""
-    layer, config = head.layers[0], head.config
-    attention = layer.self_attn
-    cos, sin = (t[0, 0] for t in rotary_angles(torch.tensor([positions]), config.head_dim, config.rope_theta, x.dtype))
-
-    def split(projected):
-        return projected.view(len(x), config.num_attention_heads, config.head_dim).transpose(0, 1)
-
-    def turn(states):
-        first, second = states.chunk(2, dim=-1)
-        return states * cos + torch.cat([-second, first], dim=-1) * sin
-
-    q, k, v = turn(split(attention.q_proj(x))), turn(split(attention.k_proj(x))), split(attention.v_proj(x))
-    rows = []
-    for i in range(len(x)):
-        weights = (q[:, i : i + 1] @ k[:, : i + 1].transpose(1, 2) / config.head_dim**0.5).softmax(-1)
-        rows.append((weights @ v[:, : i + 1]).flatten())
-    y = x + attention.o_proj(torch.stack(rows))
-    normed = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
-    normed = normed * layer.post_attention_layernorm.weight
-    mlp = layer.mlp
-    return y + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-
-
 def random_rows(names: list[str], seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = [ROWS[name][0] for name in names]
@@ -107,13 +83,20 @@ def random_rows(names: list[str], seed: int) -> tuple[list[torch.Tensor], list[t
     return hidden, embeds, [torch.cat([e[1:], f]) for e, f in zip(embeds, following, strict=True)]
 
 
+def read(head: DraftHead, hidden, embeds, root, images: list[list[Span]]) -> DraftMemory:
+    """What a head remembers of prompts of one length, with the token after each."""
+    memory = head.memory(len(root), hidden.shape[1] + 20, ON_CPU)
+    read_rows(head, memory, hidden, embeds, root, images)
+    return memory
+
+
 HEADS = [("vispec", 1), ("vispec", 2), ("vispec", 5), ("eagle2", 2)]
 
 
 @pytest.mark.parametrize(("method", "num_q"), HEADS)
 @pytest.mark.parametrize("name", ROWS)
 @torch.inference_mode()
-def test_begin_runs_the_right_pairs(name, method, num_q):
+def test_reading_runs_the_right_pairs(name, method, num_q):
     head = bare_head(CONFIG, method, seed=1, num_q=num_q)
     length, images = ROWS[name]
     (hidden,), (embeds,), _ = random_rows([name], seed=2)
@@ -121,12 +104,12 @@ def test_begin_runs_the_right_pairs(name, method, num_q):
     next_embeds = torch.cat([embeds[1:], head.embed_tokens(root)])
     positions, outputs, g = reference(head, hidden, embeds, next_embeds, images)
 
-    state = head.begin(hidden[None], embeds[None], root, [images])
-    torch.testing.assert_close(state.hidden, outputs[-1:], **TOLERANCE)
-    assert state.position.tolist() == [length]
-    assert state.cache.lengths.tolist() == [len(positions)]
+    memory = read(head, hidden[None], embeds[None], root, [images])
+    torch.testing.assert_close(memory.estimate, outputs[-1:], **TOLERANCE)
+    assert memory.position.tolist() == [length]
+    assert memory.cache.lengths.tolist() == [len(positions)]
     if method == "vispec":
-        torch.testing.assert_close(state.global_feature, g[None], **TOLERANCE)
+        torch.testing.assert_close(memory.global_feature, g[None], **TOLERANCE)
         assert head.plan([length], [images]).positions[0].tolist() == positions
 
 
@@ -157,28 +140,28 @@ def test_forward_over_a_batch_equals_each_row(method, num_q):
 
 @pytest.mark.parametrize(("method", "num_q"), HEADS)
 @torch.inference_mode()
-def test_begin_equals_forward(method, num_q):
+def test_reading_equals_forward(method, num_q):
     head = bare_head(CONFIG, method, seed=5, num_q=num_q)
     for name, (_, images) in ROWS.items():
         (hidden,), (embeds,), _ = random_rows([name], seed=6)
         root = torch.tensor([11])
         next_embeds = torch.cat([embeds[1:], head.embed_tokens(root)])
         whole = head(hidden[None], embeds[None], next_embeds[None], [images])
-        state = head.begin(hidden[None], embeds[None], root, [images])
-        torch.testing.assert_close(state.hidden, whole[:, -1], msg=name, **TOLERANCE)
+        memory = read(head, hidden[None], embeds[None], root, [images])
+        torch.testing.assert_close(memory.estimate, whole[:, -1], msg=name, **TOLERANCE)
 
 
 @torch.inference_mode()
-def test_begin_with_rows_that_shrink_differently():
+def test_reading_rows_that_shrink_differently():
     head = bare_head(CONFIG, "vispec", seed=7, num_q=3)
     images = [[(2, 9)], [], [(0, 3), (3, 8)]]
     generator = torch.Generator().manual_seed(8)
     hidden, embeds = (torch.randn(3, 12, SIZE, generator=generator) for _ in range(2))
     root = torch.tensor([1, 2, 3])
-    together = head.begin(hidden, embeds, root, images)
+    together = read(head, hidden, embeds, root, images)
     for row in range(3):
-        alone = head.begin(hidden[row : row + 1], embeds[row : row + 1], root[row : row + 1], [images[row]])
-        torch.testing.assert_close(together.hidden[row : row + 1], alone.hidden, **TOLERANCE)
+        alone = read(head, hidden[row : row + 1], embeds[row : row + 1], root[row : row + 1], [images[row]])
+        torch.testing.assert_close(together.estimate[row : row + 1], alone.estimate, **TOLERANCE)
         torch.testing.assert_close(together.global_feature[row : row + 1], alone.global_feature, **TOLERANCE)
         assert together.cache.lengths[row] == alone.cache.lengths[0]
         assert together.position[row] == alone.position[0]
@@ -195,10 +178,12 @@ def test_eight_images_cost_no_more_than_their_compressed_tokens(num_q):
     wrapped = Target(target)
     prompt = wrapped.prefill(wrapped.new_cache(1, tokens), ids, inputs)
     root = prompt.logits.argmax(-1)
-    states = {m: random_head(target, m, seed=12, num_q=num_q).start(prompt, root, 300) for m in ("vispec", "eagle2")}
+    heads = {method: random_head(target, method, seed=12, num_q=num_q) for method in ("vispec", "eagle2")}
+    memories = {method: read_prompt(head, wrapped, prompt, root) for method, head in heads.items()}
     assert len(prompt.images[0]) == 8 and text < tokens - 8
-    assert states["vispec"].cache.lengths.tolist() == [text + 8 * (num_q - 1)]
-    assert states["eagle2"].cache.lengths.tolist() == [tokens]
+    assert memories["vispec"].cache.lengths.tolist() == [text + 8 * (num_q - 1)]
+    assert memories["eagle2"].cache.lengths.tolist() == [tokens]
+    assert all(memory.used == int(memory.cache.lengths) for memory in memories.values())
 
 
 def test_gradients_reach_every_trained_parameter():

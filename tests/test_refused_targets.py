@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from vispec import SpecModel
-from vispec.model.target import load_target
+from vispec.model.loading import load_target
 
 
 @pytest.mark.parametrize(

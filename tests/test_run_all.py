@@ -11,6 +11,7 @@ from PIL import Image
 
 from vispec.demo import make_benchmarks
 from vispec.evaluation import answering, gen_spec_answer_gqa, run_all, speed
+from vispec.model.tree import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
@@ -89,6 +90,39 @@ def test_a_single_command_goes_on_with_a_file(finished, data, tmp_path, monkeypa
     one = ["--base-model-path", TARGET, "--spec-model-path", EAGLE2, "--data-folder", str(data / "gqa")]
     one += ["--answer-dir", str(tmp_path), "--model-id", "eagle2", "--temperature", "0", "--max-new-token", "6"]
     assert gen_spec_answer_gqa.main(one) == 0
+
+
+def test_trees_that_are_chosen_while_it_answers(finished, data, tmp_path, capsys):
+    assert run_all.main(flags(data, tmp_path, "--tree", "auto", "--benchmarks", "gqa")) == 0
+    baseline = ids(tmp_path / "gqa" / "baseline-temperature-0.0.jsonl")
+    for method in METHODS[1:]:
+        path = tmp_path / "gqa" / f"{method}-temperature-0.0.jsonl"
+        assert ids(path) == baseline and meta(path)["settings"]["tree"] == "auto"
+    assert speed.main(["--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("tree auto, chosen while it answers.\n") == 3
+
+
+def test_each_method_has_its_own_measured_tree(data, tmp_path, monkeypatch):
+    """Measured once for all files of a method, and kept by later runs; a method that comes later is measured then."""
+    trees = {"vispec": (9, 2, 3), "lookup": (7, 2, 2), "eagle2": (5, 1, 2)}
+    measured = []
+
+    def tune(answerer, series, questions):
+        measured.append((series.method, series.benchmark, len(questions)))
+        answerer._models[series.method].set_tree(TreeShape(*trees[series.method]))
+        return trees[series.method]
+
+    monkeypatch.setattr(answering.Answerer, "tune", tune)
+    some = ["--tree", "tune", "--question-end", "2", "--methods", "vispec", "lookup"]
+    assert run_all.main(flags(data, tmp_path, *some)) == 0
+    assert sorted(measured) == [("lookup", "gqa", 2), ("vispec", "gqa", 2)]
+    assert run_all.main(flags(data, tmp_path, "--total-token", "-1")) == 0
+    assert measured[2:] == [("eagle2", "gqa", 3)]
+    for path in tmp_path.rglob("*.jsonl"):
+        settings = meta(path)["settings"]
+        tree = list(trees[settings["method"]]) if settings["method"] != "baseline" else None
+        assert settings.get("tree") == settings.get("asked_tree") == tree
+        assert len(read(path)) == 3
 
 
 def test_the_methods_take_turns_and_each_is_first(data, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tiny_models import random_head, random_target, text_prompt
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vispec import SpecModel
-from vispec.model.acceptance import Accepted, Sampling, accept
+from vispec.model.sampling import Accepted, Sampling, accept
 from vispec.model.tree import Tree, TreeShape, choose_nodes
 
 V = 6

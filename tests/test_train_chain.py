@@ -1,10 +1,16 @@
 """Drafts followed from all pairs at once are the drafts of the decoder."""
 
+from types import SimpleNamespace
+
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vispec.model.draft import DraftHead, ViSpecHead
-from vispec.model.draft_config import DraftConfig
+from vispec.model.drafts import DraftHead, ViSpecHead
+from vispec.model.drafts.base import Kept
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.target import Prompt
+from vispec.model.tree import DraftOutput, TreeShape
 from vispec.train import chain
 from vispec.train.chain import count_in_a_row, drafted_in_a_row, shift_left
 
@@ -36,14 +42,29 @@ def test_drafts_from_every_pair_are_those_of_decoding():
         for prompt in (10, 13):  # tokens that the target has read when the draft begins
             for row in range(2):
                 one = slice(row, row + 1)
-                state = head.begin(hidden[one, :prompt], embeds[one, :prompt], ids[one, prompt], [images])
-                out = state.hidden[:, None]
-                torch.testing.assert_close(outs[0][one, prompt - 1], out[:, 0], rtol=1e-4, atol=1e-5)
-                for level in range(1, DEPTH):
-                    token = ids[one, prompt + level][:, None]
-                    ancestors = torch.ones(1, 1, level, dtype=torch.bool)
-                    out = head.expand(state, level, out, token, ancestors)
-                    torch.testing.assert_close(outs[level][one, prompt + level - 1], out[:, 0], rtol=1e-4, atol=1e-5)
+                decoded = drafts_of_decoding(head, hidden[one], embeds[one], ids[one], images, prompt)
+                for level, estimate in enumerate(decoded):
+                    followed = outs[level][row, prompt + level - 1]
+                    torch.testing.assert_close(followed, estimate, rtol=1e-4, atol=1e-5)
+
+
+def drafts_of_decoding(head: DraftHead, hidden, embeds, ids, images: list, prompt: int) -> list[torch.Tensor]:
+    """The head's estimates (H,) at the levels of a tree with one node a level, behind so many tokens of (1, L)."""
+    read = hidden[:, :prompt], embeds[:, :prompt]
+    memory = head.memory(1, LENGTH + DEPTH, SimpleNamespace(device=ids.device, dtype=hidden.dtype))
+    memory.used = head.read(memory, Prompt(ids[:, :prompt], {}, *read, hidden.new_zeros(1, 50), [images], None))
+    root = ids[:, prompt]
+    head.extend(memory, Kept(hidden[:, prompt - 1 : prompt], root[:, None], torch.ones_like(root)))
+    estimates = []
+
+    def logits(estimate: torch.Tensor) -> torch.Tensor:
+        estimates.append(estimate[0, 0])
+        following = ids[:, prompt + len(estimates), None]
+        return F.one_hot(following, 50).float()
+
+    head.candidates(memory, root, TreeShape(DEPTH, DEPTH - 1, 1), DraftOutput(logits, lambda rows: None))
+    assert len(estimates) == DEPTH
+    return estimates
 
 
 class LargestTensor(TorchDispatchMode):
@@ -69,7 +90,7 @@ def test_long_samples_are_followed_some_rows_at_a_time(monkeypatch):
         parts = list(drafted_in_a_row(*given))
     for part, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
-    assert largest.numel < 40_000 < 2 * 4 * 296**2  # the MLP's rows, and less than all scores
+    assert largest.numel < 120_000 < 2 * 4 * 296**2  # the rotary angles of all heads, and less than all scores
 
 
 def test_counting_in_a_row():

@@ -18,8 +18,10 @@ from vispec.ge_data import (
     command,
 )
 from vispec.ge_data.sample_file import read_sample
-from vispec.model.checkpoints import build_head, load_draft, read_config
-from vispec.model.target import Target, load_target
+from vispec.model.drafts import build_head, load_draft
+from vispec.model.drafts.checkpoints import read_config
+from vispec.model.loading import load_target
+from vispec.model.target import Target
 from vispec.train import main, main_mtp
 from vispec.train.processes import Processes
 from vispec.train.target_weights import read_tables
@@ -199,7 +201,7 @@ def test_published_configs_build_heads(file, name):
     shapes = json.loads((GOLDEN / "published_draft_shapes.json").read_text())
     entry = next(value for key, value in shapes.items() if name.split("/")[1].lower() in key.lower())
     entry = entry.get("tensors", entry)
-    head = build_head(read_config(CONFIGS / file), "vispec", 2)
+    head = build_head(read_config(CONFIGS / file), "vispec", num_q=2)
     assert {key: list(value.shape) for key, value in head.state_dict().items()} == entry
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vispec.model.checkpoints import load_draft
+from vispec.model.drafts import load_draft
 from vispec.train.chain import draft_chain
 from vispec.train.losses import PARTS, Objective, summed_loss
 

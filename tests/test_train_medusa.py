@@ -11,8 +11,9 @@ from tiny_models import GOLDEN, bare_head, generate, text_prompt
 
 from vispec import SpecModel
 from vispec.ge_data.sample_file import make_sample, write_sample
-from vispec.model.draft_config import DraftConfig
-from vispec.model.target import Target, load_target
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.loading import load_target
+from vispec.model.target import Target
 from vispec.train import main_medusa
 from vispec.train.losses import Objective
 from vispec.train.medusa import MedusaTrainer

@@ -8,9 +8,8 @@ import torch
 from test_train_chain import LargestTensor
 
 from vispec.ge_data.sample_file import make_sample, read_sample, write_sample
-from vispec.model.checkpoints import load_draft
-from vispec.model.draft import DraftHead, ViSpecHead
-from vispec.model.draft_config import DraftConfig
+from vispec.model.drafts import DraftHead, ViSpecHead, load_draft
+from vispec.model.drafts.config import DraftConfig
 from vispec.train.losses import Objective
 from vispec.train.nonfinite import one_row
 from vispec.train.processes import Processes
@@ -341,7 +340,7 @@ def test_a_half_written_checkpoint_is_never_seen(data, tmp_path, monkeypatch):
     def killed(path, value):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vispec.model.checkpoints.write_json_atomic", killed)
+    monkeypatch.setattr("vispec.model.drafts.checkpoints.write_json_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert not list((tmp_path / "cp").glob("state_*")) and list((tmp_path / "cp").glob(".state_*"))

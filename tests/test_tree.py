@@ -1,18 +1,19 @@
-"""Trees, acceptance and the cache at B = 3, with rows of unequal length and depth, against plain Python."""
+"""Trees and acceptance at B = 3, with rows of unequal length and depth, against plain Python."""
 
-import copy
 import logging
 
 import pytest
 import torch
-from tiny_models import bare_head, random_head, random_target
+import torch.nn.functional as F
+from tiny_models import ON_CPU, bare_head, output_of, random_head, random_target, read_rows
 
 from vispec import SpecModel
-from vispec.model.acceptance import accept
-from vispec.model.cache import TreeCache
-from vispec.model.draft import DraftHead, DraftState
-from vispec.model.draft_config import DraftConfig
-from vispec.model.tree import Tree, TreeShape, choose_nodes, grow_tree
+from vispec.model.drafts import DraftHead
+from vispec.model.drafts.base import Kept
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.eagle2 import DraftMemory
+from vispec.model.sampling import accept
+from vispec.model.tree import Tree, TreeShape, choose_nodes, grow
 
 SIZE, VOCABULARY = 32, 20
 CONFIG = DraftConfig(
@@ -28,8 +29,36 @@ CONFIG = DraftConfig(
 # --- the oracle: EAGLE-2's tree of one row, node by node ---
 
 
+def run_layer(head: DraftHead, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """The decoder layer over (R, H), every query on its own."""
+    layer, config = head.layers[0], head.config
+    attention, size = layer.self_attn, config.head_dim
+    groups = config.num_attention_heads // config.num_key_value_heads
+    frequencies = config.rope_theta ** -(torch.arange(0, size, 2) / size)
+    angles = torch.outer(torch.tensor(positions, dtype=torch.float32), frequencies).repeat(1, 2)
+
+    def split(projected):
+        return projected.view(len(x), -1, size).transpose(0, 1)
+
+    def turn(states):
+        first, second = states.chunk(2, dim=-1)
+        return states * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+    q, k, v = turn(split(attention.q_proj(x))), turn(split(attention.k_proj(x))), split(attention.v_proj(x))
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    rows = []
+    for i in range(len(x)):
+        weights = (q[:, i : i + 1] @ k[:, : i + 1].transpose(1, 2) / size**0.5).softmax(-1)
+        rows.append((weights @ v[:, : i + 1]).flatten())
+    y = x + attention.o_proj(torch.stack(rows))
+    normed = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
+    normed = normed * layer.post_attention_layernorm.weight
+    mlp = layer.mlp
+    return y + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+
+
 class Row:
-    """One row of a draft state without cache and masks: all its layer inputs, in order."""
+    """One row of a draft's memory without cache and masks: all its layer inputs, in order."""
 
     def __init__(self, head: DraftHead, lm_head: torch.nn.Linear):
         self.head, self.lm_head = head, lm_head
@@ -45,8 +74,8 @@ class Row:
 
     def output(self, further: list[torch.Tensor]) -> torch.Tensor:
         """The head's output at the last of the committed and the given pairs."""
-        x = torch.stack(self.inputs + further)[None]
-        return self.head._layers(x, torch.arange(x.shape[1])[None], mask=None, cache=None)[0, -1]
+        x = torch.stack(self.inputs + further)
+        return run_layer(self.head, x, list(range(len(x))))[-1]
 
     def best(self, hidden: torch.Tensor, k: int) -> list[tuple[float, int]]:
         values, tokens = self.lm_head(hidden).log_softmax(-1).topk(k)
@@ -110,8 +139,8 @@ def check_tree(tree: Tree, row: int, expected: dict, shape: TreeShape) -> None:
 # --- growing ---
 
 
-def unequal_states(head: DraftHead, seed: int) -> tuple[DraftState, list[Row]]:
-    """A state at B = 3 whose rows have 6, 9 and 7 committed pairs, and the same rows for the oracle."""
+def unequal_memory(head: DraftHead, seed: int) -> tuple[DraftMemory, list[Row]]:
+    """A memory at B = 3 whose rows have 6, 9 and 7 committed pairs, and the same rows for the oracle."""
     generator = torch.Generator().manual_seed(seed)
 
     def features(*shape):
@@ -123,24 +152,25 @@ def unequal_states(head: DraftHead, seed: int) -> tuple[DraftState, list[Row]]:
     lm_head = torch.nn.Linear(SIZE, VOCABULARY, bias=False)
     lm_head.weight.data = features(VOCABULARY) * 0.1
     prompt, hidden, root = ids(3, 5), features(3, 5), ids(3)
-    state = head.begin(hidden, head.embed_tokens(prompt), root, [[], [], []])
+    memory = head.memory(3, 80, ON_CPU)
+    read_rows(head, memory, hidden, head.embed_tokens(prompt), root, [[], [], []])
     rows = [Row(head, lm_head) for _ in range(3)]
     for b, row in enumerate(rows):
-        if state.global_feature is not None:
-            state.global_feature[b] = features()
+        if head.method == "vispec":
+            memory.global_feature[b] = features()
             # what was read before the image did not know it
             row.global_feature = torch.zeros(SIZE)
         for token, feature in zip([*prompt[b, 1:].tolist(), int(root[b])], hidden[b], strict=True):
             row.commit(token, feature)
-        if state.global_feature is not None:
-            row.global_feature = state.global_feature[b]
+        if head.method == "vispec":
+            row.global_feature = memory.global_feature[b]
     counts = torch.tensor([1, 4, 2])
     hidden, tokens = features(3, 4), ids(3, 4)
-    head.extend(state, hidden, tokens, counts)
+    head.extend(memory, Kept(hidden, tokens, counts))
     for b, row in enumerate(rows):
         for step in range(int(counts[b])):
             row.commit(int(tokens[b, step]), hidden[b, step])
-    return state, rows
+    return memory, rows
 
 
 @pytest.mark.parametrize(
@@ -150,24 +180,24 @@ def unequal_states(head: DraftHead, seed: int) -> tuple[DraftState, list[Row]]:
 @torch.inference_mode()
 def test_grown_trees_equal_the_oracle(method, shape):
     head = bare_head(CONFIG, method, seed=1)
-    state, rows = unequal_states(head, seed=2)
+    memory, rows = unequal_memory(head, seed=2)
     root = torch.tensor([3, 4, 5])
-    tree = grow_tree(head, state, root, shape, rows[0].lm_head)
-    assert state.cache.lengths.tolist() == [6, 9, 7]
+    tree = grow(head, memory, root, shape, output_of(rows[0].lm_head))
+    assert memory.cache.lengths.tolist() == [6, 9, 7]
     for b, row in enumerate(rows):
-        torch.testing.assert_close(state.hidden[b], row.output([]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(memory.estimate[b], row.output([]), rtol=1e-4, atol=1e-4)
         check_tree(tree, b, brute_force_tree(row, int(root[b]), shape.total_token, shape.depth, shape.top_k), shape)
     if shape.total_token == 12:
         assert len({int(depths.max()) for depths in tree.depths}) > 1, "rows of unequal depth were wanted"
 
 
 @torch.inference_mode()
-def test_growing_leaves_the_committed_state_alone():
+def test_growing_leaves_what_was_read_alone():
     head = bare_head(CONFIG, "vispec", seed=3)
-    state, rows = unequal_states(head, seed=4)
+    memory, rows = unequal_memory(head, seed=4)
     root, shape = torch.tensor([3, 4, 5]), TreeShape(12, 3, 4)
-    first = grow_tree(head, state, root, shape, rows[0].lm_head)
-    second = grow_tree(head, state, root, shape, rows[0].lm_head)
+    first = grow(head, memory, root, shape, output_of(rows[0].lm_head))
+    second = grow(head, memory, root, shape, output_of(rows[0].lm_head))
     assert torch.equal(first.tokens, second.tokens) and torch.equal(first.parents, second.parents)
 
 
@@ -232,6 +262,26 @@ def test_one_notice_says_that_a_tree_was_cut(caplog):
     ]
 
 
+@pytest.mark.parametrize("shape", [TreeShape(30, 3, 8), TreeShape(2, 0, 1)])
+def test_a_shape_has_one_spelling(shape):
+    assert TreeShape.parse(str(shape)) == shape
+    assert str(TreeShape(16, 7, 2)) == "16/7/2"
+
+
+@pytest.mark.parametrize("text", ["", "30", "30/3", "30/3/8/1", "30/3/-8", "30/3/x", " 30/3/8", "30,3,8", "3e1/3/8"])
+def test_other_spellings_are_refused(text):
+    with pytest.raises(ValueError, match=f"^a tree is total_token/depth/top_k such as 30/3/8, found {text!r}$"):
+        TreeShape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("1/3/8", "total_token must be at least 2, found 1"), ("30/3/0", "top_k must be at least 1")]
+)
+def test_impossible_trees_are_refused_as_texts_too(text, message):
+    with pytest.raises(ValueError, match=message):
+        TreeShape.parse(text)
+
+
 @pytest.mark.parametrize(("name", "value"), [("total_token", 1), ("depth", -1), ("top_k", 0)])
 def test_impossible_trees_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
@@ -293,103 +343,3 @@ def test_acceptance_walks_down_from_the_root(seed):
         assert accepted.path[b, len(path) :].tolist() == [node] * (n - len(path))
         assert accepted.tokens[b, : len(path)].tolist() == [int(chosen[b, p]) for p in path]
         assert int(accepted.root[b]) == int(chosen[b, node])
-
-
-# --- the cache ---
-
-
-class NaiveCache:
-    """Lists of vectors, one a layer and row."""
-
-    def __init__(self, layers: int, batch: int):
-        self.committed = [[[] for _ in range(batch)] for _ in range(layers)]
-        self.provisional = copy.deepcopy(self.committed)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_cache_equals_lists(seed):
-    """Prompt, then rounds that keep another path in every row, through several moves to a larger cache."""
-    generator = torch.Generator().manual_seed(seed)
-    layers, batch, heads, head_dim, n, width = 2, 3, 2, 4, 6, 4
-    cache = TreeCache([torch.device("cpu")] * layers, batch, capacity=8)
-    naive = NaiveCache(layers, batch)
-
-    def write(n: int) -> list[torch.Tensor]:
-        seen = []
-        for layer in range(layers):
-            keys, values = (torch.randn(batch, heads, n, head_dim, generator=generator) for _ in range(2))
-            visible_keys, visible_values = cache.update(keys, values, layer)
-            for b in range(batch):
-                naive.provisional[layer][b] += [torch.stack([keys[b, :, i], values[b, :, i]]) for i in range(n)]
-            seen.append(torch.stack([visible_keys, visible_values]))
-        return seen
-
-    def check(seen: list[torch.Tensor], mask: torch.Tensor, ancestors: torch.Tensor) -> None:
-        for layer in range(layers):
-            for b in range(batch):
-                for query in range(ancestors.shape[1]):
-                    provisional = naive.provisional[layer][b]
-                    expected = naive.committed[layer][b] + [
-                        provisional[i] for i in range(ancestors.shape[2]) if ancestors[b, query, i]
-                    ]
-                    slots = (mask[b, 0, query] == 0).nonzero()[:, 0]
-                    found = seen[layer][:, b][:, :, slots].permute(2, 0, 1, 3)
-                    assert torch.equal(found, torch.stack(expected))
-
-    def end_pass(chosen: list[list[int]]) -> None:
-        for layer in range(layers):
-            for b in range(batch):
-                naive.committed[layer][b] += [naive.provisional[layer][b][i] for i in chosen[b]]
-                naive.provisional[layer][b] = []
-
-    # a prompt of 7 right-padded tokens
-    prompt = [5, 7, 6]
-    cache.reserve(7)
-    write(7)
-    cache.commit(torch.tensor(prompt))
-    end_pass([list(range(length)) for length in prompt])
-
-    for _ in range(90):
-        if cache.used + n + 2 > cache.capacity:
-            larger = cache.room_for(batch, cache.capacity + 32)
-            larger.copy_(cache)
-            cache = larger
-        ancestors = torch.rand(batch, n, n, generator=generator).lt(0.5).tril() | torch.eye(n, dtype=torch.bool)
-        cache.reserve(n)
-        seen = write(n)
-        mask = cache.mask(ancestors, torch.float32)
-        assert mask.shape == (batch, 1, n, cache.used + n)
-        check(seen, mask, ancestors)
-        # a second pass of two tokens, which see each other and some of the first
-        further = torch.rand(batch, 2, n + 2, generator=generator).lt(0.5)
-        cache.reserve(2, offset=n)
-        check(write(2), cache.mask(further, torch.float32), further)
-        counts = torch.randint(1, width + 1, (batch,), generator=generator)
-        kept = [[0, *sorted((torch.randperm(n - 1, generator=generator)[: int(c) - 1] + 1).tolist())] for c in counts]
-        cache.keep(torch.tensor([path + [path[-1]] * (width - len(path)) for path in kept]))
-        cache.commit(counts)
-        cache.used = int(cache.lengths.max())
-        end_pass(kept)
-        assert cache.lengths.tolist() == [len(row) for row in naive.committed[0]]
-    assert cache.capacity > 200
-
-
-def test_a_path_wider_than_the_pass_stays_inside_the_buffer():
-    cache = TreeCache([torch.device("cpu")], 1, capacity=2)
-    with pytest.raises(ValueError, match="the cache has 2 slots, the pass needs 3"):
-        cache.reserve(3)
-    cache.reserve(2)
-    keys = torch.arange(2.0).view(1, 1, 2, 1)
-    visible, _ = cache.update(keys, keys, 0)
-    cache.keep(torch.tensor([[0, 1, 1, 1, 1]]))
-    assert visible.flatten().tolist() == [0.0, 1.0]
-
-
-def test_a_pass_looks_at_the_slots_in_use_and_no_others():
-    cache = TreeCache([torch.device("cpu")], 1, capacity=500)
-    for n in (3, 4):
-        cache.reserve(n)
-        mask = cache.mask(torch.eye(n, dtype=torch.bool)[None], torch.float32)
-        keys, values = cache.update(torch.ones(1, 2, n, 8), torch.ones(1, 2, n, 8), 0)
-        cache.commit(torch.tensor([n]))
-    assert mask.shape == (1, 1, 4, 7) and keys.shape == values.shape == (1, 2, 7, 8)

@@ -3,19 +3,24 @@
 import copy
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
 from vispec import SpecModel
-from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
-from vispec.model.draft_config import DraftConfig
+from vispec.model.drafts import BaseHead, Draft, DraftHead, MedusaHead, ViSpecHead
+from vispec.model.drafts.base import Kept, Memory
+from vispec.model.drafts.config import DraftConfig
 from vispec.model.families import image_token_id
-from vispec.model.medusa import MedusaHead
+from vispec.model.pairs import Span
+from vispec.model.target import Prompt, Target
+from vispec.model.tree import DraftOutput
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = [(family, method) for family in ("llava_next", "qwen2_5_vl") for method in ("vispec", "eagle2")]
@@ -28,6 +33,9 @@ LLAVA_NEXT_TOKENS = {(40, 60): 70, (60, 40): 72, (56, 56): 88, (20, 70): 34}
 """Tokens of an image by its (height, width), as LLaVA-NeXT's processor counts them for the recorded config."""
 QWEN_GRIDS = ((1, 4, 6), (1, 2, 2), (1, 6, 4))
 
+
+ON_CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+"""Stands in for a target where a draft makes a memory."""
 
 # --- what was recorded ---
 
@@ -133,6 +141,35 @@ def random_pair(family: str, seed: int, method: str = "vispec", tree=(30, 3, 8),
     """A `SpecModel` of a random target and a random head; `tree` is (total_token, depth, top_k)."""
     target = random_target(family, seed, vocabulary)
     return SpecModel(target, random_head(target, method, seed + 1), *tree)
+
+
+def read_prompt(draft: Draft, target: Target, prompt: Prompt, root: torch.Tensor, ahead: int = 64) -> Memory:
+    """What a draft remembers of one prompt and the token after it; there is room for so many tokens more."""
+    memory = draft.memory(1, prompt.hidden.shape[1] + ahead, target)
+    memory.used = draft.read(memory, prompt)
+    draft.extend(memory, Kept(prompt.hidden[:, -1:], root[:, None], torch.ones_like(root)))
+    return memory
+
+
+def read_rows(
+    draft: Draft,
+    memory: Memory,
+    hidden: torch.Tensor,
+    embeds: torch.Tensor,
+    root: torch.Tensor,
+    images: Sequence[Sequence[Span]],
+) -> None:
+    """Let a draft read prompts of one length, features and embeddings (B, L, H), and the token (B,) after each."""
+    memory.used = max(
+        draft.read(memory.part(b, b + 1), Prompt(None, {}, hidden[b : b + 1], embeds[b : b + 1], None, [spans], None))
+        for b, spans in enumerate(images)
+    )
+    draft.extend(memory, Kept(hidden[:, -1:], root[:, None], torch.ones_like(root)))
+
+
+def output_of(lm_head: torch.nn.Module) -> DraftOutput:
+    """The output of a draft that may propose all tokens, without kernels."""
+    return DraftOutput(lm_head, lambda rows: None)
 
 
 def same_target(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,9 +14,19 @@ from typing import TYPE_CHECKING
 
 from vispec import embedded
 from vispec.cli import Parser, UserError, count, run_cli
-from vispec.evaluation.loading import MEASURED, dtype_name, load_model, quiet_transformers, tree_size
+from vispec.evaluation.loading import (
+    AUTO,
+    TUNE,
+    Models,
+    Tree,
+    as_spec_model_takes,
+    dtype_name,
+    load_model,
+    quiet_transformers,
+)
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.text import TextStream, coloured, wants_colour
+from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 
 if TYPE_CHECKING:
@@ -34,7 +44,9 @@ class Streamed:
 
     token_ids: list[int]
     accepted: list[int]
-    """Draft tokens that each round had right, those behind an end token too."""
+    """Draft tokens that each round with a draft had right, those behind an end token too."""
+    plain_steps: int
+    """Steps without a draft."""
     seconds: float
     """Spent in the model, prefill included; writing to the screen is not."""
 
@@ -50,16 +62,15 @@ class Streamed:
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     base, spec, tree, dtype = _pair(args)
-    measured = args.total_token == MEASURED
-    if measured:
-        tree = {}
     turn = user_turn(args.question, *map(_read_image, args.image))
-    _check_options(args, tree)
+    # what is wrong is said before minutes of loading
+    _check_sampling(args)
+    shape = as_spec_model_takes(tree)
     quiet_transformers()
     processor = load_processor(base)
     inputs = build_inputs(processor, [turn])
-    model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, **tree)
-    if measured:
+    model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, tree=shape)
+    if tree == TUNE:
         model.tune([inputs])
     options = {"temperature": args.temperature, "top_p": args.top_p}
     if args.compare:
@@ -67,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             _answer(model, inputs, {**options, "max_new_tokens": WARM_UP_TOKENS}, speculate)
     options["max_new_tokens"] = args.max_new_tokens
     answer = _print_answer(model, processor, inputs, options)
-    tau = "" if answer.tau is None else f", τ {answer.tau:.2f} draft tokens accepted a round"
-    print(f"{model.draft.method} {_speed(answer)}{tau} ({dtype_name(model)})")
+    print(f"{model.draft.method} {_speed(answer)}{_rounds(answer)} ({dtype_name(model)})")
     if args.compare:
         plain = _answer(model, inputs, options, speculate=False)
         print(f"baseline {_speed(plain)}")
@@ -94,18 +104,12 @@ def _make_parser() -> Parser:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
     add("--max-new-tokens", type=count, default=512, help="most tokens of the answer")
-    add(
-        "--total-token",
-        type=tree_size,
-        help="nodes of the draft tree, its root included; -1 measures which tree is fastest, depth and top-k too",
-    )
-    add("--depth", type=int, help="expansions of the tree after its first level")
-    add("--top-k", type=count, help="nodes expanded a level of the tree")
+    add_tree_flags(parser, AUTO)
     parser.add_hardware(dtype=None)
     return parser
 
 
-def _pair(args: argparse.Namespace) -> tuple[str, str | None, dict[str, int], str]:
+def _pair(args: argparse.Namespace) -> tuple[str, str | None, Tree | str, str]:
     """Paths of target and draft head (none for lookup), the tree, and the dtype."""
     base, spec = args.base_model_path, args.spec_model_path
     if args.method == "lookup":
@@ -113,14 +117,12 @@ def _pair(args: argparse.Namespace) -> tuple[str, str | None, dict[str, int], st
             raise UserError(f"--spec-model-path {spec}: --method lookup has no draft head")
     elif (base is None) != (spec is None):
         raise UserError("--base-model-path and --spec-model-path belong together, found only one of them")
-    tree = {"total_token": args.total_token, "depth": args.depth, "top_k": args.top_k}
-    dtype = args.dtype or "auto"
+    dtype, shape = args.dtype or "auto", Models.tree
     if base is None:
         base, spec = embedded.require_weights()
         spec = None if args.method == "lookup" else spec
-        tree = {name: embedded.TREE[name] if value is None else value for name, value in tree.items()}
-        dtype = args.dtype or embedded.DTYPE
-    return base, spec, tree, dtype
+        dtype, shape = args.dtype or embedded.DTYPE, tuple(embedded.TREE.values())
+    return base, spec, asked_tree(args, shape, AUTO), dtype
 
 
 def _read_image(path: str) -> "Image.Image":
@@ -132,13 +134,10 @@ def _read_image(path: str) -> "Image.Image":
         raise UserError(f"--image {path}: cannot be read as a picture ({type(error).__name__}: {error})") from None
 
 
-def _check_options(args: argparse.Namespace, tree: Mapping[str, int | None]) -> None:
-    """What is wrong is said before minutes of loading."""
-    from vispec.model.acceptance import Sampling
-    from vispec.model.tree import TreeShape
+def _check_sampling(args: argparse.Namespace) -> None:
+    from vispec.model.sampling import Sampling
 
     Sampling(args.temperature, args.top_p)
-    TreeShape(**{name: value for name, value in tree.items() if value is not None})
 
 
 def _print_answer(model: "SpecModel", processor, inputs: Mapping, options: dict) -> Streamed:
@@ -165,7 +164,7 @@ def _answer(
 ) -> Streamed:
     """Stream an answer; only the time until each round's tokens are there counts."""
     rounds = model.stream(**inputs, **options, speculate=speculate)
-    answer = Streamed([], [], 0.0)
+    answer = Streamed([], [], 0, 0.0)
     first = True
     while True:
         start = time.perf_counter()
@@ -174,8 +173,10 @@ def _answer(
         if step is None:
             return answer
         answer.token_ids += step.token_ids
-        if not first and speculate:
+        if step.accepted is not None:
             answer.accepted.append(step.accepted)
+        elif not first:
+            answer.plain_steps += 1
         first = False
         if on_round is not None:
             on_round(step.token_ids, step.drafted)
@@ -183,6 +184,12 @@ def _answer(
 
 def _speed(answer: Streamed) -> str:
     return f"{answer.tokens_per_second:.1f} tokens/s ({len(answer.token_ids)} tokens in {answer.seconds:.2f} s)"
+
+
+def _rounds(answer: Streamed) -> str:
+    """What the draft brought."""
+    tau = "" if answer.tau is None else f", τ {answer.tau:.2f} draft tokens accepted a round"
+    return tau + (f", {answer.plain_steps} plain steps without a draft" if answer.plain_steps else "")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ cp -r "$TARGET" "$WEIGHTS.new/target"
 $PYTHON - "$WORK/stage2/state_8" "$WEIGHTS.new/draft" <<'END'
 import sys
 import torch
-from vispec.model.checkpoints import load_draft, save_draft
+from vispec.model.drafts import load_draft
+from vispec.model.drafts.checkpoints import save_draft
 save_draft(load_draft(sys.argv[1], dtype=torch.bfloat16), sys.argv[2])
 END
 $PYTHON -m vispec.demo.ship_questions --out "$WEIGHTS.new/questions"

@@ -1,4 +1,4 @@
-"""The demo's run: the shipped VLM answers questions about unseen scenes, both arms in turn."""
+"""The demo's run: the shipped VLM answers questions about unseen scenes, all arms in turn."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ KINDS = (
 """Kinds of questions, in the order in which they are asked."""
 
 MAX_NEW_TOKENS = 300
-ARMS: tuple[Kind, ...] = ("baseline", "spec")
+ARMS: tuple[Kind, ...] = ("baseline", "spec", "generate")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reply:
-    """Both arms' answers to a question, once for every repetition."""
+    """All arms' answers to a question, once for every repetition."""
 
     question: Asked
     answers: Mapping[Kind, list[Answer]]
@@ -58,6 +58,9 @@ class Result:
     replies: list[Reply]
     repetitions: int
     comparison: Comparison
+    """ViSpec beside our own plain loop."""
+    over_generate: Comparison
+    """ViSpec beside transformers' generate() on the same target."""
 
 
 def questions(count: int, first: int = 0) -> list[Asked]:
@@ -76,7 +79,7 @@ def run(
     budget: float,
     on_reply: Callable[[int, Reply], None] | None = None,
 ) -> Result:
-    """Answer all questions by both arms, in turn question by question, greedily.
+    """Answer all questions by all arms, in turn question by question, greedily.
 
     Args:
         repetitions: at most this many; the medians of their times count.
@@ -98,13 +101,17 @@ def run(
     arms = [Arm(kind, model, kind) for kind in ARMS]
     found = interleave(arms, inputs, generation, repetitions, budget=budget, on_prompt=on_prompt)
     replies = [reply(index, {arm: answers[index] for arm, answers in found.items()}) for index in range(len(asked))]
-    measured = [{i: [reply.measured(arm)] for i, reply in enumerate(replies)} for arm in ARMS]
-    return Result(dtype, replies, len(found["spec"][0]), compare(*measured))
+    return Result(dtype, replies, len(found["spec"][0]), _beside(replies, "baseline"), _beside(replies, "generate"))
 
 
 def one_reply(reply: Reply) -> Comparison:
-    """The arms compared on a single question."""
-    return compare(*({0: [reply.measured(arm)]} for arm in ARMS))
+    """ViSpec beside plain decoding on a single question."""
+    return _beside([reply], "baseline")
+
+
+def _beside(replies: list[Reply], other: Kind) -> Comparison:
+    """ViSpec beside another arm."""
+    return compare(*({i: [reply.measured(arm)] for i, reply in enumerate(replies)} for arm in (other, "spec")))
 
 
 def _question(index: int) -> Asked:

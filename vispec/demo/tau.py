@@ -33,9 +33,9 @@ def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tok
     Returns:
         `tau`, the mean of all acceptance lengths; `rounds`, how many; `answers`, a digest of all output ids.
     """
-    from vispec import SpecModel
+    from vispec.model.tree import TreeShape
 
-    arm = SpecModel(model.target.model, draft, *tree)
+    arm = model.with_tree(TreeShape(*tree), draft)
     generation = Generation(temperature=0.0, max_new_tokens=max_new_tokens)
     answers = [answer_question(arm, prompt, "spec", generation) for prompt in inputs]
     lengths = [length for answer in answers for length in answer.acceptance_lengths]
@@ -45,7 +45,7 @@ def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tok
 
 def weights_digest(folder: Path) -> str:
     """What tells the weights of a checkpoint from those of another one of the same name."""
-    from vispec.model.checkpoints import SAFETENSORS
+    from vispec.model.drafts.checkpoints import SAFETENSORS
 
     path = folder / SAFETENSORS
     if not path.is_file():
@@ -58,10 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default=str(embedded.TARGET), help="a target of the demo's world (default: the shipped one)")
     add("--drafts", nargs="+", default=[str(embedded.DRAFT)], metavar="DIR", help="(default: the shipped one)")
-    add("--trees", nargs="+", type=parse_tree, default=[parse_tree(tree) for tree in TREES], metavar="N/d/k")
+    add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help=f"(default: {' '.join(TREES)})")
     add("--questions", type=count, default=QUESTIONS, help="(default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="keeps what is measured; the same command goes on where it stopped")
     args = parser.parse_args(argv)
+    args.trees = args.trees or [parse_tree(tree) for tree in TREES]
     settings = {"model": args.model, "questions": args.questions}
     heads = _begun(args.json, settings)
     wanted = {folder: weights_digest(Path(folder)) for folder in args.drafts}
@@ -90,7 +91,7 @@ def _measured(args, missing: list[tuple[str, Tree]]):
     from tqdm import tqdm
 
     from vispec.demo.runner import MAX_NEW_TOKENS, questions
-    from vispec.model.checkpoints import load_draft
+    from vispec.model.drafts import load_draft
     from vispec.prompts import build_inputs, load_processor, user_turn
 
     quiet_transformers()

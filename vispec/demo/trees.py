@@ -2,8 +2,9 @@
 
 python -m vispec.demo.trees [--trees 8/3/3 12/3/4 …] [--draft DIR]
 
-All arms, the plain baseline among them, take turns question by question; the medians of several repetitions count. A
-larger tree has more tokens accepted in a round, and a round that takes longer: a row shows both, and what comes of it.
+All arms, plain decoding and transformers' generate() among them, take turns question by question; the medians of
+several repetitions count. A larger tree has more tokens accepted in a round, and a round that takes longer: a row shows
+both, and what comes of it.
 A tree is chosen here, and reported on the first questions, those of the demo: no question does both.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli, whole
-from vispec.evaluation.comparison import compare, round_in_steps
+from vispec.evaluation.comparison import RATIOS, compare, round_in_steps
 from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Answer, Arm, Generation, interleave, typical
 from vispec.files import write_json_atomic
@@ -31,37 +32,41 @@ class Row:
     round_in_steps: float
     """Time of a round over the time of a plain step, both without prefill."""
     speedup: float
-    """Prefill included."""
+    """Over our own plain loop, prefill included."""
+    speedup_over_generate: float
+    """Over transformers' generate() on the same target, prefill included."""
     outputs_identical: bool
 
 
 def measure(model, trees: list[Tree], inputs: list[dict], repetitions: int, max_new_tokens: int) -> list[Row]:
-    """Answer every prompt by the baseline and with every tree, in turn.
+    """Answer every prompt by the baseline, by generate() and with every tree, in turn.
 
     Args:
         model: a `SpecModel` with a draft head; its own tree is not used.
         inputs: what the processor returned for each prompt.
     """
-    from vispec import SpecModel
+    from vispec.model.tree import TreeShape
 
-    arms = [Arm("baseline", model, "baseline")]
+    arms = [Arm("baseline", model, "baseline"), Arm("generate", model, "generate")]
     for tree in dict.fromkeys(trees):
-        arms.append(Arm("/".join(map(str, tree)), SpecModel(model.target.model, model.draft, *tree), "spec"))
+        shape = TreeShape(*tree)
+        arms.append(Arm(str(shape), model.with_tree(shape), "spec"))
     found = interleave(arms, inputs, Generation(temperature=0.0, max_new_tokens=max_new_tokens), repetitions)
     answers = {arm: [typical(repeated) for repeated in of_prompts] for arm, of_prompts in found.items()}
-    baseline = answers.pop("baseline")
-    return [_row(tree, baseline, spec) for tree, spec in answers.items()]
+    baseline, generate = answers.pop("baseline"), answers.pop("generate")
+    return [_row(tree, baseline, generate, spec) for tree, spec in answers.items()]
 
 
-def _row(tree: str, baseline: list[Answer], spec: list[Answer]) -> Row:
-    comparison = compare(*({i: [answer] for i, answer in enumerate(arm)} for arm in (baseline, spec)))
-    return Row(tree, comparison.tau, round_in_steps(baseline, spec), comparison.speedup, comparison.outputs_identical)
+def _row(tree: str, baseline: list[Answer], generate: list[Answer], spec: list[Answer]) -> Row:
+    plain, theirs, ours = (dict(enumerate([answer] for answer in arm)) for arm in (baseline, generate, spec))
+    found, over = compare(plain, ours), compare(theirs, ours).speedup
+    return Row(tree, found.tau, round_in_steps(baseline, spec), found.speedup, over, found.outputs_identical)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m vispec.demo.trees", description="Tree sizes compared on unseen scenes.")
     add = parser.add_argument
-    add("--trees", nargs="+", type=parse_tree, default=[parse_tree(tree) for tree in TREES], metavar="N/d/k")
+    add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help=f"(default: {' '.join(TREES)})")
     add("--draft", help="another draft head for the embedded target (default: the shipped one)")
     add("--questions", type=count, default=QUESTIONS, help="(default: %(default)s)")
     add("--first-question", type=whole, default=FIRST_QUESTION, help="0: the demo's own (default: %(default)s)")
@@ -69,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=DTYPES[1:], default=embedded.DTYPE, help="(default: %(default)s)")
     add("--json", metavar="FILE", help="write the rows and what made them")
     args = parser.parse_args(argv)
+    args.trees = args.trees or [parse_tree(tree) for tree in TREES]
     from vispec.demo.runner import MAX_NEW_TOKENS, questions
     from vispec.prompts import build_inputs, load_processor, user_turn
 
@@ -79,10 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     asked = questions(args.questions, args.first_question)
     inputs = [build_inputs(processor, [user_turn(one.text, one.image)]) for one in asked]
     rows = measure(model, args.trees, inputs, args.repetitions, MAX_NEW_TOKENS)
-    print("| tree | τ | a round in plain steps | speedup | outputs identical |\n|---|---|---|---|---|")
+    print("| tree | τ | a round in plain steps | x plain | x generate | outputs identical |\n|---|---|---|---|---|---|")
     for row in rows:
         same = "yes" if row.outputs_identical else "no"
-        print(f"| {row.tree} | {row.tau:.2f} | {row.round_in_steps:.2f} | {row.speedup:.2f} | {same} |")
+        ratios = f"{row.speedup:.2f} | {row.speedup_over_generate:.2f}"
+        print(f"| {row.tree} | {row.tau:.2f} | {row.round_in_steps:.2f} | {ratios} | {same} |")
+    print(RATIOS)
     if args.json:
         write_json_atomic(args.json, {"rows": [vars(row) for row in rows], "provenance": provenance(args)})
     return 0

@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from vispec.cli import UserError, one_line
 from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import Models, load_models, loaded_settings, quiet_transformers, weights_sha256
+from vispec.evaluation.loading import (
+    Models,
+    Tree,
+    as_noted,
+    load_models,
+    loaded_settings,
+    quiet_transformers,
+    weights_sha256,
+)
 from vispec.evaluation.lossless import RERUN_FAILS
-from vispec.evaluation.measure import Answer, Generation, answer_question, in_turn
+from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.text import answer_text
 from vispec.prompts import UNREADABLE, build_inputs, load_processor
+from vispec.timing import in_turn
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -28,7 +37,7 @@ if TYPE_CHECKING:
 WARM_UPS = 3
 """Answers that each series gives to its first question before they count."""
 TUNED_ON = 3
-"""Questions on which `--total-token -1` measures trees."""
+"""Questions on which `--tree tune` measures trees."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +154,15 @@ class Answerer:
                     self._measure(series, inputs)
                 self._warm.add(series)
         for series in ask.series:
-            answers: list[tuple[Answer, str]] = []
+            answers: list[tuple[Answer, str, str]] = []
             for seed in range(series.num_choices):
                 answer = self._measure(series, inputs, seed)
-                answers.append((answer, answer_text(processor.tokenizer, answer.output_ids)))
+                text = answer_text(processor.tokenizer, answer.output_ids)
+                answers.append((answer, text, self._models[series.method].captured))
             yield Answered(series, answer_line(question.question_id, series.model_id, series.method, answers))
 
-    def tune(self, series: Series, questions: Sequence[Question]) -> list[int]:
-        """Measure on the first questions which tree is the fastest; the series answers with it from now on.
-
-        Returns:
-            total_token, depth and top_k.
-        """
+    def tune(self, series: Series, questions: Sequence[Question]) -> Tree:
+        """Measure on the first questions which tree is the fastest; the series' method answers by it from now on."""
         model, processor = self._models[series.method], self._processor(series)
         prompts = []
         for question in questions:
@@ -169,7 +175,7 @@ class Answerer:
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
                 prompts.append(inputs)
         shape = model.tune(prompts).shape
-        return [shape.total_token, shape.depth, shape.top_k]
+        return shape.total_token, shape.depth, shape.top_k
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""
@@ -247,7 +253,7 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
     if models.dtype != "auto":
         settings["dtype"] = models.dtype
     if series.method != "baseline":
-        settings["asked_tree"] = list(models.tree)  # what a draft can fill of it may be less
+        settings["asked_tree"] = as_noted(models.tree_of(series.method))  # what a draft can fill of it may be less
         draft = models.drafts[series.method]
         if draft is not None:
             settings["spec_model"] = _absolute(draft)

@@ -1,9 +1,10 @@
 """Answer files: one JSON line a question, appended as they come, with the settings that made them beside.
 
 A line has question_id, answer_id, model_id, tstamp (Unix seconds), method and choices, one for each time the question
-was answered. A choice has index (also its seed), acceptance_length (accepted draft tokens of each round, speculative
-methods only), and with one entry for each of the question's turns: turns (text), output_ids, idxs (0-based index of the
-last round), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds after the target's prefill).
+was answered. A choice has index (also its seed), captured (whether steps ran in CUDA graphs: all, some or none; older
+files lack it), acceptance_length (accepted draft tokens of each round with a draft, speculative methods only), and with
+one entry for each of the question's turns: turns (text), output_ids, idxs (0-based index of the last step, with a draft
+or without one), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds after the target's prefill).
 """
 
 import fcntl
@@ -163,15 +164,15 @@ def read_lines(path: Path) -> tuple[dict[int | str, dict], bool]:
     return lines, bool(tail)
 
 
-def answer_line(question_id: int | str, model_id: str, method: str, answers: list[tuple[Answer, str]]) -> dict:
-    """The file's line for a question: (answer, its text) of every choice, in order."""
+def answer_line(question_id: int | str, model_id: str, method: str, answers: list[tuple[Answer, str, str]]) -> dict:
+    """The file's line for a question: (answer, its text, whether its steps were captured) of every choice, in order."""
     return {
         "question_id": question_id,
         "answer_id": uuid.uuid4().hex,
         "model_id": model_id,
         "tstamp": time.time(),
         "method": method,
-        "choices": [_choice(index, answer, text, method) for index, (answer, text) in enumerate(answers)],
+        "choices": [_choice(index, *answer, method) for index, answer in enumerate(answers)],
     }
 
 
@@ -223,7 +224,7 @@ def _locked(lock: Path) -> int | None:
         os.close(handle)
 
 
-def _choice(index: int, answer: Answer, text: str, method: str) -> dict[str, Any]:
+def _choice(index: int, answer: Answer, text: str, captured: str, method: str) -> dict[str, Any]:
     choice = {
         "index": index,
         "turns": [text],
@@ -232,6 +233,7 @@ def _choice(index: int, answer: Answer, text: str, method: str) -> dict[str, Any
         "new_tokens": [len(answer.output_ids)],
         "wall_time": [answer.wall_time],
         "decode_time": [answer.decode_time],
+        "captured": captured,
     }
     if method != "baseline":
         choice["acceptance_length"] = answer.acceptance_lengths

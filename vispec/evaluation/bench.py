@@ -6,8 +6,9 @@ python -m vispec.evaluation.bench --base-model-path BASE --spec-model-path DRAFT
 
 The prompt is text of random token ids. All arms (our baseline, transformers' generate, a round with every tree) take
 turns; medians count. A floor is bytes over the bandwidth of a large copy or operations over the rate of a large matrix
-product, whichever is longer, both measured first. What a speedup would be at a given τ is projected from these times;
-only for the embedded pair τ is measured too, on questions about scenes that it has not seen.
+product, whichever is longer, both measured first. What the speedups over our baseline and over generate would be at a
+given τ is projected from these times; only for the embedded pair τ is measured too, on questions about scenes that it
+has not seen.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
 from vispec.evaluation import bench_report
 from vispec.evaluation.comparison import compare
 from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
-from vispec.evaluation.measure import Arm, Generation, in_turn, interleave, typical
+from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.evaluation.published import AVERAGE, published
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.evaluation.roofline import Rates, measure_rates
@@ -36,17 +37,16 @@ from vispec.evaluation.round_times import (
     Run,
     drafted_tokens,
     most_new_tokens,
-    replayed_parts,
+    part_times,
     round_passes,
     run,
     run_generate,
     tree_building_times,
     verification_times,
-    watched_parts,
-    watched_run,
 )
 from vispec.files import write_atomic, write_json_atomic
 from vispec.prompts import build_inputs, image_file, load_processor, user_turn
+from vispec.timing import in_turn
 
 VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens whose verification is timed."""
@@ -175,18 +175,15 @@ def random_prompt(model, length: int, depth: int):
 
 def spec_arms(model, trees: list[Tree]) -> dict:
     """A `SpecModel` for every tree; where the head has a draft vocabulary, each tree first without and then with it."""
-    from vispec import SpecModel
+    from vispec.model.tree import TreeShape
 
-    heads = {"": model.draft}
+    shapes = [TreeShape(*tree) for tree in trees]
+    heads = {"": model}
     if model.draft.draft_vocab is not None:
         everything = copy.copy(model.draft)  # the same layers
         everything.draft_vocab = None
-        heads = {"": everything, f" of {len(model.draft.draft_vocab)} tokens": model.draft}
-    return {
-        "/".join(map(str, tree)) + name: SpecModel(model.target.model, head, *tree)
-        for tree in trees
-        for name, head in heads.items()
-    }
+        heads = {"": model.with_tree(shapes[0], everything), f" of {len(model.draft.draft_vocab)} tokens": model}
+    return {f"{shape}{name}": arm.with_tree(shape) for shape in shapes for name, arm in heads.items()}
 
 
 def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
@@ -198,17 +195,13 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
     baseline: list[Run] = []
     generate: list[Run] = []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
-    watched: dict[str, list[Run]] = {name: [] for name in arms}
     work = [(baseline, partial(run, model, ids, speculate=False)), (generate, partial(run_generate, model, ids))]
     for name, arm in arms.items():
+        arm.warmup(ids.shape[1], most_new_tokens(arm.shape.levels))
         work.append((spec[name], partial(run, arm, ids, speculate=True)))
-        work.append((watched[name], partial(watched_run, arm, ids, costs[name])))
-    captured = [arm.target.can_capture for arm in arms.values()]
     for number in tqdm(range(1 + repeats), desc="all arms", unit="time"):
         for runs, one_run in in_turn(work, number):
             runs.append(one_run())
-    if [arm.target.can_capture for arm in arms.values()] != captured:
-        raise UserError("a capture failed on the way, so times of steps with and without CUDA graphs would be mixed")
     step, theirs = median_round(baseline), median_round(generate)
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
     any_costs = next(iter(costs.values()))
@@ -228,40 +221,38 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
         },
         "trees": {
             name: {
-                **round_parts(arm, ids, costs[name], rates, spec[name], watched[name][1:], repeats),
+                **round_parts(arm, ids, costs[name], rates, median_round(spec[name]), repeats),
                 "round_in_plain_steps": median_round(spec[name]) / step,
             }
             for name, arm in arms.items()
         },
         # last, when everything has been tried
-        "captured": all(arm.target.can_capture for arm in arms.values()),
+        "captured": next((arm.captured for arm in arms.values() if arm.captured == "some"), model.captured),
     }
 
 
-def round_parts(model, ids, costs: PassCosts, rates: Rates, runs: list[Run], watched: list[Run], repeats: int) -> dict:
-    """A round with one tree, part by part."""
-    captured = model.target.can_capture
+def round_parts(model, ids, costs: PassCosts, rates: Rates, seconds: float, repeats: int) -> dict:
+    """A round with one tree, which takes so many seconds, part by part."""
     tree = median(tree_building_times(model, repeats))
     logits = (1 + model.shape.depth * model.shape.top_k) * drafted_tokens(model)
-    found = replayed_parts(model, ids, repeats) if captured else watched_parts(watched, costs)
     parts = []
-    for (part, rows), (number, seconds) in sorted(found.items(), key=lambda item: by_order(item[0])):
+    for (part, rows), (number, taken) in sorted(part_times(model, ids, repeats).items(), key=lambda e: by_order(e[0])):
         floor = number * rates.floor(costs.of(part, rows))
-        parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(seconds, floor)})
-    # modules, or the two steps of a round where these are captured
-    rounds = [(total, sum(one.seconds for one in passes)) for run in watched for total, passes in run.rounds]
+        parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(taken, floor)})
     drafted = sum(part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD))
     floor = sum(number * rates.floor(costs.of(part, rows)) for number, part, rows in round_passes(model.shape))
+    known = sum(part["seconds"] for part in parts)
+    busy = known + tree if model.target.can_capture else None
     return {
-        "round": beside_floor(median_round(runs), floor),
+        "round": beside_floor(seconds, floor),
         "parts": parts,
         "tree_building": beside_floor(tree, logits * model.target.lm_head.weight.element_size() / rates.bandwidth),
         "draft_bytes": {part: costs.of(part, 1).bytes for part in (DRAFT_LAYER, DRAFT_HEAD)},
         "draft_cache": draft_cache(model, ids.shape[1]),
         "draft_module_seconds": drafted,
         "draft_seconds": drafted + tree,
-        "everything_else_share": median(1 - seconds / total for total, seconds in rounds),
-        "device_busy_seconds": median(seconds for _, seconds in rounds) if captured else None,
+        "everything_else_share": 1 - (known if busy is None else busy) / seconds,
+        "device_busy_seconds": busy,
     }
 
 
@@ -271,37 +262,44 @@ def draft_cache(model, length: int) -> dict:
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
     images = [(length + i * length, length + (i + 1) * length) for i in range(IMAGES)]
     tokens = {"text": (length, []), "with_images": ((1 + IMAGES) * length, images)}
-    held = {kind: (prompt, model.draft.held(prompt, spans)) for kind, (prompt, spans) in tokens.items()}
+    held = {kind: int(model.draft.plan([prompt], [spans]).lengths) for kind, (prompt, spans) in tokens.items()}
     return {
         "bytes_a_token": token_bytes,
         **{
-            kind: {"prompt_tokens": prompt, "held": count, "bytes": count * token_bytes}
-            for kind, (prompt, count) in held.items()
+            kind: {"prompt_tokens": tokens[kind][0], "held": count, "bytes": count * token_bytes}
+            for kind, count in held.items()
         },
     }
 
 
 def projection(result: dict, row: dict, tau: float, kind: str) -> dict:
     """Speed at a mean of `tau` accepted draft tokens a round: a round adds one more token, the target's own."""
-    round_seconds = row["round"]["seconds"]
+    tokens_per_second = (tau + 1) / row["round"]["seconds"]
     return {
         "tau": tau,
         "kind": kind,
-        "tokens_per_second": (tau + 1) / round_seconds,
-        "speedup": (tau + 1) * result["plain_step"]["seconds"] / round_seconds,
+        "tokens_per_second": tokens_per_second,
+        "speedup": tokens_per_second * result["plain_step"]["seconds"],
+        "speedup_over_generate": tokens_per_second * result["transformers_step"]["seconds"],
     }
 
 
 def measured_answers(model, arms: dict, repeats: int) -> dict[str, dict]:
-    """The baseline and every arm answer the embedded questions, in turn: what speed and τ really are."""
+    """The baselines and every arm answer the embedded questions, in turn: what speed and τ really are."""
     processor = load_processor(str(embedded.TARGET))
     inputs = [
         build_inputs(processor, [user_turn(text, image_file(picture))]) for picture, text in embedded.questions()
     ]
-    all_arms = [Arm("baseline", model, "baseline"), *(Arm(name, arm, "spec") for name, arm in arms.items())]
+    baselines = [Arm("baseline", model, "baseline"), Arm("generate", model, "generate")]
+    all_arms = [*baselines, *(Arm(name, arm, "spec") for name, arm in arms.items())]
     found = interleave(all_arms, inputs, Generation(0.0, ANSWER_TOKENS), repeats, warm_up_tokens=None)
     answers = {arm: {i: [typical(repeated)] for i, repeated in enumerate(found[arm])} for arm in found}
-    return {name: asdict(compare(answers["baseline"], answers[name])) for name in arms}
+    measured = {}
+    for name in arms:
+        ours, generates = (asdict(compare(answers[one.name], answers[name])) for one in baselines)
+        ratios = {f"{ratio}_over_generate": generates[ratio] for ratio in ("speedup", "decode_speedup")}
+        measured[name] = {**ours, **ratios}
+    return measured
 
 
 def beside_floor(seconds: float, floor: float) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The report of `vispec.evaluation.bench` as text."""
 
+from vispec.evaluation.comparison import RATIOS
 from vispec.evaluation.round_times import DRAFT_HEAD, DRAFT_LAYER
 
 
@@ -13,6 +14,7 @@ def text(result: dict) -> str:
             share = row["draft_seconds"] / everything["draft_seconds"]
             lines.append(f"the draft takes {share:.2f} of what it takes over all tokens")
         lines += ["", *_speeds(tree, row)]
+    lines += ["", RATIOS]
     return "\n".join(lines)
 
 
@@ -68,33 +70,36 @@ def _tree(tree: str, row: dict, context: int) -> list[str]:
     share = _percent(row["everything_else_share"])
     if row["device_busy_seconds"] is None:
         lines.append(
-            f"everything but the target's decoder, output heads and draft layer (so tree building is in it): {share} "
+            f"everything but these passes (so tree building is in it): {share} "
             f"of a round after a prompt of {context} tokens"
         )
     else:
         busy = _ms(row["device_busy_seconds"])
         lines.append(
-            f"CUDA graphs: after a prompt of {context} tokens the device works {busy} ms of a round, the rest is the "
-            f"host's: {share} of a round; parts were captured and replayed one by one"
+            f"CUDA graphs: after a prompt of {context} tokens these parts, captured and replayed one by one, take "
+            f"{busy} ms of a round; the rest is the host's and the kept path's: {share} of a round"
         )
     return lines
 
 
 def _speeds(tree: str, row: dict) -> list[str]:
-    lines = [f"{tree + ' at tau':<24}{'tokens/s':>10}{'speedup':>10}"]
+    lines = [f"{tree + ' at tau':<24}{'tokens/s':>10}{'x plain':>10}{'x generate':>12}"]
     for found in row["projected"]:
-        speeds = f"{found['tokens_per_second']:>10.1f}{found['speedup']:>10.2f}"
-        lines.append(f"{found['tau']:<24.2f}{speeds}  {found['kind']}")
+        lines.append(_speed(found["tau"], found["tokens_per_second"], found, "speedup") + f"  {found['kind']}")
         if "published_speedup" in found:
             lines[-1] += f" (published: {found['published_speedup']:.2f} over the authors' loop)"
     answers = row["measured"]
     if answers:
         lines.append(
-            f"{answers['tau']:<24.2f}{answers['spec']['decode_tokens_per_second']:>10.1f}"
-            f"{answers['decode_speedup']:>10.2f}  measured on {answers['questions']} questions "
-            f"({answers['speedup']:.2f} with prefill; {answers['identical_questions']} outputs identical)"
+            _speed(answers["tau"], answers["spec"]["decode_tokens_per_second"], answers, "decode_speedup")
+            + f"  measured on {answers['questions']} questions (with prefill {answers['speedup']:.2f} x plain, "
+            f"{answers['speedup_over_generate']:.2f} x generate; {answers['identical_questions']} outputs identical)"
         )
     return lines
+
+
+def _speed(tau: float, tokens_per_second: float, found: dict, ratio: str) -> str:
+    return f"{tau:<24.2f}{tokens_per_second:>10.1f}{found[ratio]:>10.2f}{found[f'{ratio}_over_generate']:>12.2f}"
 
 
 def _timed(name: str, found: dict) -> str:

@@ -4,7 +4,7 @@ The speed of an arm is the mean over questions of new tokens / wall time (second
 counted over the questions that both arms have answered; the speedup is the ratio of the two. The decode-only measure is
 the same over the tokens after the first one, which the prefill gives, and the time after the target's prefill. Tau is
 the mean of all acceptance lengths: draft tokens accepted in a round, without the token that the target adds (EAGLE
-counts it: tau + 1).
+counts it: tau + 1). An arm whose trees are chosen while it answers takes plain steps too, which are no rounds.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -22,6 +22,11 @@ COMPARABLE = (
 """Settings that two arms must share."""
 
 TAU_CONVENTION = "mean draft tokens accepted a round, the target's own token not counted (EAGLE's tau is this + 1)"
+
+RATIOS = (
+    "x plain is the ratio of tokens/s to those of our own plain loop, x generate that to those of transformers' "
+    "generate() on the same target."
+)
 
 Answers = Mapping[Hashable, Sequence[Answer]]
 """All answers to each question."""
@@ -47,6 +52,9 @@ class Comparison:
     decode_speedup: float | None
     tau: float | None
     rounds: int
+    """Of the speculative arm, with a draft."""
+    plain_steps: int
+    """Of the speculative arm, without one."""
     baseline: ArmSpeed
     spec: ArmSpeed
     identical_questions: int
@@ -67,7 +75,8 @@ def compare(baseline: Answers, spec: Answers) -> Comparison:
     if not shared:
         raise UserError("the two arms have no question in common")
     speeds = [arm_speed([arm[question] for question in shared]) for arm in (baseline, spec)]
-    lengths = [n for question in shared for answer in spec[question] for n in answer.acceptance_lengths]
+    ours = [answer for question in shared for answer in spec[question]]
+    lengths = [n for answer in ours for n in answer.acceptance_lengths]
     decode = [speed.decode_tokens_per_second for speed in speeds]
     return Comparison(
         questions=len(shared),
@@ -75,6 +84,7 @@ def compare(baseline: Answers, spec: Answers) -> Comparison:
         decode_speedup=decode[1] / decode[0] if all(decode) else None,
         tau=fmean(lengths) if lengths else None,
         rounds=len(lengths),
+        plain_steps=sum(answer.last_round + 1 for answer in ours) - len(lengths),
         baseline=speeds[0],
         spec=speeds[1],
         identical_questions=sum(_ids(baseline[question]) == _ids(spec[question]) for question in shared),
@@ -105,9 +115,13 @@ def decode_speed(answers: Sequence[Answer]) -> float | None:
 
 
 def round_in_steps(baseline: Sequence[Answer], spec: Sequence[Answer]) -> float | None:
-    """Time of a draft round over the time of a plain step, both without prefill; None where an arm decoded nothing."""
+    """Time of a draft round over the time of a plain step, both without prefill; None where nothing tells them.
+
+    An answer with plain steps among its rounds does not say what a round took, so it is not counted.
+    """
+    drafted = [answer for answer in spec if len(answer.acceptance_lengths) > answer.last_round]
     times = []
-    for answers in (baseline, spec):
+    for answers in (baseline, drafted):
         rounds = sum(answer.last_round + 1 for answer in answers)
         times.append(sum(answer.decode_time for answer in answers) / rounds if rounds else 0.0)
     step, round_ = times

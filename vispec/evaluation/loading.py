@@ -12,6 +12,10 @@ from vispec.cli import device_name
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
+    from vispec.model.tree import TreeShape
+
+AUTO, TUNE = "auto", "tune"
+"""As `vispec.model.spec_model` has them, which takes seconds to import."""
 
 Tree = tuple[int, int, int]
 """total_token, depth, top_k."""
@@ -24,7 +28,8 @@ class Models:
     base_model_path: str
     drafts: Mapping[str, str | None] = field(default_factory=dict)
     """Draft heads by method; None for lookup, which has none."""
-    tree: Tree = (30, 3, 8)
+    tree: Tree | str = (30, 3, 8)
+    """AUTO: chosen while answers are made; TUNE: to be measured, the default one until then."""
     num_q: int | None = None
     """Queries of a vision adaptor, checked against its weights; None takes what they have."""
     dtype: str = "auto"
@@ -32,29 +37,40 @@ class Models:
     device_map: str | None = None
     """transformers' device_map; None takes the first GPU, all of them if `gpus` > 1, or the CPU."""
     gpus: int = 1
+    tuned: Mapping[str, Tree] = field(default_factory=dict)
+    """By method, what stands in place of TUNE because earlier answers have it."""
 
-
-MEASURED = -1
-"""As --total-token: measure which tree is the fastest, see `SpecModel.tune`."""
-
-
-def tree_size(text: str) -> int:
-    """Nodes of a draft tree from 2 on, or MEASURED."""
-    value = int(text) if text.strip().lstrip("+-").isdigit() else 0
-    if value < 2 and value != MEASURED:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 2 on, or {MEASURED} to measure which tree is the fastest, found {text!r}"
-        )
-    return value
+    def tree_of(self, method: str) -> Tree | str:
+        return self.tuned.get(method, self.tree)
 
 
 def parse_tree(text: str) -> Tree:
     """A draft tree as command lines write it: total_token/depth/top_k."""
-    parts = text.split("/")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"expected total_token/depth/top_k such as 12/3/4, found {text!r}")
-    total_token, depth, top_k = map(int, parts)
-    return total_token, depth, top_k
+    from vispec.model.tree import TreeShape
+
+    try:
+        shape = TreeShape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return shape.total_token, shape.depth, shape.top_k
+
+
+def as_spec_model_takes(tree: Tree | str) -> "TreeShape | str | None":
+    """A tree as `SpecModel` takes it: the default one where it is still to be measured.
+
+    Raises:
+        ValueError: it has no such shape.
+    """
+    from vispec.model.tree import TreeShape
+
+    if tree == TUNE:
+        return None
+    return tree if isinstance(tree, str) else TreeShape(*tree)
+
+
+def as_noted(tree: Tree | str) -> list[int] | str:
+    """A tree as JSON gives it back."""
+    return tree if isinstance(tree, str) else list(tree)
 
 
 def load_model(
@@ -92,12 +108,11 @@ def load_model(
 def load_models(models: Models) -> dict[str, "SpecModel"]:
     """The baseline and every method of `models`, over one target."""
     from vispec import SpecModel
-    from vispec.model.checkpoints import find_draft, load_draft
-    from vispec.model.lookup import PromptLookup
-    from vispec.model.tree import TreeShape
+    from vispec.model.drafts import PromptLookup, load_draft
+    from vispec.model.drafts.checkpoints import find_draft
 
     # what is wrong is said before minutes of loading
-    TreeShape(*models.tree)
+    trees = {method: as_spec_model_takes(models.tree_of(method)) for method in models.drafts}
     for path in filter(None, models.drafts.values()):
         find_draft(path)
     plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
@@ -110,7 +125,7 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
             draft = load_draft(path, method, models.num_q, target.dtype, target.embed_tokens.weight).to(target.device)
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(models.base_model_path)
-        loaded[method] = SpecModel(target, draft, *models.tree)
+        loaded[method] = SpecModel(target, draft, tree=trees[method])
     return loaded
 
 
@@ -122,7 +137,7 @@ def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
 
     Returns:
         The target's dtype, device (name), device_type and number of devices; with a draft also tree (total_token,
-        depth, top_k), with a draft head draft_vocab (None where it proposes all tokens) and spec_model_sha256.
+        depth, top_k, or AUTO), with a draft head draft_vocab (None where it proposes all tokens) and spec_model_sha256.
     """
     devices = list(dict.fromkeys(model.target.devices))
     settings = {
@@ -132,7 +147,8 @@ def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
         "devices": len(devices),
     }
     if model.draft is not None:
-        settings["tree"] = [model.shape.total_token, model.shape.depth, model.shape.top_k]
+        shape = model.shape
+        settings["tree"] = AUTO if model.tree == AUTO else [shape.total_token, shape.depth, shape.top_k]
     if spec_model_path is not None:
         vocabulary = model.draft.draft_vocab
         settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)
@@ -142,7 +158,7 @@ def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
 
 def weights_sha256(spec_model_path: str) -> str | None:
     """Tells a draft head from a retrained one under the same name; None where there are no weights."""
-    from vispec.model.checkpoints import PICKLED, SAFETENSORS, find_file
+    from vispec.model.drafts.checkpoints import PICKLED, SAFETENSORS, find_file
 
     file = find_file(spec_model_path, SAFETENSORS) or find_file(spec_model_path, PICKLED)
     if file is None:

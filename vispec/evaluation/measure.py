@@ -1,26 +1,27 @@
 """The measurement: all arms answer through one function, with one clock and one count, and take turns in one way."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Literal, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal
+
+from vispec.timing import now, turns
 
 if TYPE_CHECKING:
     import torch
 
     from vispec.model.spec_model import SpecModel
 
-Kind = Literal["baseline", "spec"]
-"""How an arm decodes."""
+Kind = Literal["baseline", "spec", "generate"]
+"""How an arm decodes; "generate" is transformers' own greedy generate() on the same target."""
 
 WARM_UP_TOKENS = 16
 
-T = TypeVar("T")
-
 
 def is_greedy(temperature: float) -> bool:
-    """Whether the decoder takes the likeliest tokens at this temperature, as `vispec.model.acceptance` has it."""
+    """Whether the decoder takes the likeliest tokens at this temperature, as `vispec.model.sampling` has it."""
     return temperature <= 1e-5
 
 
@@ -69,6 +70,8 @@ def answer_question(
     """
     import torch
 
+    if kind == "generate":
+        return _answer_by_generate(model, inputs, generation)
     generate = model.specgenerate if kind == "spec" else model.baseline_generate
     if seed is not None:
         torch.manual_seed(seed)
@@ -87,30 +90,37 @@ def answer_question(
     return Answer(new_ids, last_round, wall_time, decode_time, accepted if kind == "spec" else [])
 
 
-def in_turn(arms: Sequence[T], number: int) -> list[T]:
-    """The order of the arms in their turn of this number: another one begins each time, so that none always does."""
-    first = number % len(arms)
-    return [*arms[first:], *arms[:first]]
+def _answer_by_generate(model: "SpecModel", inputs: Mapping, generation: Generation) -> Answer:
+    if not is_greedy(generation.temperature):
+        raise ValueError(f"generate() is an arm of greedy decoding only, found temperature {generation.temperature}")
+    start = now(model.device)
+    new_ids, at = generate_greedily(model, inputs, generation.max_new_tokens)
+    end = now(model.device)
+    return Answer(new_ids, len(new_ids) - 2, end - start, end - at[0], [])
 
 
-def turns(
-    arms: Sequence[T], prompts: int, repetitions: int, budget: float = float("inf")
-) -> Iterator[tuple[int, int, T]]:
-    """Who answers next: (repetition, prompt, arm), both counted from 0.
+def generate_greedily(model: "SpecModel", inputs: Mapping, max_new_tokens: int) -> tuple[list[int], list[float]]:
+    """Answer one prompt by transformers' own generate(): the new ids, and when each one came."""
+    at: list[float] = []
+    streamer = SimpleNamespace(put=lambda value: at.append(time.perf_counter()), end=lambda: None)
+    output = transformers_generate(model, inputs, max_new_tokens, streamer=streamer)
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), at[1:]  # the first call is the prompt
 
-    Every prompt is answered by all arms before the next one comes, so that a drifting machine hurts all alike.
 
-    Args:
-        budget: seconds; no repetition that would probably end later is begun, the first one always runs.
-    """
-    start = time.perf_counter()
-    for repetition in range(repetitions):
-        spent = time.perf_counter() - start
-        if repetition and spent + spent / repetition > budget:
-            return
-        for prompt in range(prompts):
-            for arm in in_turn(arms, repetition + prompt):
-                yield repetition, prompt, arm
+def transformers_generate(model: "SpecModel", inputs: Mapping, max_new_tokens: int, **options) -> "torch.Tensor":
+    """What the target's own generate() returns, greedily and without penalties, as our decoder answers."""
+    import torch
+
+    inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+    with torch.inference_mode():
+        return model.target.model.generate(
+            **{name: value.to(model.target.model.device) for name, value in inputs.items()},
+            do_sample=False,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
 
 
 def interleave(
@@ -163,12 +173,3 @@ def drafted_flags(answer: Answer) -> list[bool]:
     for accepted in answer.acceptance_lengths:
         flags += [True] * accepted + [False]
     return flags[: len(answer.output_ids)]
-
-
-def now(device: "torch.device") -> float:
-    """The clock, after all work that was given to the device."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from vispec.model.draft import BaseHead
-    from vispec.model.draft_config import DraftConfig
+    from vispec.model.drafts import BaseHead
+    from vispec.model.drafts.config import DraftConfig
 
 DRAFT_CONFIGS = Path(__file__).resolve().parent.parent / "train"
 
@@ -168,7 +168,7 @@ def target_config(sizes: Sizes) -> "PretrainedConfig":
 
 def draft_config(sizes: Sizes) -> "DraftConfig":
     """The draft head's config: the published one, or the sizes of the text decoder with a key for every head."""
-    from vispec.model.draft_config import DraftConfig
+    from vispec.model.drafts.config import DraftConfig
 
     if sizes.draft is not None:
         file = DRAFT_CONFIGS / sizes.draft
@@ -204,8 +204,8 @@ def build_draft(sizes: Sizes, target: "PreTrainedModel", draft_vocab: int | None
     """
     import torch
 
-    from vispec.model.checkpoints import build_head
-    from vispec.model.draft_vocab import DraftVocabulary
+    from vispec.model.drafts import build_head
+    from vispec.model.drafts.vocabulary import DraftVocabulary
 
     embedding = target.get_input_embeddings().weight
     head = build_head(draft_config(sizes), "vispec").to(embedding.dtype)

@@ -4,11 +4,12 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
 from vispec.evaluation.comparison import TAU_CONVENTION
+from vispec.evaluation.loading import AUTO
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
@@ -20,6 +21,7 @@ LEGEND = f"""\
 - τ: {TAU_CONVENTION}
 - 95 %: bootstrap interval over questions; (n): the average is over n benchmarks
 - round in steps: time of a draft round over that of a plain step, both without prefill
+- plain steps: share of the steps that had no draft; they are no rounds
 - identical: questions with the baseline's output ids, of those that both arms have answered
 - left out: questions that could not be asked: image unreadable, prompt too long, or actors died of it
 - the baseline's tokens/s are over all questions that it has answered"""
@@ -93,6 +95,7 @@ def _section(table: Table) -> str:
         parts += [_markdown([heads, *theirs], 2, widths)]
     if any(row.benchmarks for row in table.rows):
         parts += ["What is behind our numbers:", _markdown([heads, *behind], 2, widths)]
+    if any(row.histogram for row in table.rows):
         parts += ["Share of rounds with so many draft tokens accepted, in %:", _histograms(table)]
     return "\n\n".join([*parts, LEGEND])
 
@@ -102,7 +105,10 @@ def _described(row: Row) -> str:
     # of a folder, the end is enough for people; the whole path is in the JSON
     parts = [f"draft head {'/'.join(Path(head).parts[-2:])}"] if head else []
     parts += [f"draft vocabulary of {vocabulary.partition(',')[0]}"] if vocabulary else []
-    parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"] if tree else []
+    if tree == AUTO:
+        parts += [f"tree {AUTO}, chosen while it answers"]
+    elif tree:
+        parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"]
     return ", ".join(parts) or "no draft head"
 
 
@@ -136,6 +142,7 @@ def _behind(table: Table) -> list[list[str]]:
         lines += _left_out(table, row.method)
         lines.append(["", "decode-only", *map(_number, [*decode, average.value])])
         lines.append(["", "round in steps", *map(_number, rounds), ""])
+        lines += _plain_steps(cells)
         if is_greedy(table.temperature):
             identical = [cell.comparison.identical_questions if cell else None for cell in cells]
             lines.append(["", "identical", *map(_share, identical, map(_questions, cells)), ""])
@@ -145,6 +152,13 @@ def _behind(table: Table) -> list[list[str]]:
 def _left_out(table: Table, method: str) -> list[list[str]]:
     counts = table.left_out(method)
     return [["", "left out", *map(_count, counts), ""]] if any(counts) else []
+
+
+def _plain_steps(cells: Collection[Cell | None]) -> list[list[str]]:
+    """A line where there are any."""
+    steps = [cell.comparison.plain_steps if cell else None for cell in cells]
+    all_steps = [cell.comparison.plain_steps + cell.comparison.rounds if cell else 0 for cell in cells]
+    return [["", "plain steps", *map(_share, steps, all_steps), ""]] if any(steps) else []
 
 
 def _published(table: Table) -> list[list[str]]:
@@ -201,7 +215,7 @@ def _count(value: int) -> str:
 
 
 def _share(part: int | None, whole: int) -> str:
-    return HOLE if part is None else f"{100 * part / whole:.1f} %"
+    return HOLE if part is None or not whole else f"{100 * part / whole:.1f} %"
 
 
 # CSV
@@ -297,6 +311,7 @@ def _json_cell(cell: Cell) -> dict:
         "baseline_tokens_per_second": comparison.baseline.tokens_per_second,
         **{name: _json_value(cell.estimates[name]) for name in MEASURES},
         "rounds": comparison.rounds,
+        "plain_steps": comparison.plain_steps,
         "round_in_steps": cell.round_in_steps,
         "identical_questions": comparison.identical_questions,
         "identical_share": comparison.identical_questions / comparison.questions,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from vispec.evaluation.measure import now
+from vispec.timing import now
 
 if TYPE_CHECKING:
     import torch

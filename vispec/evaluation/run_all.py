@@ -32,7 +32,9 @@ from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
-from vispec.evaluation.runner import add_common_flags, add_tree_flags, asked_part, question_of
+from vispec.evaluation.measured_trees import keep_trees, measure_trees, require_measuring
+from vispec.evaluation.runner import add_common_flags, asked_part, question_of
+from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 
 METHODS = ("baseline", "vispec", "eagle2", "medusa", "lookup")
 HEADS = ("vispec", "eagle2", "medusa")
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         for task in tasks:
             if not args.dry_run:
                 held.enter_context(task.file.alone())
+        models = keep_trees(tasks, models)
+        for task in tasks:
             task.check()
         if args.dry_run:
             for plan in plans:
@@ -120,7 +124,7 @@ def _make_parser() -> Parser:
     add("--data-root", type=Path, help="folder with the benchmarks' folders (default: each one's own; the hub)")
     add("--dry-run", action="store_true", help="print what would be done")
     add_common_flags(parser)
-    add_tree_flags(parser)
+    add_tree_flags(parser, "/".join(map(str, Models.tree)))
     return parser
 
 
@@ -144,7 +148,7 @@ def _models(args: argparse.Namespace) -> Models:
     return Models(
         args.base_model_path,
         {method: heads.get(method) for method in METHODS[1:] if method in asked},
-        (args.total_token, args.depth, args.top_k),
+        asked_tree(args, Models.tree),
         dtype=args.dtype,
         device_map=args.device_map,
         gpus=args.num_gpus_per_model,
@@ -205,11 +209,14 @@ def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> 
         return True
     methods = set().union(*(plan.open_methods for plan in unfinished))
     models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
+    require_measuring(models, args.num_gpus_total)
+    tasks = list(chain.from_iterable(plan.tasks for plan in plans))
     made_by = provenance(args)
     complete = True
     with loaded(models, args.num_gpus_total) as answerer:
+        measure_trees(tasks, plans[0].questions, models, answerer)
         found = answerer.loaded_settings()
-        for task in chain.from_iterable(plan.tasks for plan in plans):
+        for task in tasks:
             task.check(found)  # so that none is refused hours later
         for number, plan in enumerate(unfinished, start=1):
             title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.temperature:g}"

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from vispec.cli import Parser, UserError, count, parse_bool, provenance, whole
@@ -19,11 +18,13 @@ from vispec.evaluation.answering import (
     report_left_out,
     settings_of,
 )
-from vispec.evaluation.answers import AnswerFile, read_meta
+from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import MEASURED, Models, tree_size
+from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation, Kind
+from vispec.evaluation.measured_trees import keep_trees, measure_trees, require_measuring
+from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 
 UNUSED_FLAGS = ("--image-fc", "--load-in-8bit", "--max-gpu-memory", "--tree-choices", "--label")
 
@@ -41,18 +42,15 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
     file = AnswerFile(answer_path(args, method))
     with file.alone():
         models = _models(args, arm, method)
-        measured = arm == "spec" and args.total_token == MEASURED
-        if measured:
-            models = replace(models, tree=_tree_of(file))
-            if not file.lines and args.num_gpus_total > args.num_gpus_per_model:
-                raise UserError(f"--total-token {MEASURED} measures with one model: begin without --num-gpus-total")
         generation = Generation(args.temperature, args.max_new_token)
         series = Series(name, method, _model_id(args, method), generation, args.num_choices)
         task = Task(series, file, settings_of(series, models, data, options))
+        models = keep_trees([task], models)
         task.check()
         left_out = []
         if open_asks([task], questions):
-            left_out = _answer(task, questions, args, models, measure_tree=measured and not file.lines)
+            require_measuring(models, args.num_gpus_total)
+            left_out = _answer(task, questions, args, models)
         good = finish(task, len(questions), left_out)
         good &= report_left_out(benchmark, left_out)
         if check:
@@ -83,7 +81,7 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
     add("--num-choices", type=count, default=1, help="answers to each question, with seeds 0, 1, …")
     add_common_flags(parser)
     if arm == "spec":
-        add_tree_flags(parser, measured=True)
+        add_tree_flags(parser, "/".join(map(str, Models.tree)))
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
@@ -141,20 +139,6 @@ def question_of(question_id: int | str, questions: Sequence[Question], data: str
     raise UserError(f"it is not among the questions of {data} any more")
 
 
-def add_tree_flags(parser: Parser, measured: bool = False) -> None:
-    """Flags for the size of the draft tree; `measured`: the command can also measure which tree is the fastest."""
-    add = parser.add_argument
-    add(
-        "--total-token",
-        type=tree_size if measured else count,
-        default=30,
-        help="nodes of the draft tree, its root included"
-        + ("; -1 measures which tree is fastest, depth and top-k too" if measured else ""),
-    )
-    add("--depth", type=int, default=3, help="expansions of the tree after its first level")
-    add("--top-k", type=count, default=8, help="nodes expanded a level")
-
-
 def answer_path(args: argparse.Namespace, method: str) -> Path:
     """Where the answers go."""
     if args.answer_file:
@@ -162,19 +146,10 @@ def answer_path(args: argparse.Namespace, method: str) -> Path:
     return Path(args.answer_dir, args.bench_name, f"{_model_id(args, method)}-temperature-{args.temperature}.jsonl")
 
 
-def _tree_of(file: AnswerFile) -> tuple[int, int, int]:
-    """The tree that an answer file was begun with, which is not measured again; else the default one."""
-    meta = read_meta(file.path) if file.lines else None
-    return tuple(meta["settings"].get("asked_tree", Models.tree)) if meta else Models.tree
-
-
-def _answer(
-    task: Task, questions: list[Question], args: argparse.Namespace, models: Models, measure_tree: bool
-) -> list[LeftOut]:
+def _answer(task: Task, questions: list[Question], args: argparse.Namespace, models: Models) -> list[LeftOut]:
     title = f"{args.bench_name} {task.series.method}"
     with loaded(models, args.num_gpus_total) as answerer:
-        if measure_tree:
-            task.settings["asked_tree"] = answerer.tune(task.series, questions)
+        measure_trees([task], questions, models, answerer)
         return answer_all([task], questions, answerer, provenance(args), title)
 
 
@@ -182,7 +157,7 @@ def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
     hardware = {"dtype": args.dtype, "device_map": args.device_map, "gpus": args.num_gpus_per_model}
     if arm == "baseline":
         return Models(args.base_model_path, **hardware)
-    tree = (args.total_token, args.depth, args.top_k)
+    tree = asked_tree(args, Models.tree)
     return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, **hardware)
 
 

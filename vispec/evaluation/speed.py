@@ -75,7 +75,9 @@ def _report_results(args: Namespace) -> int:
 def _report_pair(args: Namespace) -> int:
     settings, notices = _common_settings(Path(args.baseline), Path(args.spec))
     baseline, spec = read_answers(Path(args.baseline)), read_answers(Path(args.spec))
-    if any(answer.acceptance_lengths for answers in baseline.values() for answer in answers):
+    meta = read_meta(Path(args.baseline))
+    drafted = any(answer.acceptance_lengths for answers in baseline.values() for answer in answers)
+    if drafted or (meta and meta["settings"].get("method", "baseline") != "baseline"):
         raise UserError(f"--baseline {args.baseline}: these are answers of a speculative method")
     result = compare(baseline, spec)
     only_one = len(baseline.keys() ^ spec.keys())
@@ -124,7 +126,8 @@ def _print_report(result: Comparison, settings: dict) -> None:
         )
     print(f"speedup              {result.speedup:.2f}x over {result.questions} questions, prefill included")
     print(f"speedup decode-only  {_number(result.decode_speedup)}x")
-    print(f"tau                  {_number(result.tau)} over {result.rounds} rounds; {TAU_CONVENTION}")
+    steps = f" beside {result.plain_steps} plain steps" if result.plain_steps else ""
+    print(f"tau                  {_number(result.tau)} over {result.rounds} rounds{steps}; {TAU_CONVENTION}")
     identical = f"{result.identical_questions} of {result.questions} questions"
     sampled = not is_greedy(settings.get("temperature", 0))
     print(f"identical output ids {identical}" + (" (sampled: they need not be)" if sampled else ""))

@@ -135,7 +135,8 @@ def _make_job(stage, family, args, rows):
     from transformers import AutoConfig, AutoProcessor
 
     from vispec.ge_data.jobs import ImageJob, Settings, TextJob
-    from vispec.model.target import Target, load_target
+    from vispec.model.loading import load_target
+    from vispec.model.target import Target
 
     names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "min_pixels", "max_pixels")
     settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})

@@ -4,13 +4,16 @@ Each row gets what a processor would have returned for it alone: its tokens with
 own images. That is all that decoding asks for, so no family has to be able to read a padded batch.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from vispec.model.families import image_spans
 from vispec.model.inputs import PER_TOKEN
+
+logger = logging.getLogger("vispec")
 
 SinglePrompt = tuple[torch.Tensor, dict]
 """input_ids (1, L) without padding, and the other inputs."""
@@ -46,6 +49,39 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
 def row_name(row: int, batch: int) -> str:
     """What a message about one prompt begins with."""
     return "" if batch == 1 else f"row {row}: "
+
+
+def new_token_limits(
+    lengths: Sequence[int], padded: int, positions: int, max_new_tokens: int, max_length: int | None
+) -> list[int]:
+    """Most new tokens of each prompt of a batch.
+
+    Args:
+        lengths: tokens of each prompt without padding.
+        padded: with it.
+        positions: of the target.
+
+    Raises:
+        ValueError: there is no room for one.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    if max_length is not None and max_length <= padded:
+        raise ValueError(f"the prompt has {padded} tokens, max_length {max_length} leaves no room for more")
+    limits = []
+    for row, length in enumerate(lengths):
+        name = row_name(row, len(lengths))
+        if length > positions:
+            raise ValueError(f"{name}the prompt has {length} tokens, the target has {positions} positions")
+        # the last new token is never fed back, so it needs no position
+        limit = min(max_new_tokens, positions - length + 1)
+        if limit < max_new_tokens and max_length is None:
+            logger.warning(
+                "%sthe prompt has %d tokens, the target %d positions: the answer ends after %d tokens at the latest",
+                *(name, length, positions, limit),
+            )
+        limits.append(limit if max_length is None else min(limit, max_length - padded))
+    return limits
 
 
 def _padding(row: int, attention: torch.Tensor) -> int:

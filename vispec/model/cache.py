@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 CUDA_ALIGNMENT = 16
@@ -25,7 +26,7 @@ class TreeCache(Cache):
     Args:
         layer_devices: the device of each decoder layer, in order.
         batch_size: number of rows B.
-        capacity: slots of a row; who needs more copies the cache to where there is `room_for` them.
+        capacity: slots of a row; who needs more goes on with the cache `enlarged`.
     """
 
     def __init__(self, layer_devices: Sequence[torch.device], batch_size: int, capacity: int):
@@ -38,9 +39,11 @@ class TreeCache(Cache):
         """Committed tokens of each row, (B,), on the device of the last layer."""
         self._layer_devices = list(layer_devices)
         self._places = _places_on_device(self._layer_devices)
-        self._buffers: dict[torch.device, torch.Tensor] = {}  # (2 * layers, B, heads, capacity, head_dim), keys first
+        self._buffers: dict[torch.device, torch.Tensor] = {}  # (layers, keys and values, B, heads, capacity, D)
         self._numbers = torch.arange(self.capacity, device=self.lengths.device)  # of all slots
-        self._slots = self.lengths[:, None]  # (B, n) where the pass writes
+        self.slots = self.lengths[:, None]
+        """(B, n) where the pass writes."""
+        self._reserved_slots = self.slots
         self._passes: dict[torch.device, tuple] = {}  # what all layers of a device need in this pass
         self._visible = 0
         self._reserved = 0
@@ -56,24 +59,38 @@ class TreeCache(Cache):
         self._visible = self.used + self._reserved
         if self._visible > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots, the pass needs {self._visible}")
-        self._slots = self.lengths[:, None] + self._numbers[offset : offset + n]
+        self.slots = self._reserved_slots = self.lengths[:, None] + self._numbers[offset : offset + n]
         self._passes = {}
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write the keys and values (B, heads, n, head_dim) of one layer; returns all that are visible to the pass."""
-        device = self._layer_devices[layer_idx]
-        if device not in self._passes:
-            self._passes[device] = self._begin_pass(device, key_states)
-        slots, visible = self._passes[device]
-        keys, values = visible[2 * self._places[layer_idx]], visible[2 * self._places[layer_idx] + 1]
-        _write(keys, slots, key_states)
-        _write(values, slots, value_states)
-        return keys, values
+    def aim(self, start: int, stop: int) -> None:
+        """Let the next pass write to the reserved slots [start, stop) alone; it sees all that are reserved."""
+        self.slots = self._reserved_slots[:, start:stop]
+        self._passes = {device: (self.slots.to(device), *rest) for device, (_, *rest) in self._passes.items()}
 
-    def _begin_pass(self, device: torch.device, keys: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """(B, n) slots to write, and the visible keys and values of all layers."""
-        buffer = self._buffers[device] if device in self._buffers else self._allocate(device, keys)
-        return self._slots.to(device), buffer[..., : self._visible, :].unbind()
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """As transformers' layers ask it: keys and values (B, heads, n, D) of a layer; returns all that are visible."""
+        return self.write(layer_idx, torch.stack([key_states, value_states]))
+
+    def write(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values (2, B, heads, n, D) of one layer; returns views of all that the pass sees."""
+        device = self._layer_devices[layer]
+        if device not in self._passes:
+            self._passes[device] = self._begin_pass(device, states)
+        slots, layers, keys, values = self._passes[device]
+        place = self._places[layer]
+        # not by `scatter_`, which in half precision on a CPU converts the whole buffer to float32 and back
+        if len(slots) == 1:
+            layers[place].index_copy_(3, slots[0], states)
+        else:
+            rows = torch.arange(len(slots), device=device)[:, None]
+            layers[place].permute(1, 3, 0, 2, 4).index_put_((rows, slots), states.permute(1, 3, 0, 2, 4))
+        return keys[place], values[place]
+
+    def _begin_pass(self, device: torch.device, states: torch.Tensor) -> tuple:
+        """(B, n) slots to write, then for each layer where to, and its visible keys and values (B, heads, m, D)."""
+        buffer = self._buffers[device] if device in self._buffers else self._allocate(device, states)
+        keys, values = buffer[..., : self._visible, :].unbind(1)
+        return self.slots.to(device), buffer.unbind(), keys.unbind(), values.unbind()
 
     def mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Additive attention mask of the reserved pass.
@@ -98,58 +115,66 @@ class TreeCache(Cache):
         column = (self._numbers[: self._visible] - self.lengths[:, None] + 1).clamp_(0, m + 1)
         return table.gather(2, column[:, None].expand(-1, n, -1))[:, None]
 
+    def committed_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """(B, 1, visible) additive mask of the reserved passes: 0 at committed tokens, all else is hidden."""
+        self._visible = self._aligned(self._visible)
+        hidden = self._numbers[: self._visible] >= self.lengths[:, None, None]
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+
     def commit(self, counts: torch.Tensor) -> None:
         """Make the first counts[b] provisional tokens of row b committed; the host only knows that `used` grows."""
         self.lengths += counts
         self.used += self._reserved
 
     def keep(self, path: torch.Tensor) -> None:
-        """Move the provisional tokens of a path to the front of the provisional slots, in every layer.
+        """Move the provisional tokens of a path behind the first one, which stays where it is, in every layer.
 
         Args:
-            path: (B, p) indices of provisional tokens, ascending in every row and beginning with 0, which stays where
-                it is; surplus columns may repeat any index.
+            path: (B, p) indices of provisional tokens, ascending in every row; surplus columns may repeat any index,
+                but there may not be more than the pass has slots behind the first.
         """
-        path = path[:, 1 : self._reserved]  # surplus columns may be more than the pass has slots
         p = path.shape[1]
         lengths = self.lengths[:, None]
         sources, targets = lengths + path, lengths + self._numbers[1 : p + 1]
         for device, buffer in self._buffers.items():
             for row, source, target in zip(range(len(path)), sources.to(device), targets.to(device), strict=True):
                 # a third of the time of one gather and scatter with indices that are expanded to the buffer's shape
-                kept = buffer[:, row].index_select(2, source)
-                buffer[:, row].index_copy_(2, target, kept)
+                kept = buffer[:, :, row].index_select(3, source)
+                buffer[:, :, row].index_copy_(3, target, kept)
 
     def part(self, start: int, stop: int) -> "TreeCache":
         """A cache over the rows [start, stop), in the same memory."""
         part = copy.copy(self)
         part.lengths = self.lengths[start:stop]
         part._whole = self, slice(start, stop)
-        part._buffers = {device: buffer[:, start:stop] for device, buffer in self._buffers.items()}
+        part._buffers = {device: buffer[:, :, start:stop] for device, buffer in self._buffers.items()}
         return part
 
-    def room_for(self, batch_size: int, capacity: int) -> "TreeCache":
-        """An empty cache for as many rows of as many slots, with buffers like those of this one."""
-        room = TreeCache(self._layer_devices, batch_size, capacity)
+    def enlarged(self, capacity: int) -> "TreeCache":
+        """A cache of as many rows with more slots, which holds what this one holds."""
+        other = TreeCache(self._layer_devices, len(self.lengths), capacity)
+        other.used = self.used
+        other.lengths.copy_(self.lengths)
         for device, buffer in self._buffers.items():
-            room._allocate(device, buffer[0])
-        return room
+            other._buffers[device] = F.pad(buffer, (0, 0, 0, other.capacity - self.capacity))
+        return other
 
-    def zero_(self) -> None:
+    def restart(self) -> None:
+        """Begin with the first slot again."""
         self.lengths.zero_()
         self.used = 0
+
+    def clear(self) -> None:
+        """The same, and forget all numbers: a NaN of the last answer would survive the mask."""
+        self.restart()
         for buffer in self._buffers.values():
             buffer.zero_()
 
-    def copy_(self, other: "TreeCache") -> None:
-        """Hold what another cache with as many rows holds; this one must be large enough."""
-        slots = min(other.used, other.capacity)  # the bound may be rounded up beyond what is there
-        for device, buffer in self._buffers.items():
-            written, source = (x[..., :slots, :] for x in (buffer, other._buffers[device]))
-            if written.data_ptr() != source.data_ptr():  # a part of this cache has nothing to bring along
-                written.copy_(source)
-        self.lengths.copy_(other.lengths)
-        self.used = other.used
+    def move(self, source: int, target: int) -> None:
+        """Let the row `source` take the place of the row `target`."""
+        for buffer in self._buffers.values():
+            buffer[:, :, target].copy_(buffer[:, :, source])
+        self.lengths[target] = self.lengths[source]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used
@@ -168,29 +193,17 @@ class TreeCache(Cache):
     def _aligned(self, slots: int) -> int:
         return -(-slots // self._alignment) * self._alignment
 
-    def _allocate(self, device: torch.device, keys: torch.Tensor) -> torch.Tensor:
+    def _allocate(self, device: torch.device, states: torch.Tensor) -> torch.Tensor:
         if self._whole is not None:
             whole, rows = self._whole
-            buffer = whole._buffers[device] if device in whole._buffers else whole._allocate(device, keys)
-            self._buffers[device] = buffer[:, rows]
+            buffer = whole._buffers[device] if device in whole._buffers else whole._allocate(device, states)
+            self._buffers[device] = buffer[:, :, rows]
             return self._buffers[device]
-        heads, head_dim = keys.shape[1], keys.shape[3]
-        shape = (2 * self._layer_devices.count(device), len(self.lengths), heads, self.capacity, head_dim)
+        heads, head_dim = states.shape[2], states.shape[4]
+        shape = (self._layer_devices.count(device), 2, len(self.lengths), heads, self.capacity, head_dim)
         # zeros, not empty: slots that no token has written yet are masked, but a NaN there would survive the mask
-        self._buffers[device] = torch.zeros(shape, dtype=keys.dtype, device=device)
+        self._buffers[device] = torch.zeros(shape, dtype=states.dtype, device=device)
         return self._buffers[device]
-
-
-def _write(buffer: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
-    """Put states (B, heads, n, head_dim) into slots (B, n) of one layer's keys or values.
-
-    Not by `scatter_`, which in half precision on a CPU converts the whole buffer to float32 and back.
-    """
-    if len(slots) == 1:
-        buffer.index_copy_(2, slots[0], states)
-    else:
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        buffer.transpose(1, 2).index_put_((rows, slots), states.transpose(1, 2))
 
 
 def _takes_layers() -> bool:

@@ -1,27 +1,27 @@
 """Steps over fixed memory, captured in CUDA graphs.
 
-A step is a function without arguments or result that works on tensors whose shapes and addresses do not change: it
-reads them and writes into them. Launching its hundreds of kernels one by one takes the host longer than a GPU needs for
-the work of small models, so there a step is recorded once and replayed. What changes a shape is part of the step's key;
-each key has a graph of its own.
+A step is a function of tensors whose shapes and addresses do not change. Launching its hundreds of kernels one by one
+takes the host longer than a GPU needs for the work of small models, so there a step is recorded once and replayed. What
+changes a shape is part of the step's key; each key has a graph of its own. What a step returns is held at one place, so
+that the next step finds it there.
 """
 
 import gc
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
-
-if TYPE_CHECKING:
-    from vispec.model.target import Target
+from torch import nn
+from transformers import PreTrainedModel
 
 logger = logging.getLogger("vispec")
 
 Step = Callable[[], None]
+Value = TypeVar("Value")
 
 CAPTURED_USE = 3
 """A step is captured when it is needed for this time: a capture costs as much as many launches."""
@@ -29,7 +29,7 @@ HOST_READS_POSITIONS = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles depend on the largest position, for which the host asks the device."""
 
 _one_at_a_time = threading.Lock()
-"""Held by every step on a GPU, while it is launched, replayed or captured.
+"""Held while steps on a GPU are launched, replayed or captured.
 
 Each generation has a seat of its own, and with it its own tensors, graphs, memory of graphs and capture stream, so two
 threads never meet there. What they share are PyTorch's random numbers of a device. While a step is captured they are in
@@ -41,45 +41,71 @@ is Python, which runs one thread at a time.
 
 
 class Steps:
-    """Runs steps over one set of tensors: by graphs where the target allows it, else as they are."""
+    """Runs steps over the tensors of one seat: by graphs where `can_capture`, else as they are."""
 
-    def __init__(self, target: "Target"):
-        self._target = target
-        self._capture = cuda_capture(target.device) if target.can_capture else None
+    def __init__(self, device: torch.device, can_capture: bool):
+        self._device, self._can_capture = device, can_capture
+        self._capture = cuda_capture(device) if can_capture else None
         self._replays: dict[Hashable, Step] = {}
         self._uses: Counter[Hashable] = Counter()
-        self.alone = _one_at_a_time if target.device.type == "cuda" or target.can_capture else nullcontext()
-        """Held while something is done that must not meet a step of another thread: random numbers are drawn."""
+        self._held: dict[Hashable, object] = {}
+        self._failed: set[Hashable] = set()
+        self._failures = 0
+        self.alone = _one_at_a_time if device.type == "cuda" or can_capture else nullcontext()
+        """Held by the caller while it runs steps, or does what must not meet a step of another thread."""
 
-    def run(self, key: Hashable, step: Step, reset: Step) -> None:
+    def run(self, key: tuple, reset: Step, step: Callable[..., Value], *args) -> Value:
         """Run a step; steps with equal keys do the same on tensors of the same shapes and addresses.
 
-        `reset` takes back what a step that broke off has changed on the host, so that it can be run from its beginning.
+        Args:
+            key: what the step is, what its result's shape depends on (two items), then what else its work depends on.
+            reset: takes back what a step that broke off has changed on the host, so that it can run from its beginning.
+            step: returns a tensor or a tuple of tensors.
         """
-        with self.alone:
-            self._run(key, step, reset)
-
-    def _run(self, key: Hashable, step: Step, reset: Step) -> None:
         self._uses[key] += 1
         # at first as it is: libraries load their kernels and take their workspace, which a capture must not see
-        if not self._target.can_capture or self._uses[key] < CAPTURED_USE:
-            step()
-        else:
-            replay = self._replays.get(key) or self._captured(key, step, reset)
-            replay()
+        if not self._can_capture or self._uses[key] < CAPTURED_USE or key in self._failed:
+            return self.hold(key[:3], step(*args))
+        if key not in self._replays:
+            try:
+                self._replays[key] = self._capture(lambda: self._hold_anew(key[:3], step(*args)))
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()
+                logger.warning("%s goes on without a CUDA graph: capture failed (%s)", key[0], *(reason[:1] or [error]))
+                self._failed.add(key)
+                self._failures += 1
+                reset()
+                return self.hold(key[:3], step(*args))
+        self._replays[key]()
+        return self._held[key[:3]]
 
-    def _captured(self, key: Hashable, step: Step, reset: Step) -> Step:
-        try:
-            replay = self._capture(step)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()
-            logger.warning("decoding goes on without CUDA graphs: capture failed (%s)", reason[0] if reason else error)
-            self._target.can_capture = False
-            self._replays.clear()
-            reset()
-            return step
-        self._replays[key] = replay
-        return replay
+    def hold(self, key: Hashable, value: Value) -> Value:
+        """The value at a place that is the same each time; where nothing is captured, the value itself."""
+        if not self._can_capture:
+            return value
+        if key not in self._held:
+            tensors = [tensor.clone() for tensor in _tensors(value)]
+            self._held[key] = tensors[0] if isinstance(value, torch.Tensor) else type(value)(*tensors)
+        else:
+            self._hold_anew(key, value)
+        return self._held[key]
+
+    def _hold_anew(self, key: Hashable, value: object) -> None:
+        for held, tensor in zip(_tensors(self._held[key]), _tensors(value), strict=True):
+            held.copy_(tensor)
+
+    def take_failures(self) -> int:
+        """How many captures have failed since this was asked last."""
+        failures, self._failures = self._failures, 0
+        return failures
+
+    def fresh(self) -> "Steps":
+        """Steps over other tensors of the same device."""
+        return Steps(self._device, self._can_capture)
+
+
+def _tensors(value: object) -> tuple[torch.Tensor, ...]:
+    return (value,) if isinstance(value, torch.Tensor) else value
 
 
 def cuda_capture(device: torch.device) -> Callable[[Step], Step]:
@@ -146,27 +172,26 @@ def _leave_capture_mode(device: torch.device, stream: "torch.cuda.Stream") -> No
         _record(torch.cuda.CUDAGraph(), mark.zero_, torch.cuda.graph_pool_handle(), stream)
 
 
-def obstacle(target: "Target") -> str | None:
-    """Why steps of this target cannot be captured; None if nothing is known that is against it."""
-    devices = {str(device) for device in target.devices}
-    if len(devices) > 1:
-        return f"the target is spread over {', '.join(sorted(devices))}"
-    if target.device.type != "cuda":
-        return f"the target is on {target.device}"
-    return model_obstacle(target)
+def obstacle(model: PreTrainedModel, decoder: nn.Module, devices: Sequence[torch.device]) -> str | None:
+    """Why steps of a target cannot be captured; None if nothing is known that is against it."""
+    names = sorted({str(device) for device in devices})
+    if len(names) > 1:
+        return f"the target is spread over {', '.join(names)}"
+    if devices[0].type != "cuda":
+        return f"the target is on {devices[0]}"
+    return model_obstacle(model, decoder)
 
 
-def model_obstacle(target: "Target") -> str | None:
+def model_obstacle(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     """What in a model, wherever it is, makes the host wait for values from the device."""
-    modules = list(target.model.modules())
-    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in modules):
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         return "parts of the target are loaded when they are needed"
-    quantization = getattr(target.config, "quantization_config", None)
+    quantization = getattr(model.config, "quantization_config", None)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     method = str(getattr(getattr(method, "quant_method", method), "value", method)) if method is not None else ""
     if "bitsandbytes" in method:
         return f"the target is quantised by {method}"
-    for module in target.decoder.modules():
+    for module in decoder.modules():
         if hasattr(module, "experts"):
             return f"{type(module).__name__} chooses its experts by values"
         kind = next((kind for kind in HOST_READS_POSITIONS if kind in str(getattr(module, "rope_type", ""))), None)

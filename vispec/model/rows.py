@@ -1,46 +1,117 @@
-"""What generations remember, row by row, so that rows can join a batch and leave it."""
+"""What a generation remembers, row by row: on the host, and on the device.
 
-from dataclasses import fields, replace
+B rows, P pairs that the draft has not read, H hidden size.
+"""
+
+from dataclasses import dataclass
 
 import torch
 
+from vispec.model.cache import TreeCache
+from vispec.model.drafts.base import Kept, Memory
+from vispec.model.target import Prompt
 
+
+@dataclass
+class Round:
+    """What one round added to one row."""
+
+    tokens: list[int]
+    """New ids, in order, cut at the end token and at the token limit."""
+    accepted: int
+    """Draft tokens that verification accepted, before any cut."""
+    drafted: bool
+    """Whether there was a draft; a plain step counts for no τ."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When an answer ends: after an end token, or at `max_new_tokens`."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+
+    def cut(self, tokens: list[int], already: int) -> tuple[list[int], bool]:
+        """The part of a round's tokens that belongs to the answer, and whether the answer ends with it."""
+        tokens = tokens[: self.max_new_tokens - already]
+        end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
+        if end is not None:
+            return tokens[: end + 1], True
+        return tokens, already + len(tokens) >= self.max_new_tokens
+
+
+@dataclass
+class Answer:
+    """What the host knows of one row."""
+
+    row: int
+    """Its place among the prompts."""
+    stop: Stop
+    committed: int
+    """Tokens in the target's cache."""
+    prompt: Prompt | None
+    """Until the draft has read it."""
+    read: int = 0
+    """Places in the draft's memory."""
+    waiting: int = 0
+    """Pairs that the draft has not read."""
+    new: int = 0
+    """Tokens of the answer so far."""
+    ended: bool = False
+
+    def take(self, tokens: list[int], accepted: int, drafted: bool) -> Round:
+        """A round's tokens: those accepted, and the next root."""
+        tokens, self.ended = self.stop.cut(tokens, self.new)
+        self.new += len(tokens)
+        self.committed += accepted + 1
+        self.waiting = accepted + 1 if drafted else self.waiting + 1
+        return Round(tokens, accepted, drafted)
+
+
+@dataclass
 class Rows:
-    """Base of dataclasses with one row for each prompt of a batch.
+    """What is on the device."""
 
-    Their fields are tensors with the rows first, None, or again something with the methods below; whatever else they
-    hold is the same for all rows.
-    """
-
-    def room_for(self, batch_size: int, capacity: int) -> "Rows":
-        """Zeros for as many rows like those of this one; `capacity` is for what grows with the text, in tokens."""
-
-        def room(value):
-            if isinstance(value, torch.Tensor):
-                return value.new_zeros(batch_size, *value.shape[1:])
-            return value.room_for(batch_size, capacity) if hasattr(value, "room_for") else value
-
-        return replace(self, **{field.name: room(getattr(self, field.name)) for field in fields(self)})
+    cache: TreeCache
+    offset: torch.Tensor
+    """(B, 1) what M-RoPE adds to positions after the prompt."""
+    root: torch.Tensor
+    """(B,) the newest token, whose key is not in the cache yet."""
+    kept: Kept
+    """P is the most that a row can wait with."""
+    memory: Memory | None
+    """The draft's."""
 
     def part(self, start: int, stop: int) -> "Rows":
-        """The rows [start, stop), in the same memory."""
+        """The rows [start, stop), in the same tensors."""
+        rows, kept = slice(start, stop), self.kept
+        return Rows(
+            self.cache.part(start, stop),
+            self.offset[rows],
+            self.root[rows],
+            Kept(kept.features[rows], kept.tokens[rows], kept.counts[rows]),
+            self.memory and self.memory.part(start, stop),
+        )
 
-        def part(value):
-            if isinstance(value, torch.Tensor):
-                return value[start:stop]
-            return value.part(start, stop) if hasattr(value, "part") else value
+    def move(self, source: int, target: int) -> None:
+        """Let a row take the place of another one."""
+        for owner in filter(None, (self.cache, self.memory)):
+            owner.move(source, target)
+        for tensor in (self.offset, self.root, self.kept.features, self.kept.tokens, self.kept.counts):
+            tensor[target] = tensor[source]
 
-        return replace(self, **{field.name: part(getattr(self, field.name)) for field in fields(self)})
+    def positions(self, depths: torch.Tensor) -> torch.Tensor:
+        """(B, n) target positions of tokens at these depths under the root."""
+        return self.cache.lengths[:, None] + depths + self.offset
 
-    def zero_(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if hasattr(value, "zero_"):
-                value.zero_()
 
-    def copy_(self, other: "Rows") -> None:
-        """Hold what another one with as many rows holds."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if hasattr(value, "copy_"):
-                value.copy_(getattr(other, field.name))
+@torch.inference_mode()
+def drop_ended(rows: Rows, answers: list[Answer]) -> None:
+    """Ended answers leave `answers` and their places: the last row takes the place of each."""
+    for place in reversed(range(len(answers))):
+        if answers[place].ended:
+            last = len(answers) - 1
+            if place != last:
+                rows.move(last, place)
+            answers[place] = answers[last]
+            answers.pop()

@@ -1,37 +1,32 @@
-"""`SpecModel`: a VLM with a draft head, as users call it."""
+"""`SpecModel`: a VLM with a draft, as users call it."""
 
 import copy
 import logging
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.acceptance import Sampling
-from vispec.model.batches import row_name, single_prompts
-from vispec.model.checkpoints import METHODS, find_draft, load_draft
-from vispec.model.decoding import BaselineDecoder, Decoder, Round, SpeculativeDecoder, Stop
-from vispec.model.draft import BaseHead
-from vispec.model.draft_vocab import DraftOutput
-from vispec.model.hub import SHARED_HUB_OPTIONS, hub_options
+from vispec.model.batches import new_token_limits, single_prompts
+from vispec.model.decoding import Decoder
+from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
+from vispec.model.drafts.checkpoints import find_draft
 from vispec.model.inputs import prompt_inputs
-from vispec.model.lookup import PromptLookup
-from vispec.model.packing import allow_packing
-from vispec.model.target import Target, load_target
+from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
+from vispec.model.policies import Always, Auto, Policy
+from vispec.model.rows import Round, Stop
+from vispec.model.sampling import Sampling
+from vispec.model.target import Target
 from vispec.model.tree import TreeShape
-
-if TYPE_CHECKING:
-    from vispec.model.tune import Tuning
+from vispec.model.tune import Tuning, tune
+from vispec.timing import now
 
 logger = logging.getLogger("vispec")
 
-KEPT_DECODERS = 4
-"""Of one model: both arms, greedy and at one temperature."""
+AUTO, TUNE = "auto", "tune"
+"""What a tree may be called besides total_token/depth/top_k."""
 
 
 @dataclass
@@ -41,12 +36,12 @@ class StreamedTokens:
     token_ids: list[int]
     drafted: list[bool]
     """Which of them the draft head had right; the others are the target's own."""
-    accepted: int
-    """Draft tokens that verification accepted, before the answer's end cut any of them off."""
+    accepted: int | None
+    """Draft tokens that verification accepted, before the answer's end cut any of them off; None without a draft."""
 
 
 class SpecModel:
-    """A target and its draft head.
+    """A target and its draft.
 
     Args:
         target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
@@ -56,6 +51,9 @@ class SpecModel:
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
+        tree: all three at once, as in "30/3/8"; or "auto", which chooses before each round by what rounds cost and
+            bring, plain steps among them; or "tune", which measures on the first prompt which tree is the fastest.
+        fast: False decodes by transformers' own layers alone, see `Target`.
 
     Raises:
         ValueError: the target is of a kind that tree decoding cannot handle, or the draft head does not fit it.
@@ -64,25 +62,31 @@ class SpecModel:
     def __init__(
         self,
         target: PreTrainedModel | Target,
-        draft: BaseHead | PromptLookup | None = None,
+        draft: Draft | None = None,
         total_token: int = 30,
         depth: int = 3,
         top_k: int = 8,
+        tree: str | TreeShape | None = None,
+        fast: bool = True,
     ):
-        self.target = target if isinstance(target, Target) else Target(target)
-        self.draft: BaseHead | PromptLookup | None = None
-        self.draft_output = DraftOutput(self.target.logits)
+        self.target = target if isinstance(target, Target) else Target(target, fast)
+        self.draft: Draft | None = None
         self.shape = TreeShape(total_token, depth, top_k)
-        self._decoders: dict[tuple, Decoder] = {}  # by what they were made for, the last one used at the end
-        self._decoders_lock = threading.Lock()
+        self.tree: str | None = None
+        """AUTO or TUNE, while that is to choose; None: `shape` does."""
+        self._decoder = Decoder(self.target)
+        self._auto: dict[int, Auto] = {}  # by the prompts of a batch, since their number changes what rounds cost
+        self.set_tree(tree)
         if draft is not None:
             self._attach(draft)
 
-    def __copy__(self) -> "SpecModel":
-        """The same target and draft; what is changed in the copy, the tree for example, is changed in it alone."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _decoders={}, _decoders_lock=threading.Lock())
-        return other
+    def set_tree(self, tree: str | TreeShape | None) -> None:
+        """Draft trees of this shape from now on; see the class."""
+        if tree in (AUTO, TUNE):
+            self.tree, self._auto = tree, {}
+        elif tree is not None:
+            shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
+            self.tree, self.shape = None, shape if self.draft is None else _fitted(shape, self.draft)
 
     @classmethod
     def from_pretrained(
@@ -98,6 +102,8 @@ class SpecModel:
         device_map: str | dict | None = None,
         draft_vocab: bool = True,
         dtype: str | torch.dtype | None = None,
+        tree: str | TreeShape | None = None,
+        fast: bool = True,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
@@ -107,7 +113,7 @@ class SpecModel:
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
             method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
-            total_token, depth, top_k: size of the tree, see the class.
+            total_token, depth, top_k, tree, fast: see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it. Of the kwargs token, cache_dir
                 and local_files_only hold for the download of both; revision and subfolder are the target's alone.
@@ -119,6 +125,8 @@ class SpecModel:
         """
         # what is wrong is said before minutes of loading
         TreeShape(total_token, depth, top_k)
+        if isinstance(tree, str) and tree not in (AUTO, TUNE):
+            tree = TreeShape.parse(tree)
         if method not in (None, "lookup", *METHODS):
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}, lookup")
         if method == "lookup" and spec_model_path is not None:
@@ -126,8 +134,8 @@ class SpecModel:
         hub = hub_options(kwargs, SHARED_HUB_OPTIONS)
         if spec_model_path is not None:
             find_draft(spec_model_path, **hub)
-        target = load_target(base_model_path, _one_dtype(torch_dtype, dtype), device_map, **kwargs)
-        model = cls(target, None, total_token, depth, top_k)
+        target = load_target(base_model_path, one_dtype(torch_dtype, dtype), device_map, **kwargs)
+        model = cls(target, None, total_token, depth, top_k, tree, fast)
         if method == "lookup":
             model._attach(PromptLookup())
         elif spec_model_path is not None:
@@ -138,14 +146,14 @@ class SpecModel:
             model._attach(draft.to(model.target.device))
         return model
 
-    def _attach(self, draft: BaseHead | PromptLookup) -> None:
+    def _attach(self, draft: Draft) -> None:
         if isinstance(draft, BaseHead):
             _check_pair(self.target, draft)
-            allow_packing(draft)
-            if draft.draft_vocab is not None:
-                self.draft_output = draft.draft_vocab.output(self.target.lm_head, self.target.device)
+        if self.target.fast:
+            draft.make_lean()
+        self._decoder = Decoder(self.target, draft)
         self.shape = _fitted(self.shape, draft)
-        self.draft = draft
+        self.draft, self._auto = draft, {}
 
     @property
     def device(self) -> torch.device:
@@ -182,8 +190,8 @@ class SpecModel:
             output_ids (B, L + new), filled up with padding behind answers that are shorter than the longest. When
             anything else is asked for, a tuple: output_ids; with `log` the number of new tokens and the 0-based index
             of the last round (-1 if the prompt's pass was enough); with `return_acceptance_len` the accepted draft
-            tokens of each round; with `return_decode_time` the seconds after prefill and first tree. For B > 1 all of
-            these but the seconds are lists with one entry for each row.
+            tokens of each round with a draft; with `return_decode_time` the seconds after the target's prefill. For
+            B > 1 all of these but the seconds are lists with one entry for each row.
 
         Raises:
             TypeError: an argument is neither one of these nor a processor's output that the target takes.
@@ -237,7 +245,7 @@ class SpecModel:
         )
         return _streamed(rounds)
 
-    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = 48) -> "Tuning":
+    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = 48) -> Tuning:
         """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
 
         Takes as long as some dozens of answers; see `vispec.model.tune`.
@@ -249,20 +257,43 @@ class SpecModel:
         Raises:
             ValueError: there is no draft head, or the answers are too short to measure anything.
         """
-        from vispec.model.tune import tune
-
         self._require_draft()
         tuning = tune(self, prompts, max_new_tokens)
-        self.shape = tuning.shape
+        self.set_tree(tuning.shape)
         print(tuning.report())
         return tuning
 
-    def with_tree(self, shape: TreeShape, draft: BaseHead | PromptLookup | None = None) -> "SpecModel":
-        """The same model with a tree of another shape, and another draft if one is given; all tensors are shared."""
+    def with_tree(self, tree: str | TreeShape, draft: Draft | None = None) -> "SpecModel":
+        """The same model with other trees, and another draft if one is given; all tensors are shared."""
         model = copy.copy(self)
-        model.shape = shape
-        model.draft = draft or self.draft
+        if draft is not None:
+            model.draft = None
+        model.set_tree(tree)
+        if draft is not None:
+            model._attach(draft)
         return model
+
+    def warmup(self, prompt_tokens: int, max_new_tokens: int, rows: int = 1) -> None:
+        """Get ready for answers of this size, in both arms: choose kernels and, on a GPU, capture all steps.
+
+        Without it, or beyond it, that happens when it comes up.
+
+        Args:
+            prompt_tokens: of the shortest prompt; up to it plus `max_new_tokens` steps of all lengths are captured.
+            rows: prompts of a batch; what those that are left need when others have ended comes up later.
+        """
+        self._decoder.warm_up(self._policy(self.draft is not None, rows), prompt_tokens, max_new_tokens, rows)
+
+    def free(self) -> None:
+        """Give back the memory that waits for the next answer: a cache of one generation, and its CUDA graphs."""
+        self._decoder.free()
+
+    @property
+    def captured(self) -> str:
+        """Whether steps of decoding run in CUDA graphs: "all", "some" (captures have failed), or "none"."""
+        if not self.target.can_capture:
+            return "none"
+        return "some" if self._decoder.failed_captures else "all"
 
     def _require_draft(self) -> None:
         if self.draft is None:
@@ -273,65 +304,38 @@ class SpecModel:
     ) -> Iterator[dict[int, Round]]:
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
-        ends, stops = frozenset(self.target.eos_token_ids), []
-        for row, (ids, _) in enumerate(prompts):
-            name = row_name(row, len(prompts))
-            limit = self._new_token_limit(ids.shape[1], input_ids.shape[1], max_new_tokens, max_length, name)
-            stops.append(Stop(limit, ends))
+        lengths, padded = [ids.shape[1] for ids, _ in prompts], input_ids.shape[1]
+        limits = new_token_limits(lengths, padded, self.target.max_positions, max_new_tokens, max_length)
+        stops = [Stop(limit, frozenset(self.target.eos_token_ids)) for limit in limits]
         if speculate:
             self._require_draft()
-        return self._decoder(speculate, sampling).batch_rounds(prompts, stops)
+            if self.tree == TUNE:
+                self.tune([{"input_ids": ids, **rest} for ids, rest in prompts[:1]])
+        return self._decoder.rounds(prompts, stops, sampling, self._policy(speculate, len(prompts)))
 
-    def _decoder(self, speculate: bool, sampling: Sampling) -> Decoder:
-        """The decoder of an arm; a few stay for the next answers, since they have CUDA graphs and their memory."""
-        # a decoder holds what its key names by id, so no id can be that of another object
-        key = speculate, sampling, id(self.target)
-        if speculate:
-            key += self.shape, id(self.draft), id(self.draft_output)
-        with self._decoders_lock:
-            decoder = self._decoders.pop(key, None)
-            if decoder is None and speculate:
-                decoder = SpeculativeDecoder(self.target, self.draft, self.shape, sampling, self.draft_output)
-            elif decoder is None:
-                decoder = BaselineDecoder(self.target, sampling)
-            self._decoders[key] = decoder
-            while len(self._decoders) > KEPT_DECODERS:
-                del self._decoders[next(iter(self._decoders))]
-        return decoder
-
-    def _new_token_limit(self, length: int, padded: int, max_new_tokens: int, max_length: int | None, row: str) -> int:
-        """Most new tokens of a prompt of `length` tokens in a batch of `padded`; `row` begins a message about it."""
-        positions = self.target.max_positions
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-        if length > positions:
-            raise ValueError(f"{row}the prompt has {length} tokens, the target has {positions} positions")
-        # the last new token is never fed back, so it needs no position
-        limit = min(max_new_tokens, positions - length + 1)
-        if limit < max_new_tokens and max_length is None:
-            logger.warning(
-                "%sthe prompt has %d tokens, the target %d positions: the answer ends after %d tokens at the latest",
-                *(row, length, positions, limit),
-            )
-        if max_length is not None:
-            if max_length <= padded:
-                raise ValueError(f"the prompt has {padded} tokens, max_length {max_length} leaves no room for more")
-            limit = min(limit, max_length - padded)
-        return limit
+    def _policy(self, speculate: bool, rows: int) -> Policy:
+        if not speculate:
+            return Always(None)
+        if self.tree != AUTO:
+            return Always(self.shape)
+        return self._auto.setdefault(rows, Auto(self.draft.fit)).answer()
 
     def _collect(self, rounds: Iterator[dict[int, Round]], input_ids, log, return_acceptance_len, return_decode_time):
         answers = [step.tokens for step in next(rounds).values()]
-        start = self._now()
+        start = now(self.target.device)
         acceptance_lengths: list[list[int]] = [[] for _ in answers]
+        last_rounds = [-1 for _ in answers]
         for steps in rounds:
             for row, step in steps.items():
                 answers[row] += step.tokens
-                acceptance_lengths[row].append(step.accepted)
-        seconds = self._now() - start
+                last_rounds[row] += 1
+                if step.drafted:
+                    acceptance_lengths[row].append(step.accepted)
+        seconds = now(self.target.device) - start
         result = [torch.cat([input_ids, self._padded(answers).to(input_ids)], dim=1)]
         per_row = []
         if log:
-            per_row += [[len(tokens) for tokens in answers], [len(lengths) - 1 for lengths in acceptance_lengths]]
+            per_row += [[len(tokens) for tokens in answers], last_rounds]
         if return_acceptance_len:
             per_row.append(acceptance_lengths)
         result += per_row if len(answers) > 1 else [values[0] for values in per_row]
@@ -347,30 +351,17 @@ class SpecModel:
         longest = max(map(len, answers))
         return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])
 
-    def _now(self) -> float:
-        if self.target.device.type == "cuda":
-            # not the whole device: another thread may be capturing a step there, which that would break
-            torch.cuda.current_stream(self.target.device).synchronize()
-        return time.perf_counter()
-
 
 def _streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
     """The rounds of a single prompt; closing this closes them at once, whoever else may know them."""
     with closing(rounds):
         for step in rounds:
             tokens, accepted = step[0].tokens, step[0].accepted
-            yield StreamedTokens(tokens, [i < accepted for i in range(len(tokens))], accepted)
+            drafted = [i < accepted for i in range(len(tokens))]
+            yield StreamedTokens(tokens, drafted, accepted if step[0].drafted else None)
 
 
-def _one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
-    """The dtype that was asked for, by either of its names."""
-    named = [getattr(torch, str(value), value) for value in (torch_dtype, dtype)]
-    if dtype is None or torch_dtype == "auto" or named[0] == named[1]:
-        return torch_dtype if dtype is None else dtype
-    raise ValueError(f"torch_dtype and dtype are two names of one thing, found {torch_dtype} and {dtype}")
-
-
-def _fitted(shape: TreeShape, draft: BaseHead | PromptLookup) -> TreeShape:
+def _fitted(shape: TreeShape, draft: Draft) -> TreeShape:
     """The tree that a draft can fill; says so where it is smaller than what was asked for."""
     fitted = draft.fit(shape)
     if (fitted.total_token, fitted.top_k) != (shape.total_token, shape.top_k):

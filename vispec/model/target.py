@@ -7,34 +7,32 @@ After the prompt only the text decoder and the output head are called, with our 
 
 import inspect
 import logging
-import textwrap
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
-from packaging import version
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from vispec.model.attention import adopt, packed_mask
 from vispec.model.cache import TreeCache
 from vispec.model.families import image_spans
-from vispec.model.fusion import fuse
-from vispec.model.graphs import Steps, obstacle
-from vispec.model.hub import hub_options
+from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
-from vispec.model.packing import allow_packing, expect_new_weights
 from vispec.model.pairs import Span
-from vispec.model.passes import decoding_pass
+from vispec.model.products import Products
+from vispec.model.products import obstacle as product_obstacle
+from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
 
 logger = logging.getLogger("vispec")
 
 _PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
+FAST = "VISPEC_FAST"
+"""Environment variable; 0 lets all targets and drafts decode by their own layers alone."""
 DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 """What a text decoder is called with after the prompt."""
 
@@ -45,6 +43,8 @@ class Prompt:
 
     input_ids: torch.Tensor
     """(B, L) the prompt itself."""
+    inputs: Mapping
+    """What else the processor returned: pixels, sizes, grids."""
     hidden: torch.Tensor
     """(B, L, H) features: last hidden states after the final norm."""
     embeds: torch.Tensor
@@ -60,11 +60,15 @@ class Prompt:
 class Target:
     """A loaded VLM of transformers, used as it is.
 
+    Args:
+        model: the VLM.
+        fast: False decodes by the stock layers alone, see `vispec.model.text_decoder`; so does VISPEC_FAST=0.
+
     Raises:
         ValueError: the model has a part that tree decoding cannot handle; the message names it.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, fast: bool = True):
         self.model = model.eval()
         self.config = model.config
         self.decoder = _find_decoder(model)
@@ -82,10 +86,64 @@ class Target:
         # hooks sit on modules that all threads share, so a model reads only one prompt at a time
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
         _use_maskable_attention(model)
-        self._head_groups = adopt(self.decoder.layers)
-        fuse(self.decoder)
-        allow_packing(self.decoder, self.lm_head)
+        self.fast = fast and os.environ.get(FAST, "1") != "0"
+        self._stock = StockDecoder(self.decoder, axes=1 if self._rope_owner is None else 3)
+        self._products: Products | None = None
+        self._text: StockDecoder | LeanDecoder = self._stock
+        if self.fast:
+            with self._prefill_lock:
+                self._make_lean()
         _report_ignored_processors(model)
+
+    def _make_lean(self) -> None:
+        """Decode by the lean pass where that is possible; says once why it is not."""
+        products = Products()
+        try:
+            self._check_lean()
+            self._text = LeanDecoder(self._stock, products, self.max_positions)
+            self._products = products
+            products.of(self.lm_head)
+            products.expect([1])
+        except UnknownLayer as error:
+            self._text, self._products = self._stock, None
+            logger.warning("decoding goes by transformers' own layers, not by the lean pass: %s", error)
+
+    def _check_lean(self) -> None:
+        """Raises UnknownLayer where something around the layers asks for the stock decoder."""
+        reason = product_obstacle([self.lm_head])
+        if len(set(self.devices)) > 1:
+            reason = "the target is spread over devices"
+        elif self.decoder._forward_hooks or self.decoder._forward_pre_hooks:
+            reason = "the text decoder has hooks"
+        if reason is not None:
+            raise UnknownLayer(reason)
+
+    @property
+    def lean(self) -> bool:
+        """Whether decoding goes by the lean pass."""
+        return self._text is not self._stock
+
+    def expect(self, rows: Iterable[int]) -> None:
+        """Choose kernels for passes over so many tokens, those of all rows of a batch together."""
+        if self._products is not None:
+            self._products.expect(rows)
+
+    def expect_logits(self, rows: Iterable[int]) -> None:
+        """Choose kernels of the output head alone, for a draft that asks for the logits of so many estimates."""
+        if self._products is not None:
+            self._products.expect(rows, self.lm_head)
+
+    def _refresh(self) -> None:
+        """With every prompt: weights may have been loaded, trained, moved or replaced since the last one."""
+        self.lm_head, self.embed_tokens = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if self._text is self._stock:
+            return
+        try:
+            self._check_lean()
+            self._text.refresh()
+        except UnknownLayer as error:
+            self._text, self._products = self._stock, None
+            logger.warning("decoding goes on by transformers' own layers: %s", error)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +162,7 @@ class Target:
     @cached_property
     def can_capture(self) -> bool:
         """Whether steps of decoding are captured in CUDA graphs; says once why they are not."""
-        reason = obstacle(self)
+        reason = obstacle(self.model, self.decoder, self.devices)
         if reason is not None:
             level = logging.INFO if self.device.type == "cpu" else logging.WARNING
             logger.log(level, "decoding runs without CUDA graphs: %s", reason)
@@ -112,10 +170,6 @@ class Target:
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         return TreeCache(self.layer_devices, batch_size, capacity)
-
-    def new_steps(self) -> Steps:
-        """What runs the steps of one generation after the other, in the same memory."""
-        return Steps(self)
 
     @torch.no_grad()
     def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping) -> Prompt:
@@ -126,7 +180,6 @@ class Target:
             input_ids: (B, L).
             inputs: what else the family's processor returned, attention_mask included.
         """
-        expect_new_weights()
         batch, length = input_ids.shape
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
@@ -134,6 +187,7 @@ class Target:
             inputs["mm_token_type_ids"] = _image_positions(spans, length).to(self._input_device)
         cache.reserve(length)
         with self._prefill_lock:
+            self._refresh()
             if self._rope_owner is not None:
                 self._rope_owner.rope_deltas = None
             with self._watch() as seen:
@@ -156,6 +210,7 @@ class Target:
             rope_delta = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         return Prompt(
             input_ids.to(self.device),
+            inputs,
             seen["hidden"].to(self.device),
             seen["embeds"].to(self.device),
             logits[:, -1].to(self.device),
@@ -179,24 +234,14 @@ class Target:
         """
         cache.reserve(tokens.shape[1])
         mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
-        if self._rope_owner is not None:
-            positions = positions[None].expand(3, -1, -1)
-        if mask is not None and self._head_groups is not None:
-            mask = packed_mask(mask, self._head_groups)
-        with decoding_pass():
-            out = self.decoder(
-                inputs_embeds=self.embed_tokens(self._place(tokens)),
-                attention_mask=self._place(mask),
-                position_ids=self._place(positions),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return out.last_hidden_state.to(self.device)
+        embeds = self.embed_tokens(self._place(tokens))
+        return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
 
-    @decoding_pass()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
-        return self.lm_head(hidden).to(self.device)
+        if self._products is None or torch.is_autocast_enabled(hidden.device.type):
+            return self.lm_head(hidden).to(self.device)
+        return self._products.linear(self.lm_head, hidden)
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value
@@ -230,45 +275,6 @@ class Target:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def load_target(
-    path: str, torch_dtype: str | torch.dtype = "auto", device_map: str | dict | None = None, **kwargs
-) -> PreTrainedModel:
-    """Load a VLM by transformers from a folder or a hub id; `kwargs` go to its `from_pretrained`.
-
-    Raises:
-        ValueError: transformers cannot load it, or would have to make up weights that its files lack.
-    """
-    attention = kwargs.get("attn_implementation")
-    if attention not in (None, "sdpa", "eager"):
-        logger.warning("attention %r cannot take a tree mask, sdpa is used instead", attention)
-        kwargs["attn_implementation"] = "sdpa"
-    # the argument has a new name since transformers 4.56
-    dtype_name = "dtype" if version.parse(transformers.__version__) >= version.parse("4.56") else "torch_dtype"
-    try:
-        _refuse_draft_head(path, kwargs)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path, **{dtype_name: torch_dtype}, device_map=device_map, output_loading_info=True, **kwargs
-        )
-    except (ValueError, OSError) as error:
-        # transformers explains over several lines and lists every model it knows; the beginning says what is wrong
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise ValueError(f"{path}: transformers cannot load it as a target ({reason})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        named = textwrap.shorten(", ".join(missing), 200, placeholder=" …")
-        raise ValueError(f"{path}: the target's files lack {len(missing)} of its tensors ({named})")
-    return model
-
-
-def _refuse_draft_head(path: str, kwargs: Mapping) -> None:
-    """The config of a published draft head says that it is a VLM; transformers would build one, at full size."""
-    values, _ = PretrainedConfig.get_config_dict(path, **hub_options(kwargs))
-    kind = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
-    parts = sorted(getattr(kind, "sub_configs", ()))
-    if parts and not any(part in values for part in parts):
-        raise ValueError(f"its config has none of {', '.join(parts)}; is it a draft head?")
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -351,9 +357,10 @@ def _eos_token_ids(model: PreTrainedModel) -> list[int]:
 
 
 def _execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes, also when accelerate has placed it."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    """Where a module computes, also when accelerate has placed it, as a whole or part by part."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
     return torch.device(device) if device is not None else next(module.parameters()).device
 
 

@@ -4,17 +4,12 @@ B rows, k = top_k, N = total_token nodes with the root, M = k + depth * k² cand
 root. Everything is a tensor of fixed shape, so that a round makes no decision on the host.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-
-from vispec.model.rows import Rows
-
-if TYPE_CHECKING:  # the heads import this module
-    from vispec.model.draft import DraftHead, DraftState
-    from vispec.model.medusa import MedusaHead, MedusaState
 
 EMPTY = -1
 """The token of a node that drafts nothing; it is never accepted."""
@@ -33,6 +28,16 @@ class TreeShape:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
 
+    @classmethod
+    def parse(cls, text: str) -> "TreeShape":
+        """total_token/depth/top_k, as in "30/3/8"; raises ValueError where the text says something else."""
+        if not re.fullmatch(r"[0-9]+/[0-9]+/[0-9]+", text):
+            raise ValueError(f"a tree is total_token/depth/top_k such as 30/3/8, found {text!r}")
+        return cls(*map(int, text.split("/")))
+
+    def __str__(self) -> str:
+        return f"{self.total_token}/{self.depth}/{self.top_k}"
+
     @property
     def candidates(self) -> int:
         return self.top_k + self.depth * self.top_k**2
@@ -49,8 +54,7 @@ class TreeShape:
         return TreeShape(min(self.total_token, shape.candidates + 1), shape.depth, shape.top_k)
 
 
-@dataclass
-class Tree(Rows):
+class Tree(NamedTuple):
     """A drafted tree; node 0 is the root, parents come before their children."""
 
     tokens: torch.Tensor
@@ -85,62 +89,74 @@ class Candidates(NamedTuple):
     """(B, M) candidate index of each one's parent, -1 for the root."""
 
 
-def grow_tree(
-    draft: "DraftHead | MedusaHead",
-    state: "DraftState | MedusaState",
-    root: torch.Tensor,
-    shape: TreeShape,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    token_ids: torch.Tensor | None = None,
-) -> Tree:
-    """Draft a tree under the last committed pair; arguments as for `grow_candidates`."""
-    return choose_nodes(root, *grow_candidates(draft, state, root, shape, lm_head, token_ids), shape)
+class DraftOutput(NamedTuple):
+    """How the estimates of a draft become tokens."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    """(…, H) -> (…, V), or (…, V') with a draft vocabulary."""
+    expect: Callable[[Iterable[int]], None]
+    """Gets ready for so many estimates in one call."""
+    token_ids: torch.Tensor | None = None
+    """(V',) the token of each logit; None: they are all tokens, in order."""
 
 
-def grow_candidates(
-    draft: "DraftHead | MedusaHead",
-    state: "DraftState | MedusaState",
-    root: torch.Tensor,
-    shape: TreeShape,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    token_ids: torch.Tensor | None = None,
-) -> Candidates:
-    """All that a draft proposes under the last committed pair.
+class Proposes(Protocol):
+    """A draft, as far as a tree asks it."""
+
+    def candidates(self, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
+        """All that it proposes below `root` (B,), after what its memory holds."""
+
+
+def grow(draft: Proposes, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Tree:
+    """The tree of a round: the N - 1 best of all that a draft proposes.
 
     Args:
-        draft, state: the head and its memory; `state.estimates` (B, A, H) are the outputs that the first A levels are
-            read from. Below that the head is run on the nodes of a level.
+        memory: what the draft has read.
         root: (B,) token at the root.
-        shape: must be `fitted` to the vocabulary, and to the head's `fixed_depth`.
-        lm_head: (…, H) -> (…, V), the target's output head, or the rows of a draft vocabulary.
-        token_ids: (V,) the token of each logit where there is a draft vocabulary.
+        shape: must be one that the draft can fill, see `Draft.fit`.
+        output: how the draft's estimates become tokens.
+    """
+    return choose_nodes(root, *draft.candidates(memory, root, shape, output), shape)
 
-    A node's score is the sum of the log-probabilities on its path. Each level expands its k best nodes; of all M
-    candidates ever scored, the N - 1 best become the tree.
+
+Expand = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Called for one level after the other, from the first on: (estimates (B, k, H) of the nodes' own features, tokens
+(B, k), parents (B, k) among those of the level before, None at the first) -> estimates (B, k, H) of what follows."""
+
+
+def expand_levels(
+    estimates: torch.Tensor, expand: Expand | None, root: torch.Tensor, shape: TreeShape, output: DraftOutput
+) -> Candidates:
+    """Candidates level by level (EAGLE-2): each level expands its k best nodes.
+
+    Args:
+        estimates: (B, A, H) outputs of the draft that the first A levels are read from.
+        expand: runs the draft on the nodes of a level; None where no level needs it.
+        root: (B,) token at the root.
+        shape: `fitted` to the vocabulary.
+
+    A node's score is the sum of the log-probabilities on its path.
     """
     k = shape.top_k
     batch, device = root.shape[0], root.device
-    known_log_probs, known_tokens = _top_k(lm_head(state.estimates), k, token_ids)
+    known_log_probs, known_tokens = _top_k(estimates, k, output)
     known = known_tokens.shape[1]
     scores, tokens = known_log_probs[:, 0], known_tokens[:, 0]
-    all_scores, all_tokens = [scores], [tokens]
-    all_parents = [torch.full_like(tokens, -1)]
+    all_scores, all_tokens, frontiers = [scores], [tokens], []
 
     frontier = torch.arange(k, device=device).expand(batch, k)
-    hidden = state.estimates[:, -1:].expand(-1, k, -1)
-    seen = torch.zeros(batch, k, 0, dtype=torch.bool, device=device)
-    itself = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
+    hidden = estimates[:, -1:].expand(-1, k, -1)
+    parent = None
     for level in range(1, shape.depth + 1):
         if level < known:
             log_probs, children = (x[:, level, None].expand(-1, k, -1) for x in (known_log_probs, known_tokens))
         else:
-            seen = torch.cat([seen, itself], dim=2)
-            out = draft.expand(state, level, hidden, tokens, seen)
-            log_probs, children = _top_k(lm_head(out), k, token_ids)
+            out = expand(hidden, tokens, parent)
+            log_probs, children = _top_k(out, k, output)
         child_scores = (scores[:, :, None] + log_probs).flatten(1)
         all_scores.append(child_scores)
         all_tokens.append(children.flatten(1))
-        all_parents.append(frontier[:, :, None].expand(-1, -1, k).flatten(1))
+        frontiers.append(frontier)
         if level == shape.depth:
             break
         scores, best = child_scores.topk(k, dim=1)
@@ -149,8 +165,10 @@ def grow_candidates(
         tokens = all_tokens[-1].gather(1, best)
         if level >= known:
             hidden = out.gather(1, parent[..., None].expand(-1, -1, out.shape[2]))
-            seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
-    return Candidates(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1))
+    parents = torch.full_like(all_tokens[0], -1)
+    if frontiers:
+        parents = torch.cat([parents, torch.cat(frontiers, 1).repeat_interleave(k, dim=1)], dim=1)
+    return Candidates(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), parents)
 
 
 def choose_nodes(
@@ -171,11 +189,11 @@ def choose_nodes(
     node_parents = node_of.gather(1, parents.gather(1, chosen) + 1)
     tokens = torch.cat([root[:, None], tokens.gather(1, chosen)], dim=1)
     parents = torch.cat([torch.zeros_like(root)[:, None], node_parents], dim=1)
-    return Tree(tokens, parents, *_lineage(parents, shape.levels))
+    return tree_of(tokens, parents, shape.levels)
 
 
-def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Depths (B, N), ancestor mask (B, N, N) and paths (B, N, levels + 1) of a table of parents."""
+def tree_of(tokens: torch.Tensor, parents: torch.Tensor, levels: int) -> Tree:
+    """The tree of a table of parents (B, N), which has at most so many levels below the root."""
     batch, n = parents.shape
     itself = torch.arange(n, device=parents.device).expand(batch, n)
     upwards = [itself]  # after j steps up; the root's parent is the root
@@ -185,12 +203,10 @@ def _lineage(parents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Te
     mask = torch.zeros(batch, n, n, dtype=torch.bool, device=parents.device).scatter_(2, upwards, True)
     depths = mask.sum(2) - 1
     step = torch.arange(levels + 1, device=parents.device)
-    return depths, mask, upwards.gather(2, (depths[..., None] - step).clamp_(min=0))
+    return Tree(tokens, parents, depths, mask, upwards.gather(2, (depths[..., None] - step).clamp_(min=0)))
 
 
-def _top_k(
-    logits: torch.Tensor, k: int, token_ids: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _top_k(estimates: torch.Tensor, k: int, output: DraftOutput) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best log-probabilities and their tokens, in float32: in half precision too many of them tie."""
-    log_probs, best = logits.float().log_softmax(-1).topk(k, dim=-1)
-    return log_probs, best if token_ids is None else token_ids[best]
+    log_probs, best = output.logits(estimates).float().log_softmax(-1).topk(k, dim=-1)
+    return log_probs, best if output.token_ids is None else output.token_ids[best]

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from vispec.model.draft import DraftHead
-from vispec.model.draft_layer import rotary_angles, rotate
+from vispec.model.drafts import DraftHead
 from vispec.model.pairs import Span
 
 SCORES = 2**24
@@ -72,33 +71,25 @@ def drafted_in_a_row(
     """
     if len(head.layers) != 1:
         raise ValueError(f"drafts of a head of {len(head.layers)} layers cannot be followed; expected 1")
-    layer, attention = head.layers[0], head.layers[0].self_attn
-    layout = head.plan(lengths, images).to(hidden.device)
-    index = layout.positions[..., None].expand(-1, -1, hidden.shape[2])
-    next_embeds = shift_left(embeds, lengths).gather(1, index)
-    groups = attention.heads // attention.kv_heads
+    heads = head.heads
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
 
-    def project(x, projection, heads):
-        return projection(x).view(*x.shape[:2], heads, attention.head_dim).transpose(1, 2)
+    def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        qkv = qkv.view(len(hidden), -1, heads.all, heads.size).transpose(1, 2)
+        q, k, v = qkv.split([heads.queries, heads.keys, heads.keys], dim=1)
+        keys.append(k.repeat_interleave(heads.queries // heads.keys, 1))
+        values.append(v.repeat_interleave(heads.queries // heads.keys, 1))
+        return _attend(q, keys, values, heads.scale).transpose(1, 2).reshape(len(hidden) * q.shape[2], -1)
 
-    features, keys, values = hidden.gather(1, index), [], []
+    next_embeds, features = shift_left(embeds, lengths), hidden
     for _ in range(depth):
-        x, _ = head._inputs(layout, features, embeds, next_embeds)
-        rotary = rotary_angles(layout.positions, attention.head_dim, head.config.rope_theta, x.dtype)
-        q = rotate(project(x, attention.q_proj, attention.heads), rotary)
-        k = rotate(project(x, attention.k_proj, attention.kv_heads), rotary).repeat_interleave(groups, 1)
-        v = project(x, attention.v_proj, attention.kv_heads).repeat_interleave(groups, 1)
-        keys.append(k)
-        values.append(v)
-        x = x + attention.o_proj(_attend(q, keys, values).transpose(1, 2).flatten(2))
-        out = x + layer.mlp(layer.post_attention_layernorm(x))
-        places = index.masked_fill(~layout.valid[..., None], hidden.shape[1])
-        full = out.new_zeros(out.shape[0], hidden.shape[1] + 1, out.shape[2]).scatter(1, places, out)
-        yield full[:, :-1]
+        out = head(features, embeds, next_embeds, images, lengths, attend)
+        yield out
         features = F.pad(out[:, :-1], (0, 0, 1, 0))
 
 
-def _attend(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+def _attend(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float) -> torch.Tensor:
     """Attention of the last of m passes, some queries at a time: all (B, heads, R, head_dim), one key a pass.
 
     A query sees what the first pass has made of the pairs at least m-1 before it, and of each later pass one pair.
@@ -115,7 +106,7 @@ def _attend(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor
         unseen = places[start:end, None] - places[:end] < behind
         scores = (query @ keys[0][:, :, :end].transpose(2, 3)).masked_fill(unseen, -torch.inf)
         columns = [(query * key[:, :, start:end]).sum(-1, keepdim=True) for key, _ in own]
-        weights = (torch.cat([scores, *columns], dim=-1).float() * q.shape[3] ** -0.5).softmax(-1)
+        weights = (torch.cat([scores, *columns], dim=-1).float() * scale).softmax(-1)
         weights = weights.nan_to_num().to(q.dtype)
         mixed[:, :, start:end] = weights[..., :end] @ values[0][:, :, :end]
         for column, (_, value) in enumerate(own, end):

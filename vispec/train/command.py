@@ -12,11 +12,10 @@ import torch
 
 from vispec.cli import DTYPES, parse_bool, provenance
 from vispec.files import write_json_atomic
-from vispec.model.checkpoints import load_draft, read_config
-from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
-from vispec.model.draft_config import DraftConfig
-from vispec.model.hub import model_card
-from vispec.model.medusa import MedusaHead
+from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, load_draft
+from vispec.model.drafts.checkpoints import read_config
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.hub import model_card
 from vispec.train.folders import check_folders
 from vispec.train.medusa import MedusaTrainer
 from vispec.train.plan import print_plan

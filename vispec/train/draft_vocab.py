@@ -20,8 +20,8 @@ from vispec.cli import Parser, UserError, count, provenance, run_cli
 from vispec.files import write_atomic
 from vispec.ge_data.run_folder import MANIFEST
 from vispec.ge_data.sample_file import read_tokens
-from vispec.model.draft_vocab import DraftVocabulary, fingerprint
-from vispec.model.hub import CARD, with_vocabulary_section
+from vispec.model.drafts.hub import CARD, with_vocabulary_section
+from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
 from vispec.train.samples import find_samples, hold_out
 
 COMPARED_SIZES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -146,7 +146,7 @@ def _check(args: argparse.Namespace, base: str, vocab_size: int, required: int) 
         )
     if args.spec_model_path is None:
         return
-    from vispec.model.checkpoints import CONFIG, read_config
+    from vispec.model.drafts.checkpoints import CONFIG, read_config
 
     if not Path(args.spec_model_path).is_dir():
         raise UserError(f"--spec-model-path {args.spec_model_path}: expected a local folder with a draft head")

@@ -11,7 +11,7 @@ from vispec.cli import run_cli
 
 def main(argv: list[str] | None = None) -> int:
     from vispec.cli import Parser
-    from vispec.model.medusa import HEADS
+    from vispec.model.drafts.medusa import HEADS
     from vispec.train import command
     from vispec.train.losses import Objective
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from vispec.model.medusa import MedusaHead
+from vispec.model.drafts import MedusaHead
 from vispec.train.metrics import DEPTH
 from vispec.train.samples import Batch
 from vispec.train.trainer import Recipe, Trainer

@@ -14,7 +14,8 @@ from vispec.ge_data.jobs import features, image_inputs
 from vispec.ge_data.run_folder import MANIFEST, read_manifest
 from vispec.ge_data.sample_file import Sample, Tokens, read_tokens
 from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER
-from vispec.model.target import Target, load_target
+from vispec.model.loading import load_target
+from vispec.model.target import Target
 from vispec.prompts import UNREADABLE, build_inputs, image_file, user_turn
 from vispec.train.samples import Batch, Noise, collate
 

@@ -5,8 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
-from vispec.model.checkpoints import save_draft
-from vispec.model.draft import BaseHead
+from vispec.model.drafts import BaseHead
+from vispec.model.drafts.checkpoints import save_draft
 
 STATE = re.compile(r"state_(\d+)")
 

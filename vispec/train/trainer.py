@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from vispec.cli import changes
 from vispec.files import write_atomic
-from vispec.model.draft import BaseHead
+from vispec.model.drafts import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import Objective, chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums

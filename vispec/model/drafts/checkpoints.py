@@ -7,79 +7,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
+from torch import nn
 
 from vispec.files import write_atomic, write_json_atomic
-from vispec.model.draft import BaseHead, DraftHead, ViSpecHead
-from vispec.model.draft_config import DraftConfig
-from vispec.model.draft_vocab import DraftVocabulary
-from vispec.model.hub import CARD, VOCABULARY_FILE
-from vispec.model.medusa import HEADS, MedusaHead
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.hub import CARD
 
 logger = logging.getLogger("vispec")
 
 CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 EMBEDDING = "embed_tokens.weight"
-METHODS = ("vispec", "eagle2", "medusa")
 
 
-def load_draft(
-    path: str,
-    method: str | None = None,
-    num_q: int | None = None,
-    dtype: torch.dtype | None = None,
-    embedding: torch.Tensor | None = None,
-    draft_vocab: bool = True,
-    **hub,
-) -> BaseHead:
-    """Load a draft head from a folder or a hub id.
-
-    Args:
-        path: folder with config.json and model.safetensors or pytorch_model.bin, or the hub id of such a repository.
-        method: one of METHODS; checked against the weights when given.
-        num_q: queries of the vision adaptor; checked against the weights when given.
-        dtype: of the loaded head; that of the file when None.
-        embedding: the target's (V, H) embedding table, used where the file has none.
-        draft_vocab: False leaves a draft vocabulary beside the weights alone.
-        hub: for a hub id: revision, token, cache_dir, local_files_only, as huggingface_hub takes them.
-
-    Raises:
-        TypeError: `hub` holds something else.
-        ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
-    """
-    config, weights_file = find_draft(path, **hub)
-    weights = _read_weights(weights_file)
-    if EMBEDDING not in weights:
-        if embedding is None:
-            raise ValueError(f"{weights_file}: no {EMBEDDING}, and no target to take it from")
-        weights[EMBEDDING] = embedding
-    head = build_head(config, **_identify(weights, weights_file, method, num_q))
-    if embedding is not None:
-        _compare_embedding(weights[EMBEDDING], embedding, weights_file)
-    _check_tensors(head, weights, weights_file)
-    weights = {name: tensor.to(dtype) if dtype else tensor for name, tensor in weights.items()}
-    if embedding is not None and _same(weights[EMBEDDING], embedding):
-        weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
-    head.load_state_dict(weights, assign=True)
-    head.embed_tokens.weight.requires_grad_(False)
-    vocabulary_file = find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None
-    if vocabulary_file is not None:
-        head.draft_vocab = DraftVocabulary.read(vocabulary_file, config.vocab_size)
-    return head.eval()
-
-
-def build_head(config: DraftConfig, method: str, num_q: int | None = None, heads: int = HEADS) -> BaseHead:
-    """A head without memory for its weights (meta device), to be filled by `load_state_dict(assign=True)`."""
-    with torch.device("meta"):
-        if method == "eagle2":
-            return DraftHead(config)
-        if method == "vispec":
-            return ViSpecHead(config, num_q or 2)
-        if method == "medusa":
-            return MedusaHead(config, heads)
-    raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-
-
-def save_draft(head: BaseHead, folder: str | Path) -> None:
+def save_draft(head: nn.Module, folder: str | Path) -> None:
     """Write config.json, model.safetensors and, where the head has them, draft vocabulary and model card into `folder`.
 
     Each file appears whole or not at all.
@@ -106,7 +46,7 @@ def read_config(path: str | Path) -> DraftConfig:
 
 
 def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
-    """Config and weights file of a draft head in a folder or a hub repository; `hub` as for `load_draft`.
+    """Config and weights file of a draft head in a folder or a hub repository; `hub` as for `find_file`.
 
     Raises:
         ValueError: one of them is missing, or the config is wrong.
@@ -165,21 +105,29 @@ def _repository_is_cached(repo_id: str, cache_dir: str | Path | None) -> bool:
     return Path(cache_dir or constants.HF_HUB_CACHE, folder, "snapshots").is_dir()
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, embedding: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file, with the target's embedding table where it has none.
+
+    Raises:
+        ValueError: the file cannot be read, or has no such table and there is none to take.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = dict(torch.load(path, map_location="cpu", weights_only=True))
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the readers raise half a dozen types for a broken file; all mean the same to the user
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: cannot be read as weights ({reason})") from None
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name} is no tensor but a {type(value).__name__}")
+    if EMBEDDING not in weights:
+        if embedding is None:
+            raise ValueError(f"{path}: no {EMBEDDING}, and no target to take it from")
+        weights[EMBEDDING] = embedding
     return weights
 
 
-def _identify(
+def identify(
     weights: Mapping[str, torch.Tensor], path: Path, method: str | None, num_q: int | None
 ) -> dict[str, str | int]:
     """Method, and num_q or the number of Medusa's heads, as the weights have them, checked against what was asked."""
@@ -197,7 +145,32 @@ def _identify(
     return {"method": found, "num_q": queries.shape[0]}
 
 
-def _check_tensors(head: BaseHead, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+def fill(
+    head: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    embedding: torch.Tensor | None = None,
+) -> None:
+    """Give a head without memory its weights, read from `path`.
+
+    Args:
+        dtype: to compute in; that of the weights when None.
+        embedding: the target's (V, H) table; a head of another target is refused, or named.
+
+    Raises:
+        ValueError: a tensor is missing, surplus or misshapen.
+    """
+    if embedding is not None:
+        _compare_embedding(weights[EMBEDDING], embedding, path)
+    _check_tensors(head, weights, path)
+    weights = {name: tensor.to(dtype) if dtype else tensor for name, tensor in weights.items()}
+    if embedding is not None and _same(weights[EMBEDDING], embedding):
+        weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
+    head.load_state_dict(weights, assign=True)
+
+
+def _check_tensors(head: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:

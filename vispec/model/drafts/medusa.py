@@ -12,23 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vispec.model.draft import BaseHead
-from vispec.model.draft_config import DraftConfig
-from vispec.model.pairs import Span
-from vispec.model.passes import decoding_pass
-from vispec.model.rows import Rows
+from vispec.model.drafts.base import BaseHead, Kept
+from vispec.model.drafts.config import DraftConfig
+from vispec.model.target import Prompt, Target
+from vispec.model.tree import Candidates, DraftOutput, TreeShape, expand_levels
 
 HEADS = 5
 
 
 @dataclass
-class MedusaState(Rows):
-    """What the head remembers between the rounds of one generation."""
+class MedusaMemory:
+    """What the head remembers of a text: its end."""
 
     estimates: torch.Tensor
-    """(B, heads, H) outputs at the last committed token: estimates of the feature of the root and of those after it."""
+    """(B, heads, H) outputs at the last pair's feature: estimates of the feature of the root and of those after it."""
     used: int = 0
-    """What other heads have read of a text; Medusa remembers its end alone."""
+
+    def part(self, start: int, stop: int) -> "MedusaMemory":
+        return MedusaMemory(self.estimates[start:stop])
+
+    def move(self, source: int, target: int) -> None:
+        self.estimates[target] = self.estimates[source]
+
+    def clear(self) -> None:
+        self.estimates.zero_()
+
+    def enlarged(self, capacity: int) -> "MedusaMemory":
+        return self
 
 
 class MedusaBlock(nn.Module):
@@ -63,20 +73,29 @@ class MedusaHead(BaseHead):
         """(…, H) features -> (…, heads, H) estimates of the features of the tokens after each, the next one first."""
         return torch.stack([head(hidden) for head in self.medusa_head], dim=-2)
 
-    @decoding_pass()
-    def begin(
-        self,
-        hidden: torch.Tensor,
-        embeds: torch.Tensor,
-        root: torch.Tensor,
-        images: list[list[Span]],
-        capacity: int | None = None,
-    ) -> MedusaState:
-        """Read the prompt: `hidden` (B, L, H) of the target's pass over it; the rest is what other heads read."""
-        return MedusaState(self(hidden[:, -1]))
+    def memory(self, rows: int, capacity: int, target: Target) -> MedusaMemory:
+        shape = rows, len(self.medusa_head), self.config.hidden_size
+        return MedusaMemory(torch.zeros(shape, dtype=target.dtype, device=target.device))
 
-    @decoding_pass()
-    def extend(self, state: MedusaState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Go on from the last committed token of a verified path; arguments as for `DraftHead.extend`."""
-        last = hidden.gather(1, (counts - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
-        state.estimates.copy_(self(last))
+    def beside_layers(self) -> list[nn.Module]:
+        return [block.linear for (block,) in self.medusa_head]
+
+    def expect(self, batch: int, shape: TreeShape) -> None:
+        if self._products is not None:
+            self._products.expect([batch])
+
+    def read(self, memory: MedusaMemory, prompt: Prompt) -> int:
+        self.refresh()
+        return 0
+
+    def extend(self, memory: MedusaMemory, kept: Kept) -> None:
+        index = (kept.counts - 1)[:, None, None].expand(-1, 1, kept.features.shape[2])
+        last = kept.features.gather(1, index)[:, 0]
+        memory.estimates.copy_(
+            torch.stack([last + F.silu(self.linear(block.linear, last)) for (block,) in self.medusa_head], dim=-2)
+        )
+
+    def candidates(
+        self, memory: MedusaMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput
+    ) -> Candidates:
+        return expand_levels(memory.estimates, None, root, shape, output)

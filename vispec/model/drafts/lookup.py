@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from vispec.model.pairs import Span
-from vispec.model.rows import Rows
-from vispec.model.target import Prompt
-from vispec.model.tree import EMPTY, Candidates, Tree, TreeShape, choose_nodes
+from vispec.model.drafts.base import Kept
+from vispec.model.target import Prompt, Target
+from vispec.model.tree import EMPTY, Candidates, DraftOutput, TreeShape
 
 LONGEST_MATCH = 8
 """Tokens of a match that count; matches of more tokens are equally good."""
@@ -24,30 +23,36 @@ MOST_BRANCHES = 512
 
 
 @dataclass
-class LookupState(Rows):
+class LookupMemory:
     """The texts of a generation."""
 
     ids: torch.Tensor
     """(B, W) prompt and answer so far, the root included; EMPTY at image tokens, anything behind the text."""
     lengths: torch.Tensor
     """(B,)"""
-    used: int
-    """Host-side upper bound of `lengths`."""
+    used: int = 0
 
-    def room_for(self, batch_size: int, capacity: int) -> "LookupState":
-        ids = self.ids.new_full((batch_size, max(capacity, self.ids.shape[1])), EMPTY)
-        return LookupState(ids, self.lengths.new_zeros(batch_size), self.used)
+    def part(self, start: int, stop: int) -> "LookupMemory":
+        return LookupMemory(self.ids[start:stop], self.lengths[start:stop], self.used)
 
-    def copy_(self, other: "LookupState") -> None:
-        slots = min(other.used, other.ids.shape[1])  # the bound may be rounded up beyond what is there
-        self.ids[:, :slots] = other.ids[:, :slots]
-        self.lengths.copy_(other.lengths)
+    def move(self, source: int, target: int) -> None:
+        self.ids[target] = self.ids[source]
+        self.lengths[target] = self.lengths[source]
+
+    def clear(self) -> None:
+        self.ids.fill_(EMPTY)
+        self.lengths.zero_()
+        self.used = 0
+
+    def enlarged(self, capacity: int) -> "LookupMemory":
+        return replace(self, ids=F.pad(self.ids, (0, max(capacity - self.ids.shape[1], 0)), value=EMPTY))
 
 
 class PromptLookup:
     """Drafts what followed earlier occurrences of the last few tokens."""
 
     method = "lookup"
+    draft_vocab = None
 
     def fit(self, shape: TreeShape) -> TreeShape:
         """The largest tree not above this one: up to MOST_BRANCHES of depth + 1 tokens."""
@@ -55,42 +60,44 @@ class PromptLookup:
         return replace(shape, total_token=min(shape.total_token, k * shape.levels + 1), top_k=k)
 
     def reach(self, shape: TreeShape) -> int:
-        """Slots that a round needs behind what was read before it."""
         return shape.levels + 1
 
-    def held(self, length: int, images: list[Span]) -> int:
-        """How many places a prompt of one row takes in its text."""
+    def output(self, target: Target) -> DraftOutput:
+        return DraftOutput(target.logits, lambda rows: None)
+
+    def memory(self, rows: int, capacity: int, target: Target) -> LookupMemory:
+        shape = rows, max(capacity, MOST_BRANCHES)
+        ids = torch.full(shape, EMPTY, dtype=torch.long, device=target.device)
+        return LookupMemory(ids, torch.zeros(rows, dtype=torch.long, device=target.device))
+
+    def make_lean(self) -> None:
+        """Nothing: there are no weights."""
+
+    def expect(self, batch: int, shape: TreeShape) -> None:
+        """Nothing: there are no products."""
+
+    def read(self, memory: LookupMemory, prompt: Prompt) -> int:
+        memory.clear()
+        length = prompt.input_ids.shape[1]
+        memory.ids[:, :length] = prompt.input_ids
+        for start, end in prompt.images[0]:
+            memory.ids[:, start:end] = EMPTY
+        memory.lengths.fill_(length)
         return length
 
-    def start(self, prompt: Prompt, root: torch.Tensor, capacity: int) -> LookupState:
-        """Read the prompt; `root` (B,) is the first new token, `capacity` the tokens that there must be room for."""
-        batch, length = prompt.input_ids.shape
-        ids = root.new_full((batch, max(capacity, MOST_BRANCHES)), EMPTY)
-        ids[:, :length] = prompt.input_ids
-        for row, spans in enumerate(prompt.images):
-            for start, end in spans:
-                ids[row, start:end] = EMPTY
-        ids[:, length] = root
-        return LookupState(ids, torch.full_like(root, length + 1), length + 1)
-
-    def extend(self, state: LookupState, hidden: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Add the tokens of a verified path; arguments as for `DraftHead.extend`."""
-        steps = tokens.shape[1]
-        places = state.lengths[:, None] + torch.arange(steps, device=tokens.device)
-        state.ids.scatter_(1, places, tokens)
-        state.lengths += counts
-        state.used += steps
-
-    def grow(self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head, token_ids=None) -> Tree:
-        """The tree under `root`, which must be `fit`; `lm_head` and `token_ids` are what other drafts need."""
-        return choose_nodes(root, *self.candidates(state, root, shape), shape)
+    def extend(self, memory: LookupMemory, kept: Kept) -> None:
+        steps = kept.tokens.shape[1]
+        places = memory.lengths[:, None] + torch.arange(steps, device=kept.tokens.device)
+        memory.ids.scatter_(1, places, kept.tokens)
+        memory.lengths += kept.counts
+        memory.used += steps
 
     def candidates(
-        self, state: LookupState, root: torch.Tensor, shape: TreeShape, lm_head=None, token_ids=None
+        self, memory: LookupMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput | None = None
     ) -> Candidates:
-        """What the nodes of that tree are chosen from; it does not depend on `total_token`."""
+        """Branches below the root; they do not depend on `total_token`."""
         k, levels = shape.top_k, shape.levels
-        tokens = continuations(state.ids[:, : max(state.used, k)], state.lengths, k, levels)
+        tokens = continuations(memory.ids[:, : max(memory.used, k)], memory.lengths, k, levels)
         first = first_alike(tokens)
         branch = torch.arange(k, device=root.device)[:, None]
         level = torch.arange(levels, device=root.device)

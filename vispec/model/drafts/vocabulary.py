@@ -13,10 +13,10 @@ Shapes: V tokens of the target, V' of the draft vocabulary, H hidden size.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,22 +24,15 @@ from safetensors.torch import save
 from torch import nn
 
 from vispec.files import write_atomic
-from vispec.model.hub import VOCABULARY_FILE
-from vispec.model.packing import PackableLinear, allow_packing
-from vispec.model.passes import decoding_pass
+from vispec.model.products import Products
+from vispec.model.target import Target
+from vispec.model.tree import DraftOutput
 
 logger = logging.getLogger("vispec")
 
 FORMAT = 1
-
-
-class DraftOutput(NamedTuple):
-    """How the estimates of a draft become tokens."""
-
-    logits: Callable[[torch.Tensor], torch.Tensor]
-    """(…, H) -> (…, V), or (…, V') with a draft vocabulary."""
-    token_ids: torch.Tensor | None = None
-    """(V',) the token of each logit; None: they are all tokens, in order."""
+VOCABULARY_FILE = "draft_vocab.safetensors"
+VOCABULARY_TITLE = "## Draft vocabulary"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +105,14 @@ class DraftVocabulary:
                 "draft_vocab=False"
             )
 
-    def output(self, lm_head: nn.Module, device: torch.device) -> DraftOutput:
-        """The rows of these tokens of the target's output head, copied to `device`: V' · H numbers more in memory.
+    def output(self, target: Target) -> DraftOutput:
+        """The rows of these tokens of a target's output head, copied: V' · H numbers more in memory.
 
         Raises:
             ValueError: the output head is no plain linear layer (it is quantised, say), or it was offloaded.
         """
-        if type(lm_head) not in (nn.Linear, PackableLinear):
+        lm_head = target.lm_head
+        if type(lm_head) is not nn.Linear:
             raise ValueError(
                 f"{self.source}: the target's output head is a {type(lm_head).__name__}, a draft vocabulary needs a "
                 "plain linear layer; load with draft_vocab=False"
@@ -130,13 +124,42 @@ class DraftVocabulary:
             )
         kept = self.token_ids.to(lm_head.weight.device)
         rows = nn.Linear(lm_head.in_features, len(self), lm_head.bias is not None, device="meta")
-        for name, parameter in lm_head.named_parameters():
-            setattr(rows, name, nn.Parameter(parameter.detach()[kept].to(device), requires_grad=False))
-        allow_packing(rows)
-        return DraftOutput(decoding_pass()(rows.forward), self.token_ids.to(device))
+        with torch.inference_mode(False):  # products ask tensors for their versions
+            for name, parameter in lm_head.named_parameters():
+                setattr(rows, name, nn.Parameter(parameter.detach()[kept].to(target.device), requires_grad=False))
+        head = _Rows(rows, target.fast)
+        return DraftOutput(head, head.expect, self.token_ids.to(target.device))
+
+
+class _Rows:
+    """The rows of an output head as a function (…, H) -> (…, V')."""
+
+    def __init__(self, rows: nn.Linear, fast: bool):
+        self.rows = rows
+        self.products = Products() if fast else None
+
+    def expect(self, rows: Iterable[int]) -> None:
+        if self.products is not None:
+            self.products.expect(rows, self.rows)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.products is None or torch.is_autocast_enabled(hidden.device.type):
+            return self.rows(hidden)
+        return self.products.linear(self.rows, hidden)
 
 
 def fingerprint(tokenizer, token_ids: torch.Tensor) -> str:
     """SHA-256 of what these ids stand for in a tokenizer of transformers; ids that it does not use count as null."""
     tokens = tokenizer.convert_ids_to_tokens(token_ids.tolist())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def with_vocabulary_section(card: str, vocabulary: DraftVocabulary) -> str:
+    """A model card that tells of a draft vocabulary, in place of what it told of an earlier one."""
+    card = re.sub(rf"\n{VOCABULARY_TITLE}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL).rstrip()
+    covered = vocabulary.facts.get("coverage")
+    told = "" if covered is None else f", which cover {covered:.2%} of the tokens of held-out answers"
+    return (
+        f"{card}\n\n{VOCABULARY_TITLE}\n\nThe head proposes {len(vocabulary)} of {vocabulary.vocab_size} tokens only "
+        f"(`{VOCABULARY_FILE}`){told}. The target verifies over all tokens, so answers stay its own.\n"
+    )
