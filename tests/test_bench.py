@@ -174,6 +174,25 @@ def test_a_loaded_pair(tmp_path, capsys):
     assert "x plain is the ratio of tokens/s to those of our own plain loop" in printed
 
 
+def test_end_tokens_end_no_run(monkeypatch, tmp_path):
+    """Also of a target to which every token is one."""
+    load_pair = bench.load_pair
+
+    def ends_at_once(args):
+        model = load_pair(args)
+        model.target.eos_token_ids = list(range(model.target.embed_tokens.weight.shape[0]))
+        model.target.model.generation_config.eos_token_id = model.target.eos_token_ids
+        return model
+
+    monkeypatch.setattr(bench, "load_pair", ends_at_once)
+    monkeypatch.setattr(random_pairs, "TARGETS", {"llama-135m": tiny("llama-135m")})
+    file = tmp_path / "bench.json"
+    flags = ["--trees", "4/1/3", "--dtype", "float32", "--prompt-tokens", "9", "--repeats", "1", "--json", str(file)]
+    assert bench.main(["--random-weights", "llama-135m", *flags]) == 0
+    outputs = json.loads(file.read_text())["outputs"]
+    assert [found["compared"] for found in outputs.values()] == [1 + 1 + 3] * 2
+
+
 def test_captured_steps_are_timed_as_they_are_replayed(monkeypatch, tmp_path, capsys):
     """What launches operations one by one is in no time of a target whose steps are captured."""
     replays = Counter()

@@ -53,13 +53,13 @@ def _title(figure, result: Result, height: float) -> None:
         0.02,
         1 - 0.62 / height,
         f"{comparison.questions} questions, greedy, {result.dtype}: {same} as plain decoding, "
-        f"{comparison.speedup:.2f}× as fast as it, {result.over_generate.speedup:.2f}× as fast as transformers' "
-        f"generate, τ = {comparison.tau or 0:.2f}",
+        f"at {comparison.speedup:.2f}× its speed and {result.over_generate.speedup:.2f}× that of generate(), "
+        f"τ = {comparison.tau or 0:.2f}",
         fontsize=10,
         color=FAINT,
     )
     figure.text(
-        0.788, 1 - 0.62 / height, " drafted and accepted ", fontsize=9, color=INK, ha="right",
+        0.788, 1 - 0.29 / height, " drafted and accepted ", fontsize=9, color=INK, ha="right",
         bbox={"facecolor": DRAFTED_GROUND, "edgecolor": "none", "pad": 2.5},
     )  # fmt: skip
 

@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     trees = args.trees or [tuple(embedded.TREE.values()) if is_embedded(args) else DEFAULT_TREE]
     ids = random_prompt(model, args.prompt_tokens, max(depth for _, depth, _ in trees))
     rates = measure_rates(model.device, model.target.dtype)
-    answers = measured_answers(model, spec_arms(model, trees), args.repeats) if is_embedded(args) else {}
-    # from here on no run may end early, and generate() applies no penalties, as decoding applies none
-    model.target.model.generation_config = GenerationConfig(pad_token_id=0)
     arms = spec_arms(model, trees)
+    answers = measured_answers(model, arms, args.repeats) if is_embedded(args) else {}
+    # from here on no run may end early, and generate() applies no penalties, as decoding applies none
+    model.target.model.generation_config, model.target.eos_token_ids = GenerationConfig(pad_token_id=0), []
     result = measure(arms, ids, rates, args.repeats)
     averages = {
         temperature: methods["vispec"][AVERAGE]
