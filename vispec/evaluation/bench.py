@@ -33,11 +33,12 @@ from vispec.evaluation.round_times import (
     DRAFT_HEAD,
     DRAFT_LAYER,
     HEAD,
+    PartTimes,
     PassCosts,
     Run,
     drafted_tokens,
     most_new_tokens,
-    part_times,
+    part_timer,
     round_passes,
     run,
     run_generate,
@@ -195,10 +196,12 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
     baseline: list[Run] = []
     generate: list[Run] = []
     spec: dict[str, list[Run]] = {name: [] for name in arms}
+    parts: dict[str, list[PartTimes]] = {name: [] for name in arms}
     work = [(baseline, partial(run, model, ids, speculate=False)), (generate, partial(run_generate, model, ids))]
     for name, arm in arms.items():
         arm.warmup(ids.shape[1], most_new_tokens(arm.shape.levels))
         work.append((spec[name], partial(run, arm, ids, speculate=True)))
+        work.append((parts[name], part_timer(arm, ids)))
     for number in tqdm(range(1 + repeats), desc="all arms", unit="time"):
         for runs, one_run in in_turn(work, number):
             runs.append(one_run())
@@ -221,7 +224,7 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
         },
         "trees": {
             name: {
-                **round_parts(arm, ids, costs[name], rates, median_round(spec[name]), repeats),
+                **round_parts(arm, ids, costs[name], rates, median_round(spec[name]), parts[name][1:], repeats),
                 "round_in_plain_steps": median_round(spec[name]) / step,
             }
             for name, arm in arms.items()
@@ -231,12 +234,16 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
     }
 
 
-def round_parts(model, ids, costs: PassCosts, rates: Rates, seconds: float, repeats: int) -> dict:
+def round_parts(
+    model, ids, costs: PassCosts, rates: Rates, seconds: float, times: list[PartTimes], repeats: int
+) -> dict:
     """A round with one tree, which takes so many seconds, part by part."""
     tree = median(tree_building_times(model, repeats))
     logits = (1 + model.shape.depth * model.shape.top_k) * drafted_tokens(model)
     parts = []
-    for (part, rows), (number, taken) in sorted(part_times(model, ids, repeats).items(), key=lambda e: by_order(e[0])):
+    for part, rows in sorted(times[0], key=by_order):
+        number, _ = times[0][part, rows]
+        taken = median(found[part, rows][1] for found in times)
         floor = number * rates.floor(costs.of(part, rows))
         parts.append({"part": part, "rows": rows, "passes": number, **beside_floor(taken, floor)})
     drafted = sum(part["seconds"] for part in parts if part["part"] in (DRAFT_LAYER, DRAFT_HEAD))

@@ -7,6 +7,7 @@ everything else: acceptance, tree building, masks, the cache, and the host.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,8 +93,12 @@ def round_passes(shape: "TreeShape") -> list[tuple[int, str, int]]:
     ]
 
 
-def part_times(model: "SpecModel", ids: "torch.Tensor", repeats: int) -> dict[tuple[str, int], tuple[int, float]]:
-    """(passes, seconds of all of them) in a round, by part and rows: each part alone, with embeddings and mask."""
+PartTimes = dict[tuple[str, int], tuple[int, float]]
+"""(passes, seconds of all of them) in a round, by part and rows."""
+
+
+def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTimes]:
+    """What times the parts of a round, each one alone, with embeddings and mask, as often as `run` times rounds."""
     import torch
 
     from vispec.model.drafts.base import Kept
@@ -113,24 +118,31 @@ def part_times(model: "SpecModel", ids: "torch.Tensor", repeats: int) -> dict[tu
         tree = grow(draft, memory, root, shape, output)
         positions = cache.lengths[:, None] + tree.depths
         features = target.forward(cache, tree.tokens, positions, tree.mask)
+    passes: Counter[tuple[str, int]] = Counter()
+    for number, part, rows in round_passes(shape):
+        passes[part, rows] += number
 
-        def work(part: str, rows: int) -> "Callable[[], torch.Tensor]":
-            if part == DECODER:
-                return partial(target.forward, cache, tree.tokens, positions, tree.mask)
-            if part == HEAD:
-                return partial(target.logits, features)
-            estimates = memory.estimate[:, None].repeat(1, rows, 1)
-            if part == DRAFT_HEAD:
-                return partial(output.logits, estimates)
-            level, tokens = TreeShape(2, 1, rows), root[:, None].repeat(1, rows)
-            return lambda: Expansions(draft, memory, level)(estimates, tokens, None)
+    def passing(part: str, rows: int, number: int) -> "torch.Tensor":
+        """So many passes of a part."""
+        if part == DECODER:
+            return target.forward(cache, tree.tokens, positions, tree.mask)
+        if part == HEAD:
+            return target.logits(features)
+        estimates = memory.estimate[:, None].expand(-1, rows, -1)
+        if part == DRAFT_HEAD:
+            return [output.logits(estimates) for _ in range(number)][-1]
+        expand, tokens = Expansions(draft, memory, TreeShape(2, number, rows)), root[:, None].expand(-1, rows)
+        return [expand(estimates, tokens, None) for _ in range(number)][-1]
 
-        found: dict[tuple[str, int], tuple[int, float]] = {}
-        for number, part, rows in filter(lambda entry: entry[0], round_passes(shape)):
-            before, seconds = found.get((part, rows), (0, 0.0))
-            once = median(replayed(target, steps, (part, number, rows), work(part, rows), repeats))
-            found[part, rows] = before + number, seconds + number * once
-    return found
+    @torch.inference_mode()
+    def times() -> PartTimes:
+        found = {}
+        for (part, rows), number in (+passes).items():
+            key = part, rows, number
+            found[part, rows] = number, median(replayed(target, steps, key, partial(passing, *key), ROUNDS))
+        return found
+
+    return times
 
 
 def new_steps(target: "Target") -> "Steps":
