@@ -9,7 +9,7 @@ import gc
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -175,7 +175,7 @@ class Answerer:
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
                 prompts.append(inputs)
         shape = model.tune(prompts).shape
-        return shape.total_token, shape.depth, shape.top_k
+        return astuple(shape)
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +52,7 @@ def parse_tree(text: str) -> Tree:
         shape = TreeShape.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return shape.total_token, shape.depth, shape.top_k
+    return astuple(shape)
 
 
 def as_spec_model_takes(tree: Tree | str) -> "TreeShape | str | None":
@@ -147,8 +147,7 @@ def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
         "devices": len(devices),
     }
     if model.draft is not None:
-        shape = model.shape
-        settings["tree"] = AUTO if model.tree == AUTO else [shape.total_token, shape.depth, shape.top_k]
+        settings["tree"] = AUTO if model.tree == AUTO else list(astuple(model.shape))
     if spec_model_path is not None:
         vocabulary = model.draft.draft_vocab
         settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)

@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -59,7 +59,9 @@ class Products:
         return self._made[key]
 
     def linear(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """(…, I) -> (…, O) through the product of one layer."""
+        """(…, I) -> (…, O) through the product of one layer; autocast, which knows no products, through the layer."""
+        if torch.is_autocast_enabled(x.device.type):
+            return layer(x)
         return self.of(layer)(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], layer.out_features)
 
     def expect(self, rows: Iterable[int], layer: nn.Linear | None = None) -> None:
@@ -95,7 +97,6 @@ class Product:
 
     def __init__(self, *layers: nn.Linear):
         self.layers = layers
-        self.sizes = [layer.out_features for layer in layers]
         self.rows: set[int] = set()
         """Numbers of rows for which kernels are to be chosen."""
         self.kernels: dict[int, Kernel] = {}
@@ -141,13 +142,19 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
     for layer in layers:
         if type(layer) is not nn.Linear:
             return f"a linear layer is a {type(layer).__name__}"
-        if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+        if has_hooks(layer):
             return "a linear layer has hooks"
         if layer.weight.is_meta or layer.weight.is_inference():
             return "weights are not in memory, or were made in inference mode"
     if len({(layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in layers}) > 1:
         return "layers over one input differ in dtype, device or bias"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else than its class says what a module computes, or where."""
+    own = "forward" in vars(module) or hasattr(module, "_hf_hook")
+    return own or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _join(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
@@ -227,13 +234,17 @@ def choose_kernels(products: Iterable[Product]) -> None:
             for rows in product.rows - product.kernels.keys():
                 if rows <= MOST_ROWS:
                     waiting[rows, product.kind].append(product)
+    remembered = _read_remembered() if waiting else {}
+    measured: dict[str, str] = {}
     for (rows, _), alike in sorted(waiting.items()):
-        budget -= _choose(alike, rows, budget)
+        budget -= _choose(alike, rows, budget, remembered, measured)
+    if measured:
+        _remember(measured)
 
 
-def _choose(products: list[Product], rows: int, budget: int) -> int:
+def _choose(products: list[Product], rows: int, budget: int, remembered: Mapping[str, str], measured: dict) -> int:
     """Give products of one kind a kernel for so many rows; returns the bytes of the copies that this took."""
-    name, taken = _fastest(products, rows, budget), 0
+    name, taken = _fastest(products, rows, budget, remembered, measured), 0
     copy = _copy(name, rows)
     for product in products:
         kernel = product.plain if name == "linear" else product.copies.get(copy)
@@ -250,8 +261,8 @@ def _copy(name: str, rows: int) -> str:
     return name if name in SHARED else f"{name} {rows}"
 
 
-def _fastest(products: list[Product], rows: int, budget: int) -> str:
-    """The name of the kernel to use: as remembered, or measured now and remembered."""
+def _fastest(products: list[Product], rows: int, budget: int, remembered: Mapping[str, str], measured: dict) -> str:
+    """The name of the kernel to use: as remembered, or measured now, which is added to `measured`."""
     dtype = products[0].weight.dtype
     fitting = [name for name in CANDIDATES[dtype] if _has(name, dtype)]
     # a copy that is there serves further rows for nothing
@@ -259,13 +270,13 @@ def _fastest(products: list[Product], rows: int, budget: int) -> str:
     affordable = [n for n in fitting if BYTES[n] * size[n] <= budget]
     if len(affordable) == 1:
         return affordable[0]
-    (out, inputs, bias), memory = products[0].kind, _Memory()
+    out, inputs, bias = products[0].kind
     key = f"{str(dtype).removeprefix('torch.')} {inputs}x{out}{'+b' if bias else ''} {rows}"
-    found = memory.read().get(key)
+    found = remembered.get(key)
     if found not in affordable:
         found = _measure(products[:TIMED_MATRICES], rows, affordable)
         if affordable == fitting:
-            memory.add(key, found)
+            measured[key] = found
     return found
 
 
@@ -315,28 +326,28 @@ def _has(name: str, dtype: torch.dtype) -> bool:
     return True
 
 
-class _Memory:
-    """The kernels that were found to be the fastest, in a file for each machine, number of threads and torch."""
+# --- the kernels that were found to be the fastest, in a file for each machine, number of threads and torch ---
 
-    @property
-    def _path(self) -> Path:
-        """Raises RuntimeError for a user without a home."""
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        machine = f"{_processor()} {torch.get_num_threads()} {torch.__version__}"
-        return Path(base, "vispec", f"kernels-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
 
-    def read(self) -> dict[str, str]:
-        try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RuntimeError):
-            return {}
-        return found if isinstance(found, dict) else {}
+def _remembered_at() -> Path:
+    """Raises RuntimeError for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    machine = f"{_processor()} {torch.get_num_threads()} {torch.__version__}"
+    return Path(base, "vispec", f"kernels-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
 
-    def add(self, key: str, name: str) -> None:
-        # a folder that cannot be written costs the next process the measuring
-        with contextlib.suppress(OSError, RuntimeError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self._path, self.read() | {key: name})
+
+def _read_remembered() -> dict[str, str]:
+    try:
+        found = json.loads(_remembered_at().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(measured: Mapping[str, str]) -> None:
+    # a folder that cannot be written costs the next process the measuring; another process may have written meanwhile
+    with contextlib.suppress(OSError, RuntimeError):
+        write_json_atomic(_remembered_at(), _read_remembered() | measured)
 
 
 @cache

@@ -20,7 +20,7 @@ from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Sampling
 from vispec.model.target import Target
 from vispec.model.tree import TreeShape
-from vispec.model.tune import Tuning, tune
+from vispec.model.tune import TOKENS, Tuning, tune
 from vispec.timing import now
 
 logger = logging.getLogger("vispec")
@@ -245,7 +245,7 @@ class SpecModel:
         )
         return _streamed(rounds)
 
-    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = 48) -> Tuning:
+    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
         """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
 
         Takes as long as some dozens of answers; see `vispec.model.tune`.
@@ -318,7 +318,8 @@ class SpecModel:
             return Always(None)
         if self.tree != AUTO:
             return Always(self.shape)
-        return self._auto.setdefault(rows, Auto(self.draft.fit)).answer()
+        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.draft.fit))
+        return auto.answer()
 
     def _collect(self, rounds: Iterator[dict[int, Round]], input_ids, log, return_acceptance_len, return_decode_time):
         answers = [step.tokens for step in next(rounds).values()]

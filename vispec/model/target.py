@@ -24,7 +24,7 @@ from vispec.model.families import image_spans
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
-from vispec.model.products import Products
+from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
 
@@ -105,7 +105,6 @@ class Target:
             products.of(self.lm_head)
             products.expect([1])
         except UnknownLayer as error:
-            self._text, self._products = self._stock, None
             logger.warning("decoding goes by transformers' own layers, not by the lean pass: %s", error)
 
     def _check_lean(self) -> None:
@@ -113,7 +112,7 @@ class Target:
         reason = product_obstacle([self.lm_head])
         if len(set(self.devices)) > 1:
             reason = "the target is spread over devices"
-        elif self.decoder._forward_hooks or self.decoder._forward_pre_hooks:
+        elif has_hooks(self.decoder):
             reason = "the text decoder has hooks"
         if reason is not None:
             raise UnknownLayer(reason)
@@ -239,7 +238,7 @@ class Target:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
-        if self._products is None or torch.is_autocast_enabled(hidden.device.type):
+        if self._products is None:
             return self.lm_head(hidden).to(self.device)
         return self._products.linear(self.lm_head, hidden)
 

@@ -28,7 +28,7 @@ from vispec.model.decoder_layer import (
     parts_of,
     widened,
 )
-from vispec.model.products import Product, Products, obstacle
+from vispec.model.products import Product, Products, has_hooks, obstacle
 
 logger = logging.getLogger("vispec")
 
@@ -45,7 +45,7 @@ ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ATTENTION_ATTRIBUTES = {
     "config", "layer_idx", "hidden_size", "num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim",
-    "heads", "kv_heads", "scaling", "attention_dropout", "is_causal", "rope_scaling", "rope_theta", "rope_parameters",
+    "scaling", "attention_dropout", "is_causal", "rope_scaling", "rope_theta", "rope_parameters",
     "max_position_embeddings", "layer_type", "sliding_window", "attention_type", "rotary_fn",
 }  # fmt: skip
 """Of attention modules, beside those of every nn.Module; what they say is in their weights, or checked below."""
@@ -98,13 +98,8 @@ def check_norm(norm: nn.Module) -> None:
 
 def check_hooks(owner: nn.Module) -> None:
     for module in owner.modules():
-        if hasattr(module, "_hf_hook") or _hooks(module):
+        if has_hooks(module):
             raise UnknownLayer(f"{type(module).__name__} has hooks")
-
-
-def _hooks(module: nn.Module) -> int:
-    """How many there are; a `forward` of its own is one too."""
-    return len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
 
 
 class LeanLayers:
@@ -138,7 +133,7 @@ class LeanLayers:
 
     def _found_structure(self) -> list[int]:
         modules = [module for layer in self._modules for module in layer.modules()]
-        hooks = sum(map(_hooks, modules))
+        hooks = sum(map(has_hooks, modules))
         parameters = [weight for module in modules for weight in module._parameters.values() if weight is not None]
         return [hooks, *map(id, modules), *map(id, parameters)]
 

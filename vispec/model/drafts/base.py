@@ -143,6 +143,8 @@ class BaseHead(nn.Module):
         layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
         if self._products is None and all(obstacle([layer]) is None for layer in layers):
             self._products = Products()
+            for layer in self.beside_layers():
+                self._products.of(layer)
 
     def beside_layers(self) -> list[nn.Module]:
         """What `linear` is called with."""

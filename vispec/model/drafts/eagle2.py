@@ -176,14 +176,11 @@ class DraftHead(BaseHead):
     # --- decoding ---
 
     def make_lean(self) -> None:
-        if self._products is not None:
-            return
+        was_lean = self._products is not None
         super().make_lean()
-        if self._products is not None:
+        if self._products is not None and not was_lean:
             try:
                 self._lean_layers = LeanLayers(self.layers, self._products)
-                for layer in self.beside_layers():
-                    self._products.of(layer)
             except UnknownLayer:
                 self._products = None
 

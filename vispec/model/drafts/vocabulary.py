@@ -143,7 +143,7 @@ class _Rows:
             self.products.expect(rows, self.rows)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.products is None or torch.is_autocast_enabled(hidden.device.type):
+        if self.products is None:
             return self.rows(hidden)
         return self.products.linear(self.rows, hidden)
 
