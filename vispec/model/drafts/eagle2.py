@@ -242,12 +242,12 @@ class Expansions:
     def __init__(self, head: DraftHead, memory: DraftMemory, shape: TreeShape):
         self._head, self._memory = head, memory
         self._k, self._depth, self._level = shape.top_k, shape.depth, 0
-        self._batch, dtype = len(memory.position), memory.estimate.dtype
+        batch, dtype = len(memory.position), memory.estimate.dtype
         memory.cache.reserve(self._k * self._depth)
         self._mask = memory.cache.committed_mask(dtype).expand(-1, self._k, -1)
         # all nodes of a level stand at one position
         positions = memory.position[:, None] + torch.arange(self._depth, device=memory.position.device)
-        angles = (a.view(self._batch, self._depth, 1, *a.shape[1:]) for a in head.angles(positions, dtype))
+        angles = (a.view(batch, self._depth, 1, *a.shape[1:]) for a in head.angles(positions, dtype))
         self._angles = list(zip(*(angle.unbind(1) for angle in angles), strict=True))
 
     def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
@@ -257,9 +257,7 @@ class Expansions:
             self._mask = self._mask.gather(1, parents[..., None].expand(-1, -1, self._mask.shape[2]))
         self._mask = self._mask.scatter(2, cache.slots[..., None], 0)
         attend = partial(attend_cached, cache, head.heads, grouped(self._mask[:, None], head.heads))
-        cos, sin = self._angles[self._level]
-        if self._batch > 1:
-            cos, sin = (angle.expand(-1, k, -1, -1).flatten(0, 1) for angle in (cos, sin))
+        angles = [angle.expand(-1, k, -1, -1).flatten(0, 1) for angle in self._angles[self._level]]
         self._level += 1
         x = head.fuse(head.embed(tokens), hidden, self._memory.global_feature)
-        return head.layers_over(x, (cos, sin), attend)
+        return head.layers_over(x, angles, attend)
