@@ -135,6 +135,7 @@ def test_impossible_trees(tree, capsys):
     ("flags", "message"),
     [
         (["--spec-model-path", "nowhere/at/all", "what?"], "nowhere/at/all"),
+        (["--spec-subfolder", "elsewhere", "what?"], "draft_vispec: no config.json there, subfolder elsewhere$"),
         (["--method", "eagle2", "what?"], "eagle2"),
         (["--method", "lookup", "what?"], "--spec-model-path .*draft_vispec: --method lookup has no draft head"),
     ],

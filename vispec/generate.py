@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vispec import embedded
 from vispec.cli import Parser, UserError, count, run_cli
+from vispec.evaluation.head_flags import add_place_flags, asked_place
 from vispec.evaluation.loading import (
     AUTO,
     TUNE,
@@ -62,6 +63,7 @@ class Streamed:
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     base, spec, tree, dtype = _pair(args)
+    place = {f"spec_{name}": value for name, value in asked_place(args).items()}
     turn = user_turn(args.question, *map(_read_image, args.image))
     # what is wrong is said before minutes of loading
     _check_sampling(args)
@@ -69,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     quiet_transformers()
     processor = load_processor(base)
     inputs = build_inputs(processor, [turn])
-    model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, tree=shape)
+    options = {"method": args.method, "dtype": dtype, "device_map": args.device_map, "tree": shape}
+    model = load_model(base, spec, **options, **place)
     if tree == TUNE:
         model.tune([inputs])
     options = {"temperature": args.temperature, "top_p": args.top_p}
@@ -95,6 +98,7 @@ def _make_parser() -> Parser:
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
     add("--spec-model-path", help="its draft head: a folder or a hub id")
+    add_place_flags(parser)
     add(
         "--method",
         choices=("vispec", "eagle2", "medusa", "lookup"),

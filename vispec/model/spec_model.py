@@ -104,6 +104,8 @@ class SpecModel:
         dtype: str | torch.dtype | None = None,
         tree: str | TreeShape | None = None,
         fast: bool = True,
+        spec_revision: str | None = None,
+        spec_subfolder: str | None = None,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
@@ -117,6 +119,8 @@ class SpecModel:
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it. Of the kwargs token, cache_dir
                 and local_files_only hold for the download of both; revision and subfolder are the target's alone.
+            spec_revision, spec_subfolder: the head's revision and subfolder: where it is in a hub repository; a local
+                folder has no revision.
             draft_vocab: False lets the head propose all tokens, though a draft vocabulary lies beside it.
             dtype: torch_dtype by its name in transformers 5.
 
@@ -131,7 +135,10 @@ class SpecModel:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}, lookup")
         if method == "lookup" and spec_model_path is not None:
             raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
-        hub = hub_options(kwargs, SHARED_HUB_OPTIONS)
+        place = {"revision": spec_revision, "subfolder": spec_subfolder}
+        if spec_model_path is None and any(place.values()):
+            raise ValueError("spec_revision and spec_subfolder say where a draft head is, expected spec_model_path too")
+        hub = hub_options(kwargs, SHARED_HUB_OPTIONS) | place
         if spec_model_path is not None:
             find_draft(spec_model_path, **hub)
         target = load_target(base_model_path, one_dtype(torch_dtype, dtype), device_map, **kwargs)

@@ -250,7 +250,8 @@ def load_draft(
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
         draft_vocab: False leaves a draft vocabulary beside the weights alone.
-        hub: for a hub id: revision, token, cache_dir, local_files_only, as huggingface_hub takes them.
+        hub: subfolder, of a folder too; for a hub id revision, token, cache_dir, local_files_only, as huggingface_hub
+            takes them.
 
     Raises:
         TypeError: `hub` holds something else.
