@@ -11,8 +11,8 @@ from PIL import Image
 from vispec import embedded, generate
 from vispec.model import tune
 from vispec.model.policies import Auto, AutoAnswer
+from vispec.model.shape import TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import TreeShape
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"

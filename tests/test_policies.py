@@ -17,7 +17,8 @@ from vispec.model.decoding import Decoder
 from vispec.model.policies import SHAPES, Always, Auto
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Sampling
-from vispec.model.tree import EMPTY, TreeShape
+from vispec.model.shape import TreeShape
+from vispec.model.tree import EMPTY
 
 SMALL, WIDE = TreeShape(6, 2, 2), TreeShape(12, 3, 4)
 METHODS = ("vispec", "eagle2", "medusa", "lookup")

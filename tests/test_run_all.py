@@ -11,7 +11,7 @@ from PIL import Image
 
 from vispec.demo import make_benchmarks
 from vispec.evaluation import answering, gen_spec_answer_gqa, run_all, speed
-from vispec.model.tree import TreeShape
+from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))

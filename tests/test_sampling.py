@@ -15,7 +15,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from vispec import SpecModel
 from vispec.model.sampling import Accepted, Sampling, accept
-from vispec.model.tree import Tree, TreeShape, choose_nodes
+from vispec.model.shape import TreeShape
+from vispec.model.tree import Tree, choose_nodes
 
 V = 6
 """Tokens of the vocabulary."""

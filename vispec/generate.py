@@ -16,8 +16,6 @@ from vispec import embedded
 from vispec.cli import Parser, UserError, count, run_cli
 from vispec.evaluation.head_flags import add_place_flags, asked_place
 from vispec.evaluation.loading import (
-    AUTO,
-    TUNE,
     Models,
     Tree,
     as_spec_model_takes,
@@ -28,6 +26,7 @@ from vispec.evaluation.loading import (
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.text import TextStream, coloured, wants_colour
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
+from vispec.model.shape import AUTO, TUNE
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {"method": args.method, "dtype": dtype, "device_map": args.device_map, "tree": shape}
     model = load_model(base, spec, **options, **place)
     if tree == TUNE:
-        model.tune([inputs])
+        print(model.tune([inputs]).report())
     options = {"temperature": args.temperature, "top_p": args.top_p}
     if args.compare:
         for speculate in (False, True):

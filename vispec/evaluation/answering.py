@@ -178,8 +178,9 @@ class Answerer:
                 continue
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
                 prompts.append(inputs)
-        shape = model.tune(prompts).shape
-        return astuple(shape)
+        tuning = model.tune(prompts)
+        print(tuning.report())
+        return astuple(tuning.shape)
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""

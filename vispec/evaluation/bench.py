@@ -47,6 +47,7 @@ from vispec.evaluation.round_times import (
     verification_times,
 )
 from vispec.files import write_atomic, write_json_atomic
+from vispec.model.shape import TreeShape
 from vispec.prompts import build_inputs, image_file, load_processor, user_turn
 from vispec.timing import in_turn
 
@@ -180,8 +181,6 @@ def random_prompt(model, length: int, depth: int):
 
 def spec_arms(model, trees: list[Tree]) -> dict:
     """A `SpecModel` for every tree; where the head has a draft vocabulary, each tree first without and then with it."""
-    from vispec.model.tree import TreeShape
-
     shapes = [TreeShape(*tree) for tree in trees]
     heads = {"": model}
     if model.draft.draft_vocab is not None:

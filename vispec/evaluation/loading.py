@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vispec.cli import device_name
+from vispec.model.shape import AUTO, TUNE, TreeShape
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
-    from vispec.model.tree import TreeShape
-
-AUTO, TUNE = "auto", "tune"
-"""As `vispec.model.spec_model` has them, which takes seconds to import."""
 
 Tree = tuple[int, int, int]
 """total_token, depth, top_k."""
@@ -52,8 +49,6 @@ class Models:
 
 def parse_tree(text: str) -> Tree:
     """A draft tree as command lines write it: total_token/depth/top_k."""
-    from vispec.model.tree import TreeShape
-
     try:
         shape = TreeShape.parse(text)
     except ValueError as error:
@@ -61,14 +56,12 @@ def parse_tree(text: str) -> Tree:
     return astuple(shape)
 
 
-def as_spec_model_takes(tree: Tree | str) -> "TreeShape | str | None":
+def as_spec_model_takes(tree: Tree | str) -> TreeShape | str | None:
     """A tree as `SpecModel` takes it: the default one where it is still to be measured.
 
     Raises:
         ValueError: it has no such shape.
     """
-    from vispec.model.tree import TreeShape
-
     if tree == TUNE:
         return None
     return tree if isinstance(tree, str) else TreeShape(*tree)

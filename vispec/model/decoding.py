@@ -24,8 +24,9 @@ from vispec.model.graphs import CAPTURED_USE, Steps
 from vispec.model.policies import Policy
 from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
 from vispec.model.sampling import Sampling, accept
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Tree, TreeShape, grow
+from vispec.model.tree import Tree, grow
 
 CAPACITY_AHEAD = 2048
 """New tokens for which a row has slots at first; where an answer needs more, its slots are doubled."""

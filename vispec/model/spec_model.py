@@ -18,15 +18,12 @@ from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, o
 from vispec.model.policies import Always, Auto, Policy
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Sampling
+from vispec.model.shape import AUTO, TUNE, TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import TreeShape
 from vispec.model.tune import TOKENS, Tuning, tune
 from vispec.timing import now
 
 logger = logging.getLogger("vispec")
-
-AUTO, TUNE = "auto", "tune"
-"""What a tree may be called besides total_token/depth/top_k."""
 
 
 @dataclass
@@ -253,7 +250,7 @@ class SpecModel:
         return _streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
-        """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
+        """Measure which draft tree brings the most tokens a second here, log why, and use it from now on.
 
         Takes as long as some dozens of answers; see `vispec.model.tune`.
 
@@ -267,7 +264,7 @@ class SpecModel:
         self._require_draft()
         tuning = tune(self, prompts, max_new_tokens)
         self.set_tree(tuning.shape)
-        print(tuning.report())
+        logger.info("%s", tuning.report())
         return tuning
 
     def with_tree(self, tree: str | TreeShape, draft: Draft | None = None) -> "SpecModel":
