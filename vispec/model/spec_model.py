@@ -315,7 +315,8 @@ class SpecModel:
             self._require_draft()
             if self.tree == TUNE:
                 self.tune([{"input_ids": ids, **rest} for ids, rest in prompts[:1]])
-        return self._decoder.rounds(prompts, stops, sampling, self._policy(speculate, len(prompts)))
+        choice = sampling.choice(len(prompts))
+        return self._decoder.rounds(prompts, stops, choice, self._policy(speculate, len(prompts)))
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
         if not speculate:
