@@ -37,7 +37,8 @@ def test_answer_and_comparison(family, method, picture, capsys):
     assert generate.main([*pair(family, method), *flags, "What is this?"]) == 0
     printed = capsys.readouterr().out
     assert f"{method} " in printed and "tokens/s" in printed and "τ " in printed
-    assert "baseline " in printed and "outputs identical: yes" in printed
+    for name in ("our own plain loop", "transformers' own generate()"):
+        assert f": {name}\n" in printed and f"x over {name}, outputs identical: yes" in printed
     assert "\x1b[" not in printed
 
 
