@@ -130,6 +130,8 @@ def test_subfolders_of_a_local_folder(tmp_path):
     assert DraftHead.from_pretrained(heads, subfolder="one").method == "vispec"
     with pytest.raises(ValueError, match=r"heads: no config.json there, subfolder two$"):
         SpecModel.from_pretrained(str(TARGET), heads, spec_subfolder="two")
+    with pytest.raises(ValueError, match=r"heads: a folder has no revisions, found revision v2$"):
+        SpecModel.from_pretrained(str(TARGET), heads, spec_subfolder="one", spec_revision="v2")
     with pytest.raises(ValueError, match="^spec_revision and spec_subfolder say where a draft head is, expected spec_"):
         SpecModel.from_pretrained(str(TARGET), spec_subfolder="one")
 

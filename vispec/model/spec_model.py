@@ -116,8 +116,7 @@ class SpecModel:
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it. Of the kwargs token, cache_dir
                 and local_files_only hold for the download of both; revision and subfolder are the target's alone.
-            spec_revision, spec_subfolder: the head's revision and subfolder: where it is in a hub repository; a local
-                folder has no revision.
+            spec_revision, spec_subfolder: the head's: of its hub repository, or the subfolder of its folder.
             draft_vocab: False lets the head propose all tokens, though a draft vocabulary lies beside it.
             dtype: torch_dtype by its name in transformers 5.
 

@@ -49,9 +49,12 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     """Config and weights file of a draft head in a folder or a hub repository; `hub` as for `find_file`.
 
     Raises:
-        ValueError: one of them is missing, or the config is wrong.
+        ValueError: one of them is missing, or the config is wrong; or a revision of a folder was asked for.
     """
-    place = "there" if Path(path).is_dir() else "in that hub repository"
+    local = Path(path).is_dir()
+    if local and hub.get("revision"):
+        raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
+    place = "there" if local else "in that hub repository"
     place += "".join(f", {name} {hub[name]}" for name in ("revision", "subfolder") if hub.get(name))
     config = find_file(path, CONFIG, **hub)
     if config is None:
