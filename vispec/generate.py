@@ -170,9 +170,7 @@ def _check_length(model: "SpecModel", inputs: Mapping) -> None:
         raise UserError(f"the conversation has become too long: {length} tokens, the target has {positions} positions")
 
 
-def _print_answer(
-    model: "SpecModel", processor, inputs: Mapping, generation: Generation, seed: int | None
-) -> Streamed:
+def _print_answer(model: "SpecModel", processor, inputs: Mapping, generation: Generation, seed: int | None) -> Streamed:
     """Write the answer to stdout as it comes."""
     colour = wants_colour(sys.stdout)
     text = TextStream(processor.tokenizer)
@@ -229,9 +227,7 @@ def _warm_up(model: "SpecModel", inputs: Mapping, generation: Generation) -> Non
         answer_question(model, inputs, kind, few, seed=None)
 
 
-def _compare(
-    model: "SpecModel", inputs: Mapping, generation: Generation, seed: int | None, answer: Streamed
-) -> None:
+def _compare(model: "SpecModel", inputs: Mapping, generation: Generation, seed: int | None, answer: Streamed) -> None:
     """Answer once more without a draft; print how much faster `answer` came, and whether it is the same."""
     comparable = is_greedy(generation.temperature) or seed is not None
     for kind, name in _baselines(generation).items():

@@ -80,9 +80,7 @@ def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict
     return messages
 
 
-def build_inputs(
-    processor: "ProcessorMixin", turns: Sequence[Turn], system: str = SYSTEM_TURN
-) -> "BatchFeature":
+def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str = SYSTEM_TURN) -> "BatchFeature":
     """What the model is called with: input_ids (1, L), attention_mask, and the family's image tensors.
 
     Raises:

@@ -124,7 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--draft-vocab {args.draft_vocab}: {args.random_weights} has {most} tokens")
     elif args.draft_vocab:
         raise UserError("--draft-vocab: a draft head from files has its own one beside it, expected --random-weights")
-    asked_place(args)
+    asked_place(args)  # refuses what does not go together
     return args
 
 
