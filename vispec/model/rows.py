@@ -82,6 +82,11 @@ class Rows:
     memory: Memory | None
     """The draft's."""
 
+    @property
+    def stores(self) -> list[TreeCache | Memory]:
+        """What remembers texts; a cache without layers of its own counts as empty, so none is told by its truth."""
+        return [self.cache] if self.memory is None else [self.cache, self.memory]
+
     def part(self, start: int, stop: int) -> "Rows":
         """The rows [start, stop), in the same tensors."""
         rows, kept = slice(start, stop), self.kept
@@ -90,13 +95,13 @@ class Rows:
             self.offset[rows],
             self.root[rows],
             Kept(kept.features[rows], kept.tokens[rows], kept.counts[rows]),
-            self.memory and self.memory.part(start, stop),
+            None if self.memory is None else self.memory.part(start, stop),
         )
 
     def move(self, source: int, target: int) -> None:
         """Let a row take the place of another one."""
-        for owner in filter(None, (self.cache, self.memory)):
-            owner.move(source, target)
+        for store in self.stores:
+            store.move(source, target)
         for tensor in (self.offset, self.root, self.kept.features, self.kept.tokens, self.kept.counts):
             tensor[target] = tensor[source]
 
