@@ -5,19 +5,21 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.batches import new_token_limits, single_prompts
+from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
+from vispec.model.generation import SpecOutput, answered, generate_by, prepared
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
 from vispec.model.rows import Round, Stop
-from vispec.model.sampling import Sampling
+from vispec.model.sampling import Choice, Sampling
 from vispec.model.target import Target
 from vispec.model.tree import TreeShape
 from vispec.model.tune import TOKENS, Tuning, tune
@@ -160,6 +162,88 @@ class SpecModel:
         """Where features and logits come out; inputs may be on any device."""
         return self.target.device
 
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        seed: int | Sequence[int] | None = None,
+        speculate: bool = True,
+        **options,
+    ) -> torch.Tensor | SpecOutput:
+        """Answer as the target's own generate() with the same arguments, faster.
+
+        Greedy answers are the same, token for token in float32; sampled ones have the same distribution. The defaults
+        are generate()'s too: what the target's generation config says, penalties and sampling among it, and 20 new
+        tokens where no length is given.
+
+        Args:
+            input_ids: (B, L) prompts with their image tokens expanded, padded on the left, as the family's processor
+                returns them.
+            seed: of the random numbers when sampling: a list with one entry for each row, or the first row's, from
+                which the others count up; None: drawn from torch's default generator. A seed gives one text, whatever
+                the tree, with and without a draft, alone and in a batch.
+            speculate: False decodes plainly.
+            options: whatever else the processor returned, and what generate() takes: generation_config, do_sample,
+                temperature, max_new_tokens, logits_processor, stopping_criteria, stop_strings with tokenizer, streamer,
+                return_dict_in_generate, output_scores, num_return_sequences, … A logits processor is called with the
+                text before each token of an answer, rows of a batch in groups of equal length.
+
+        Returns:
+            What generate() returns: (B, L + new) ids, padded behind answers that are shorter than the longest, or
+            with `return_dict_in_generate` a `SpecOutput`.
+
+        Raises:
+            TypeError: an argument is neither an option nor a processor's output that the target takes.
+            ValueError: an option asks for beams, contrastive search, assisted decoding, guidance or another way of
+                decoding that trees cannot follow; or generate() itself refuses it.
+        """
+        decode = partial(self._decode, seed=seed, speculate=speculate)
+        return generate_by(decode, self.target, input_ids, options, self.generate)
+
+    def generate_with(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        *,
+        seed: int | Sequence[int] | None = None,
+        speculate: bool = True,
+        **request,
+    ) -> torch.Tensor | SpecOutput:
+        """For `target.generate(**inputs, custom_generate=spec_model.generate_with)`, from transformers 4.56 on.
+
+        There `generate` does all but the decoding, and this decodes; seed and speculate may be given to it too. It does
+        not hand over `streamer` and `tokenizer` in this case (seen in 5.23): a streamer gets the prompt alone, and
+        stop_strings are refused. `SpecModel.generate` has both.
+
+        Args:
+            model: must be this target's.
+            request: what `generate` has prepared.
+        """
+        if model is not self.target.model:
+            raise ValueError("generate_with decodes for the target of this SpecModel alone, found another model")
+        request["generation_config"].num_return_sequences = 1  # generate() has repeated the rows already
+        return self._decode(input_ids, seed=seed, speculate=speculate, **request)
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        seed,
+        speculate: bool,
+        streamer=None,
+        **model_inputs,
+    ) -> torch.Tensor | SpecOutput:
+        """What stands in place of the decoding loop of generate()."""
+        copies = generation_config.num_return_sequences
+        request = prepared(
+            self.target, input_ids, copies, seed, logits_processor, stopping_criteria, generation_config, model_inputs
+        )
+        rounds = self._rounds(request.prompts, request.stops, request.choice, speculate)
+        return answered(request, rounds, streamer, self.target.device)
+
     def specgenerate(
         self,
         input_ids: torch.Tensor,
@@ -198,7 +282,7 @@ class SpecModel:
             ValueError: a prompt holds video, or does not fit its images or the target's positions.
         """
         inputs = prompt_inputs(self.specgenerate, self.target.model, input_ids, inputs)
-        rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
         return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
 
     def baseline_generate(
@@ -217,7 +301,7 @@ class SpecModel:
     ):
         """Answer by plain autoregressive decoding; arguments and returns are those of `specgenerate`."""
         inputs = prompt_inputs(self.baseline_generate, self.target.model, input_ids, inputs)
-        rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
         return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
 
     def stream(
@@ -240,7 +324,7 @@ class SpecModel:
         inputs = prompt_inputs(self.stream, self.target.model, input_ids, inputs)
         if input_ids.dim() == 2 and len(input_ids) > 1:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
-        rounds = self._rounds(
+        rounds = self._asked(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
         return _streamed(rounds)
@@ -299,19 +383,24 @@ class SpecModel:
         if self.draft is None:
             raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
 
-    def _rounds(
+    def _asked(
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
     ) -> Iterator[dict[int, Round]]:
+        """The rounds that answer a call of `specgenerate` or of its relatives."""
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
         lengths, padded = [ids.shape[1] for ids, _ in prompts], input_ids.shape[1]
         limits = new_token_limits(lengths, padded, self.target.max_positions, max_new_tokens, max_length)
         stops = [Stop(limit, frozenset(self.target.eos_token_ids)) for limit in limits]
+        return self._rounds(prompts, stops, sampling.choice(len(prompts)), speculate)
+
+    def _rounds(
+        self, prompts: list[SinglePrompt], stops: list[Stop], choice: Choice, speculate: bool
+    ) -> Iterator[dict[int, Round]]:
         if speculate:
             self._require_draft()
             if self.tree == TUNE:
                 self.tune([{"input_ids": ids, **rest} for ids, rest in prompts[:1]])
-        choice = sampling.choice(len(prompts))
         return self._decoder.rounds(prompts, stops, choice, self._policy(speculate, len(prompts)))
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
