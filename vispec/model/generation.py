@@ -190,26 +190,48 @@ def refuse_modes(config: GenerationConfig) -> None:
             raise ValueError(f"{name}={value!r} asks for {what}, which draft trees cannot do")
 
 
-def prepared(
+def answer(
+    target: Target,
+    rounds: Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]],
+    input_ids: torch.Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    seed: int | Sequence[int] | None = None,
+    speculate: bool = True,
+    streamer=None,
+    **model_inputs,
+) -> torch.Tensor | SpecOutput:
+    """What stands in place of the decoding loop of generate().
+
+    Args:
+        rounds: answers prompts, with a draft or without one.
+        input_ids: (B / R, L).
+        model_inputs: what the target's forward takes, and what generate() adds to that.
+
+    Raises:
+        ValueError: a part of the request is not supported; the message names it.
+    """
+    request = _prepared(
+        target, input_ids, seed, logits_processor, stopping_criteria, generation_config, model_inputs
+    )
+    return _answered(
+        request, rounds(request.prompts, request.stops, request.choice, speculate), streamer, target.device
+    )
+
+
+def _prepared(
     target: Target,
     input_ids: torch.Tensor,
-    copies: int,
     seed: int | Sequence[int] | None,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     model_inputs: Mapping,
 ) -> Request:
-    """What generate() hands to its decoding method, in our terms.
-
-    Args:
-        input_ids: (B / R, L).
-        copies: R.
-        model_inputs: what the target's forward takes, and what generate() adds to that.
-
-    Raises:
-        ValueError: a part of it is not supported; the message names it.
-    """
+    """What generate() hands to its decoding method, in our terms."""
+    copies = generation_config.num_return_sequences
     refuse_modes(generation_config)
     past = model_inputs.get("past_key_values")
     if model_inputs.get("inputs_embeds") is not None or (past is not None and past.get_seq_length() > 0):
@@ -246,7 +268,7 @@ def prepared(
     return Request(prompts, stops, choice, texts, generation_config, ends)
 
 
-def answered(
+def _answered(
     request: Request, rounds: Iterator[dict[int, Round]], streamer, device: torch.device
 ) -> torch.Tensor | SpecOutput:
     """Run the rounds of a request; returns what generate() returns."""

@@ -3,18 +3,18 @@
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
+from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
-from vispec.model.generation import SpecOutput, answered, generate_by, prepared
+from vispec.model.fitting import check_pair, fitted
+from vispec.model.generation import SpecOutput, answer, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
@@ -23,23 +23,11 @@ from vispec.model.sampling import Choice, Sampling
 from vispec.model.target import Target
 from vispec.model.tree import TreeShape
 from vispec.model.tune import TOKENS, Tuning, tune
-from vispec.timing import now
 
 logger = logging.getLogger("vispec")
 
 AUTO, TUNE = "auto", "tune"
 """What a tree may be called besides total_token/depth/top_k."""
-
-
-@dataclass
-class StreamedTokens:
-    """What one round of `SpecModel.stream` brings."""
-
-    token_ids: list[int]
-    drafted: list[bool]
-    """Which of them the draft head had right; the others are the target's own."""
-    accepted: int | None
-    """Draft tokens that verification accepted, before the answer's end cut any of them off; None without a draft."""
 
 
 class SpecModel:
@@ -88,7 +76,7 @@ class SpecModel:
             self.tree, self._auto = tree, {}
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
-            self.tree, self.shape = None, shape if self.draft is None else _fitted(shape, self.draft)
+            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.draft)
 
     @classmethod
     def from_pretrained(
@@ -150,11 +138,11 @@ class SpecModel:
 
     def _attach(self, draft: Draft) -> None:
         if isinstance(draft, BaseHead):
-            _check_pair(self.target, draft)
+            check_pair(self.target, draft)
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft)
-        self.shape = _fitted(self.shape, draft)
+        self.shape = fitted(self.shape, draft)
         self.draft, self._auto = draft, {}
 
     @property
@@ -197,7 +185,7 @@ class SpecModel:
             ValueError: an option asks for beams, contrastive search, assisted decoding, guidance or another way of
                 decoding that trees cannot follow; or generate() itself refuses it.
         """
-        decode = partial(self._decode, seed=seed, speculate=speculate)
+        decode = partial(answer, self.target, self._rounds, seed=seed, speculate=speculate)
         return generate_by(decode, self.target, input_ids, options, self.generate)
 
     def generate_with(
@@ -222,27 +210,7 @@ class SpecModel:
         if model is not self.target.model:
             raise ValueError("generate_with decodes for the target of this SpecModel alone, found another model")
         request["generation_config"].num_return_sequences = 1  # generate() has repeated the rows already
-        return self._decode(input_ids, seed=seed, speculate=speculate, **request)
-
-    def _decode(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        seed,
-        speculate: bool,
-        streamer=None,
-        **model_inputs,
-    ) -> torch.Tensor | SpecOutput:
-        """What stands in place of the decoding loop of generate()."""
-        copies = generation_config.num_return_sequences
-        request = prepared(
-            self.target, input_ids, copies, seed, logits_processor, stopping_criteria, generation_config, model_inputs
-        )
-        rounds = self._rounds(request.prompts, request.stops, request.choice, speculate)
-        return answered(request, rounds, streamer, self.target.device)
+        return answer(self.target, self._rounds, input_ids, seed=seed, speculate=speculate, **request)
 
     def specgenerate(
         self,
@@ -283,7 +251,7 @@ class SpecModel:
         """
         inputs = prompt_inputs(self.specgenerate, self.target.model, input_ids, inputs)
         rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
-        return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
+        return collected(rounds, input_ids, self.target, log, return_acceptance_len, return_decode_time)
 
     def baseline_generate(
         self,
@@ -302,7 +270,7 @@ class SpecModel:
         """Answer by plain autoregressive decoding; arguments and returns are those of `specgenerate`."""
         inputs = prompt_inputs(self.baseline_generate, self.target.model, input_ids, inputs)
         rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
-        return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
+        return collected(rounds, input_ids, self.target, log, return_acceptance_len, return_decode_time)
 
     def stream(
         self,
@@ -327,7 +295,7 @@ class SpecModel:
         rounds = self._asked(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
-        return _streamed(rounds)
+        return streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
         """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
@@ -410,73 +378,3 @@ class SpecModel:
             return Always(self.shape)
         auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.draft.fit))
         return auto.answer()
-
-    def _collect(self, rounds: Iterator[dict[int, Round]], input_ids, log, return_acceptance_len, return_decode_time):
-        answers = [step.tokens for step in next(rounds).values()]
-        start = now(self.target.device)
-        acceptance_lengths: list[list[int]] = [[] for _ in answers]
-        last_rounds = [-1 for _ in answers]
-        for steps in rounds:
-            for row, step in steps.items():
-                answers[row] += step.tokens
-                last_rounds[row] += 1
-                if step.drafted:
-                    acceptance_lengths[row].append(step.accepted)
-        seconds = now(self.target.device) - start
-        result = [torch.cat([input_ids, self._padded(answers).to(input_ids)], dim=1)]
-        per_row = []
-        if log:
-            per_row += [[len(tokens) for tokens in answers], last_rounds]
-        if return_acceptance_len:
-            per_row.append(acceptance_lengths)
-        result += per_row if len(answers) > 1 else [values[0] for values in per_row]
-        if return_decode_time:
-            result.append(seconds)
-        return result[0] if len(result) == 1 else tuple(result)
-
-    def _padded(self, answers: list[list[int]]) -> torch.Tensor:
-        """(B, longest) answers, padded on the right by the target's padding token; by an end token if it has none."""
-        padding = self.target.model.generation_config.pad_token_id
-        if padding is None:
-            padding = (self.target.eos_token_ids or [0])[0]
-        longest = max(map(len, answers))
-        return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])
-
-
-def _streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
-    """The rounds of a single prompt; closing this closes them at once, whoever else may know them."""
-    with closing(rounds):
-        for step in rounds:
-            tokens, accepted = step[0].tokens, step[0].accepted
-            drafted = [i < accepted for i in range(len(tokens))]
-            yield StreamedTokens(tokens, drafted, accepted if step[0].drafted else None)
-
-
-def _fitted(shape: TreeShape, draft: Draft) -> TreeShape:
-    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
-    fitted = draft.fit(shape)
-    if (fitted.total_token, fitted.top_k) != (shape.total_token, shape.top_k):
-        logger.warning(
-            "a tree with total_token %d, depth %d and top_k %d cannot be filled, it is cut to total_token %d, top_k %d",
-            *(shape.total_token, fitted.depth, shape.top_k, fitted.total_token, fitted.top_k),
-        )
-    return fitted
-
-
-def _check_pair(target: Target, draft: BaseHead) -> None:
-    """A draft head reads the target's features and embeddings, so sizes have to agree."""
-    vocabulary, hidden = target.embed_tokens.weight.shape
-    found = draft.config.hidden_size, draft.config.vocab_size
-    if found != (hidden, vocabulary):
-        raise ValueError(
-            f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "
-            f"the target has {hidden} and {vocabulary}"
-        )
-    wanted = torch.empty(0, dtype=target.dtype, device=target.device)  # "cuda" becomes "cuda:0"
-    places = {(parameter.dtype, parameter.device) for parameter in draft.parameters()}
-    if places != {(wanted.dtype, wanted.device)}:
-        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
-        raise ValueError(
-            f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there by "
-            "draft.to(device, dtype)"
-        )
