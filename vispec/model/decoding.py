@@ -87,7 +87,8 @@ class Seat:
         """Give all rows more slots; what was captured is void."""
         self.capacity, self._part = capacity, None
         self.rows.cache = self.rows.cache.enlarged(capacity)
-        self.rows.memory = self.rows.memory and self.rows.memory.enlarged(capacity)
+        if self.rows.memory is not None:
+            self.rows.memory = self.rows.memory.enlarged(capacity)
         self.steps = self.steps.fresh()
 
 
@@ -241,8 +242,8 @@ class Decoder:
                 self.output.expect([rows, rows * shape.top_k])
         nodes = [1, *(shape.total_token for shape in policy.shapes)]
         self.target.expect(rows * n for n in nodes)
-        for owner in filter(None, (seat.rows.cache, seat.rows.memory)):
-            owner.clear()
+        for store in seat.rows.stores:
+            store.clear()
         return seat
 
     def _read(
@@ -341,8 +342,8 @@ class Decoder:
                             self._rehearse(seat, rows, shape, committed, read, waiting)
                 if not self.target.can_capture:
                     break
-            for owner in filter(None, (seat.rows.cache, seat.rows.memory)):
-                owner.clear()
+            for store in seat.rows.stores:
+                store.clear()
         self.failed_captures += seat.steps.take_failures()
         if self.target.can_capture:
             self._idle.append(seat)
