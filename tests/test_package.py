@@ -17,7 +17,8 @@ DECODE = """
 import sys, vispec
 assert "SpecModel" in dir(vispec), dir(vispec)
 assert not {"torch", "transformers"} & sys.modules.keys()
-model = vispec.SpecModel.from_pretrained("tests/golden/llava_next/target", "tests/golden/llava_next/draft_vispec")
+pair = ("tests/golden/llava_next/target", "tests/golden/llava_next/draft_vispec")
+model = vispec.SpecModel.from_pretrained(*pair, tree=vispec.TreeShape(12, 3, 4))
 import torch
 assert model.specgenerate(torch.tensor([[5, 6, 7]]), max_new_tokens=4).shape[1] > 3
 print(sorted({"datasets", "fastchat", "matplotlib", "ray"} & sys.modules.keys()))

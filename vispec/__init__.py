@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from vispec.model.shape import TreeShape
 from vispec.version import __version__
 
 if TYPE_CHECKING:  # what editors and type checkers see of `__getattr__`
     from vispec.model.spec_model import SpecModel
 
-__all__ = ["SpecModel", "__version__"]
+__all__ = ["SpecModel", "TreeShape", "__version__"]
 
 
 def __getattr__(name: str):
