@@ -18,7 +18,7 @@ from vispec.evaluation.tree_flags import asked_tree
 from vispec.model import tune
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
-from vispec.model.tree import TreeShape
+from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))

@@ -11,8 +11,8 @@ from PIL import Image
 from vispec import embedded, generate
 from vispec.model import tune
 from vispec.model.policies import Auto, AutoAnswer
+from vispec.model.shape import TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import TreeShape
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -37,7 +37,8 @@ def test_answer_and_comparison(family, method, picture, capsys):
     assert generate.main([*pair(family, method), *flags, "What is this?"]) == 0
     printed = capsys.readouterr().out
     assert f"{method} " in printed and "tokens/s" in printed and "τ " in printed
-    assert "baseline " in printed and "outputs identical: yes" in printed
+    for name in ("our own plain loop", "transformers' own generate()"):
+        assert f": {name}\n" in printed and f"x over {name}, outputs identical: yes" in printed
     assert "\x1b[" not in printed
 
 
@@ -135,6 +136,7 @@ def test_impossible_trees(tree, capsys):
     ("flags", "message"),
     [
         (["--spec-model-path", "nowhere/at/all", "what?"], "nowhere/at/all"),
+        (["--spec-subfolder", "elsewhere", "what?"], "draft_vispec: no config.json there, subfolder elsewhere$"),
         (["--method", "eagle2", "what?"], "eagle2"),
         (["--method", "lookup", "what?"], "--spec-model-path .*draft_vispec: --method lookup has no draft head"),
     ],

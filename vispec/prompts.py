@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
 
 from PIL import Image, ImageOps
 
@@ -55,18 +55,32 @@ def user_turn(*items: Item) -> Turn:
 
 def image_file(path: Path) -> ImageSource:
     """The picture in a file, opened only when a prompt needs it."""
-    return partial(_read_image, path)
+    return partial(read_image, path)
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[dict]:
-    """The conversation as chat templates take it, with the system turn before it."""
-    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_TURN}]}]
+def read_image(file: Path | BinaryIO) -> Image.Image:
+    """The picture in a file.
+
+    Raises:
+        OSError, SyntaxError, DecompressionBombError: it cannot be read (see `UNREADABLE`).
+    """
+    try:
+        with Image.open(file) as image:
+            # photographs may be stored lying down, with a note that says how to turn them
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except ValueError as error:  # some decoders say it so
+        raise OSError(f"{file}: {error}") from None
+
+
+def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict]:
+    """The conversation as chat templates take it, with the system turn before it; without one if that is empty."""
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     for turn in turns:
         messages.append({"role": turn.role, "content": [_content(item) for item in turn.items]})
     return messages
 
 
-def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn]) -> "BatchFeature":
+def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str = SYSTEM_TURN) -> "BatchFeature":
     """What the model is called with: input_ids (1, L), attention_mask, and the family's image tensors.
 
     Raises:
@@ -76,7 +90,7 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn]) -> "BatchFe
         raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
     sources = [item for turn in turns for item in turn.items if not isinstance(item, str)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
-    text = processor.apply_chat_template(chat_messages(turns), add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(chat_messages(turns, system), add_generation_prompt=True, tokenize=False)
     return processor(images=images or None, text=[text], return_tensors="pt")
 
 
@@ -93,12 +107,3 @@ def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
 
 def _content(item: Item) -> dict[str, str]:
     return {"type": "text", "text": item} if isinstance(item, str) else {"type": "image"}
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            # photographs may be stored lying down, with a note that says how to turn them
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except ValueError as error:  # some decoders say it so
-        raise OSError(f"{path}: {error}") from None

@@ -122,13 +122,17 @@ class Answerer:
 
     def __init__(self, models: Models):
         quiet_transformers()
-        self._path, self._drafts = models.base_model_path, models.drafts
+        self._path, self._asked = models.base_model_path, models
         self._models = load_models(models)
         self._processors: dict[bool, object] = {}
         self._warm: set[Series] = set()
 
     def loaded_settings(self) -> dict[str, dict]:
-        return {name: loaded_settings(model, self._drafts.get(name)) for name, model in self._models.items()}
+        asked = self._asked
+        return {
+            name: loaded_settings(model, asked.drafts.get(name), asked.place_of(name))
+            for name, model in self._models.items()
+        }
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
         for ask in asks:
@@ -174,8 +178,9 @@ class Answerer:
                 continue
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
                 prompts.append(inputs)
-        shape = model.tune(prompts).shape
-        return astuple(shape)
+        tuning = model.tune(prompts)
+        print(tuning.report())
+        return astuple(tuning.shape)
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""
@@ -256,9 +261,11 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
         settings["asked_tree"] = as_noted(models.tree_of(series.method))  # what a draft can fill of it may be less
         draft = models.drafts[series.method]
         if draft is not None:
+            place = models.place_of(series.method)
             settings["spec_model"] = _absolute(draft)
+            settings |= {f"spec_{name}": value for name, value in place.items()}
             if Path(draft).is_dir():  # a retrained head shows before minutes of loading
-                settings["spec_model_sha256"] = weights_sha256(draft)
+                settings["spec_model_sha256"] = weights_sha256(draft, place)
     return settings
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
 from vispec.evaluation.comparison import TAU_CONVENTION
-from vispec.evaluation.loading import AUTO
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
+from vispec.model.shape import AUTO
 
 HOLE = "—"
 LEGEND = f"""\

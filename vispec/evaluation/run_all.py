@@ -29,6 +29,7 @@ from vispec.evaluation.answering import (
 )
 from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from vispec.evaluation.head_flags import add_place_flags, asked_places
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
@@ -112,6 +113,7 @@ def _make_parser() -> Parser:
         metavar="METHOD=PATH",
         help=f"draft heads: folders or hub ids, for {', '.join(HEADS)}",
     )
+    add_place_flags(parser, nargs="+", type=_head, metavar="METHOD=VALUE")
     add(
         "--methods",
         nargs="+",
@@ -129,10 +131,10 @@ def _make_parser() -> Parser:
 
 
 def _head(text: str) -> tuple[str, str]:
-    """METHOD=PATH."""
+    """METHOD=PATH, or another value for a method's head."""
     method, found, path = text.partition("=")
     if method not in HEADS or not found or not path:
-        raise argparse.ArgumentTypeError(f"expected METHOD=PATH with a method of {', '.join(HEADS)}, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected METHOD=… with a method of {', '.join(HEADS)}, found {text!r}")
     return method, path
 
 
@@ -152,6 +154,7 @@ def _models(args: argparse.Namespace) -> Models:
         dtype=args.dtype,
         device_map=args.device_map,
         gpus=args.num_gpus_per_model,
+        places=asked_places(args, heads),
     )
 
 

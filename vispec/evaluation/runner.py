@@ -20,6 +20,8 @@ from vispec.evaluation.answering import (
 )
 from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from vispec.evaluation.head_flags import FLAGS as PLACE_FLAGS
+from vispec.evaluation.head_flags import add_place_flags, asked_place, value_of
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation, Kind
@@ -82,6 +84,7 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
     add_common_flags(parser)
     if arm == "spec":
         add_tree_flags(parser, "/".join(map(str, Models.tree)))
+        add_place_flags(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
@@ -158,7 +161,8 @@ def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
     if arm == "baseline":
         return Models(args.base_model_path, **hardware)
     tree = asked_tree(args, Models.tree)
-    return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, **hardware)
+    places = {method: asked_place(args)}
+    return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, places=places, **hardware)
 
 
 def _method(args: argparse.Namespace, arm: Kind) -> str:
@@ -168,9 +172,7 @@ def _method(args: argparse.Namespace, arm: Kind) -> str:
     if len(heads) > 1:
         raise UserError("--use-ours=True and --use-medusa=True: found both, expected at most one of them")
     if args.method == "lookup":
-        heads += [
-            flag for flag, given in (("--spec-model-path", args.spec_model_path), ("--num-q", args.num_q)) if given
-        ]
+        heads += [flag for flag in ("--spec-model-path", *PLACE_FLAGS, "--num-q") if value_of(args, flag)]
         if heads:
             raise UserError(f"--method lookup has no draft head, found {', '.join(heads)}")
         return "lookup"
