@@ -12,15 +12,16 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
-from vispec.model.inputs import forward_parameters, prompt_inputs
+from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
 from vispec.model.processors import TextChoice, looks_at_text, refuse_processors
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Choice, row_seeds
@@ -45,6 +46,9 @@ OFF = {
 NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
 """Arguments of transformers' generate() that have no meaning here."""
+
+Rounds = Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]]
+"""Answers prompts, with a draft or without one."""
 
 
 @dataclass
@@ -178,6 +182,29 @@ def generate_by(decode: Callable, target: Target, input_ids: torch.Tensor, optio
     return type(model).generate(model, **inputs, **asked)
 
 
+def decoding_method(target: Target, rounds: Rounds) -> Callable:
+    """For `custom_generate` of the target's own generate(), which then calls this in place of `_sample`.
+
+    generate() encodes images before it decodes, and hands on no more than their features; only arguments that the
+    method has by name come to it as they are. So this one has all that the target's forward takes.
+    """
+
+    def decode(model: PreTrainedModel, input_ids: torch.Tensor, **request) -> torch.Tensor | SpecOutput:
+        if model is not target.model:
+            raise ValueError("generate_with decodes for the target of this SpecModel alone, found another model")
+        copies = request["generation_config"].num_return_sequences  # what generate() has repeated already
+        shared = {name: request[name][::copies] for name in PER_TOKEN if request.get(name) is not None}
+        return answer(target, rounds, input_ids[::copies], **request | shared)
+
+    keyword = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    own = [name for name in forward_parameters(target.model) if name not in ("input_ids", *PER_TOKEN)]
+    parameters = list(inspect.signature(decode).parameters.values())
+    named = [keyword("seed", default=None), keyword("speculate", default=True)]
+    named += [keyword(name, default=None) for name in own]
+    decode.__signature__ = inspect.Signature([*parameters[:-1], *named, parameters[-1]])
+    return decode
+
+
 def refuse_modes(config: GenerationConfig) -> None:
     """Refuse what is no greedy decoding or sampling of single texts.
 
@@ -192,7 +219,7 @@ def refuse_modes(config: GenerationConfig) -> None:
 
 def answer(
     target: Target,
-    rounds: Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]],
+    rounds: Rounds,
     input_ids: torch.Tensor,
     *,
     logits_processor: LogitsProcessorList,
@@ -206,7 +233,6 @@ def answer(
     """What stands in place of the decoding loop of generate().
 
     Args:
-        rounds: answers prompts, with a draft or without one.
         input_ids: (B / R, L).
         model_inputs: what the target's forward takes, and what generate() adds to that.
 
