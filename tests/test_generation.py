@@ -296,6 +296,8 @@ def test_scores_and_logits(rows):
             for row, end in enumerate(ends):
                 wanted = other[row] if place < end else torch.zeros_like(other[row])
                 torch.testing.assert_close(one[row], wanted, rtol=1e-4, atol=1e-4)
+    penalised = model.generate(**inputs, **options | {"output_scores": False, "output_logits": False})
+    assert penalised.scores is None and torch.equal(penalised.sequences, theirs.sequences)
     plain = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
     assert plain.scores is None and plain.logits is None
     assert plain.seconds > 0 and plain.rounds >= 1 and 0 <= plain.tau <= 4

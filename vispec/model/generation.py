@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
+from vispec.model.collecting import StreamedTokens, streamed
 from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
 from vispec.model.processors import TextChoice, looks_at_text, refuse_processors
 from vispec.model.rows import Round, Stop
@@ -61,6 +62,8 @@ class SpecOutput(GenerateDecoderOnlyOutput):
 
     tau: float | None = None
     """Mean draft tokens accepted in a round, over all rounds with a draft and all rows; None without any."""
+    acceptance_lengths: list[list[int]] | None = None
+    """For each row the draft tokens accepted in its rounds with a draft."""
     rounds: int | None = None
     """Of all rows together, after the prompts' own passes."""
     seconds: float | None = None
@@ -228,23 +231,22 @@ def answer(
     seed: int | Sequence[int] | None = None,
     speculate: bool = True,
     streamer=None,
+    streams: bool = False,
     **model_inputs,
-) -> torch.Tensor | SpecOutput:
+) -> torch.Tensor | SpecOutput | Iterator[StreamedTokens]:
     """What stands in place of the decoding loop of generate().
 
     Args:
         input_ids: (B / R, L).
+        streams: give the tokens of one prompt round by round, see `SpecModel.stream`.
         model_inputs: what the target's forward takes, and what generate() adds to that.
 
     Raises:
         ValueError: a part of the request is not supported; the message names it.
     """
-    request = _prepared(
-        target, input_ids, seed, logits_processor, stopping_criteria, generation_config, model_inputs
-    )
-    return _answered(
-        request, rounds(request.prompts, request.stops, request.choice, speculate), streamer, target.device
-    )
+    request = _prepared(target, input_ids, seed, logits_processor, stopping_criteria, generation_config, model_inputs)
+    found = rounds(request.prompts, request.stops, request.choice, speculate)
+    return streamed(found) if streams else _answered(request, found, streamer, target.device)
 
 
 def _prepared(
@@ -301,10 +303,13 @@ def _answered(
     rows = range(len(request.stops))
     columns = _Columns(request, streamer)
     columns.add(next(rounds))
-    start, number, accepted = now(device), 0, []
+    start, number = now(device), 0
+    lengths: list[list[int]] = [[] for _ in rows]
     for step in rounds:
         number += 1
-        accepted += [one.accepted for one in step.values() if one.drafted]
+        for row, one in step.items():
+            if one.drafted:
+                lengths[row].append(one.accepted)
         columns.add(step)
     seconds = now(device) - start
     if streamer is not None:
@@ -313,7 +318,7 @@ def _answered(
     if not request.config.return_dict_in_generate:
         return sequences
     logits = scores = None
-    if isinstance(request.choice, TextChoice):
+    if request.config.output_scores or request.config.output_logits:
         new = range(sequences.shape[1] - request.input_ids.shape[1])
         kept = [request.choice.kept[row][: len(columns.answers[row])] for row in rows]
         logits, scores = (tuple(_stacked(kept, place, which) for place in new) for which in (0, 1))
@@ -321,7 +326,8 @@ def _answered(
         sequences=sequences,
         scores=scores if request.config.output_scores else None,
         logits=logits if request.config.output_logits else None,
-        tau=fmean(accepted) if accepted else None,
+        tau=fmean(accepted) if (accepted := sum(lengths, [])) else None,
+        acceptance_lengths=lengths,
         rounds=number,
         seconds=seconds,
     )

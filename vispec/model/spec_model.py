@@ -18,6 +18,7 @@ from vispec.model.generation import SpecOutput, answer, decoding_method, generat
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
+from vispec.model.processors import text_options
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Choice, Sampling
 from vispec.model.target import Target
@@ -60,6 +61,7 @@ class SpecModel:
         fast: bool = True,
     ):
         self.target = target if isinstance(target, Target) else Target(target, fast)
+        self._ignored = text_options(self.target.model.generation_config)
         self.draft: Draft | None = None
         self.shape = TreeShape(total_token, depth, top_k)
         self.tree: str | None = None
@@ -273,16 +275,24 @@ class SpecModel:
         max_new_tokens: int = 512,
         max_length: int | None = None,
         speculate: bool = True,
+        own_config: bool = False,
         **inputs,
     ) -> Iterator[StreamedTokens]:
         """Yield the new tokens of one prompt after each round; arguments as for `specgenerate`.
 
-        `speculate=False` streams the baseline. Bad input raises here, not at the first token. Closing the iterator
-        early ends the generation.
+        `speculate=False` streams the baseline; with `own_config` all else that the target's generation config says
+        applies too, as in `generate`. Bad input raises here, not at the first token. Closing the iterator early ends
+        the generation.
         """
         inputs = prompt_inputs(self.stream, self.target.model, input_ids, inputs)
         if input_ids.dim() == 2 and len(input_ids) > 1:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
+        if own_config:
+            if max_length is not None:
+                max_new_tokens = min(max_new_tokens, max_length - input_ids.shape[1])
+            options = Sampling(temperature, top_p, int(top_k)).options | {"max_new_tokens": max_new_tokens}
+            decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
+            return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
         rounds = self._asked(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
@@ -346,6 +356,11 @@ class SpecModel:
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
     ) -> Iterator[dict[int, Round]]:
         """The rounds that answer a call of `specgenerate` or of its relatives."""
+        if self._ignored:
+            logger.warning(
+                "%s of the target's generation config is not applied; generate() does", ", ".join(self._ignored)
+            )
+            self._ignored.clear()  # said once, also for those that share the target by `with_tree`
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
         lengths, padded = [ids.shape[1] for ids, _ in prompts], input_ids.shape[1]
