@@ -21,7 +21,8 @@ from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
-from vispec.prompts import LONG_ANSWER, UNREADABLE, build_inputs, image_file, user_turn
+from vispec.pictures import UnreadableImage
+from vispec.prompts import LONG_ANSWER, build_inputs, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
@@ -131,7 +132,7 @@ class ImageJob:
             raise SkipRow("more than one image tag")
         try:
             picture = image_file(self.rows.folder / row["image"])()
-        except UNREADABLE:
+        except UnreadableImage:
             raise SkipRow("unreadable image") from None
         try:
             inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
