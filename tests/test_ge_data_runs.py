@@ -15,7 +15,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_rows import CONFIGS, TARGETS, contents, generate, read_questions, write_questions, write_rows
+from tiny_rows import (
+    CONFIGS,
+    TARGETS,
+    contents,
+    generate,
+    manifest_of,
+    read_questions,
+    turn,
+    write_questions,
+    write_rows,
+)
 
 from vispec.ge_data import jobs, workers
 from vispec.ge_data.conversations import SkipRow
@@ -43,10 +53,6 @@ def sample_files(folder):
     return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
 
 
-def manifest_of(folder):
-    return json.loads((folder / "manifest.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Eight image rows, of which the second and the sixth in shuffled order are bad."""
@@ -57,60 +63,6 @@ def data(tmp_path_factory):
     questions[rows.order[5]]["conversations"][0]["value"] = "no tag"
     write_questions(folder, questions)
     return folder
-
-
-def failing_for(prompts_of, poison):
-    """generate_answers that runs out of memory for prompts of more tokens than `poison`, and for any two together."""
-
-    def answers(target, prompts, *rest, **options):
-        if len(prompts) > 1 or prompts[0]["input_ids"].shape[1] >= poison:
-            raise RuntimeError("CUDA out of memory.\nTried to allocate 20 GiB")
-        return prompts_of(target, prompts, *rest, **options)
-
-    return answers
-
-
-def test_a_row_that_fails_ends_no_run_and_is_tried_again(data, tmp_path, monkeypatch, capsys):
-    whole = tmp_path / "whole"
-    flags = ["--max-new-tokens", "4", "--batch-size", "3"]
-    assert generate("image", "llava", data, whole, *flags) == 0
-    lengths = {path.name: load_file(path)["input_ids"].shape[0] for path in whole.glob("*.safetensors")}
-    longest = max(lengths.values()) - 4
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "generate_answers", failing_for(jobs.generate_answers, longest))
-        assert generate("image", "llava", data, tmp_path / "out", *flags) == 3
-    manifest = manifest_of(tmp_path / "out")
-    ((reason, entry),) = manifest["failed"].items()
-    assert reason == "RuntimeError: CUDA out of memory. Tried to allocate 20 GiB"
-    assert 0 < entry["count"] < len(lengths) and manifest["samples"] == len(lengths) - entry["count"]
-    assert f"error: {entry['count']} row(s) failed; the same command tries them again" in capsys.readouterr().err
-    assert generate("image", "llava", data, tmp_path / "out", *flags) == 0
-    manifest = manifest_of(tmp_path / "out")
-    assert manifest["failed"] == {} and manifest["samples"] == len(lengths)
-
-
-def test_a_text_row_that_fails_ends_no_run(tmp_path, monkeypatch):
-    good = [turn("human", "what?"), turn("gpt", "a dog.")]
-    bad = [turn("human", "why?"), turn("gpt", "a cat.")]
-    (tmp_path / "text.json").write_text(json.dumps([{"conversations": one} for one in (good, bad, good)]))
-    read = jobs.read_turns
-
-    def fail(row):
-        if row["conversations"] == bad:
-            raise RecursionError("too deep")
-        return read(row)
-
-    monkeypatch.setattr(jobs, "read_turns", fail)
-    assert generate("text", "llava", tmp_path, tmp_path / "out", "--store", "tokens") == 3
-    manifest = manifest_of(tmp_path / "out")
-    assert manifest["samples"] == 2 and manifest["failed"]["RecursionError: too deep"]["count"] == 1
-
-
-def test_a_run_that_makes_nothing_fails(tmp_path, capsys):
-    rows = [{"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a dog."}]}] * 2
-    (tmp_path / "text.json").write_text(json.dumps(rows))
-    assert generate("text", "llava", tmp_path, tmp_path / "out", "--store", "tokens") == 1
-    assert "none of 2 rows became a sample" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -308,10 +260,6 @@ def test_full_matrices_follow_the_dtype():
     for dtype, size in (("auto", 4), ("float32", 4), ("bfloat16", 2)):
         full = full_matrices("image", TARGETS["qwen"], dtype)
         assert (full.item, full.bytes(10)) == (size, 10 * (2 * 64 * size + 8 + 2))
-
-
-def turn(who, value):
-    return {"from": who, "value": value}
 
 
 def test_bad_conversations_are_counted_and_listed(tmp_path, capsys):
