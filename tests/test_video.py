@@ -8,6 +8,7 @@ from video_models import VIDEO_FAMILIES, video_prompt, video_target
 
 from vispec.model.families import video_token_id
 
+
 @pytest.mark.parametrize("method", ["vispec", "lookup"])
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)
 @pytest.mark.parametrize("layout", [".A.", "A.aB", "AB.a"])

@@ -284,5 +284,7 @@ def _video_pixels(config, grids: list[tuple[int, ...]], generator: torch.Generat
     if not grids:
         return {}
     pixels = _pixels(config, grids, generator)
-    seconds = {"second_per_grid_ts": torch.tensor([1.0, 0.5][: len(grids)])} if config.model_type == "qwen2_5_vl" else {}
-    return {"pixel_values_videos": pixels["pixel_values"], "video_grid_thw": pixels["image_grid_thw"], **seconds}
+    inputs = {"pixel_values_videos": pixels["pixel_values"], "video_grid_thw": pixels["image_grid_thw"]}
+    if config.model_type == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.tensor([1.0, 0.5][: len(grids)])
+    return inputs

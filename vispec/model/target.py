@@ -219,7 +219,7 @@ class Target:
         )
 
     def _go_on_behind_last(self, positions: torch.Tensor | None, length: int) -> None:
-        """Let M-RoPE count on from the last token's position, as transformers 5 does: a long video may reach further."""
+        """Let M-RoPE count on from the last token's position, as transformers 5 does: a video may reach further."""
         if self._rope_owner is None or positions is None or positions.dim() != 3:
             return
         last = positions[..., -1:]
