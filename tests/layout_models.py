@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from tiny_models import TEXT_FROM, randomize
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 VOCABULARY = 24
 IMAGE, BREAK, START, END = range(VOCABULARY - 4, VOCABULARY)
@@ -107,7 +108,8 @@ def _squares(tokens: int, name: str = "pixel_values", around: bool = False) -> C
 
 def _video_llava() -> PreTrainedModel:
     text, vision = {**_TEXT, "model_type": "llama"}, {**_SQUARE, "model_type": "clip_vision_model"}
-    return _model("VideoLlava", text_config=text, vision_config=vision, image_token_index=IMAGE, video_token_index=BREAK)
+    marks = {"image_token_index": IMAGE, "video_token_index": BREAK}
+    return _model("VideoLlava", text_config=text, vision_config=vision, **marks)
 
 
 # --- tiles ---
@@ -124,6 +126,52 @@ def _tiles(sizes: list[int]) -> Images:
     ids = [[START, *[IMAGE] * 4 * (size + 1), END] for size in sizes]
     tiles = sum(sizes) + len(sizes)
     return Images(ids, lambda noise: {"pixel_values": torch.randn(tiles, 3, 28, 28, generator=noise)})
+
+
+def _perception() -> PreTrainedModel:
+    """Its vision tower comes from another library; a convolution stands for it."""
+    if not hasattr(transformers, "PerceptionLMConfig"):
+        pytest.skip("this transformers has no PerceptionLM")
+    from transformers.models.perception_lm import modeling_perception_lm as module
+
+    class Tower(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 32, 14, 14)
+
+        def forward(self, pixels, **_):
+            return BaseModelOutput(last_hidden_state=self.patches(pixels).flatten(2).transpose(1, 2))
+
+    sides = {"model_args": {"embed_dim": 32, "img_size": [28, 28]}, "architecture": "vit_pe_core_large_patch14_336"}
+    text = {**_TEXT, "model_type": "llama"}
+    with pytest.MonkeyPatch.context() as patch:
+        from_config = module.AutoModel.from_config
+        choose = lambda config, **_: Tower(config) if "timm" in config.model_type else from_config(config)  # noqa: E731
+        patch.setattr(module.AutoModel, "from_config", choose)
+        marks = {"image_token_id": IMAGE, "video_token_id": BREAK, "vision_use_cls_token": False}
+        return _model("PerceptionLM", text_config=text, vision_config=sides, **marks)
+
+
+def _thumbs_and_tiles(sizes: list[int]) -> Images:
+    """Every image has two tiles of 4 tokens, (N, 2, C, H, W)."""
+    pixels = len(sizes), 2, 3, 28, 28
+    return Images([[IMAGE] * 8 for _ in sizes], lambda noise: {"pixel_values": torch.randn(*pixels, generator=noise)})
+
+
+def _fuyu() -> PreTrainedModel:
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("Fuyu needs a later transformers")
+    text = {**_TEXT, "model_type": "persimmon"}
+    sizes = {name: text[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 1024, "patch_size": 7, "image_token_id": IMAGE}
+    return transformers.FuyuForCausalLM(transformers.FuyuConfig(**sizes))
+
+
+def _patches(sizes: list[int]) -> Images:
+    """Two rows of n + 1 patches, which end with a token of their own."""
+    ids = [([IMAGE] * (size + 1) + [BREAK]) * 2 for size in sizes]
+    number = 2 * sum(size + 1 for size in sizes)
+    return Images(ids, lambda noise: {"pixel_values": torch.randn(number, 7 * 7 * 3, generator=noise)})
 
 
 # --- rows of images, filled up with zeros ---
@@ -322,6 +370,8 @@ LAYOUTS = {
     "vipllava": Layout(_vipllava, _squares(16)),
     "video_llava": Layout(_video_llava, _squares(16, "pixel_values_images")),
     "internvl": Layout(_internvl, _tiles),
+    "perception_lm": Layout(_perception, _thumbs_and_tiles),
+    "fuyu": Layout(_fuyu, _patches),
     "idefics2": Layout(_idefics2, _rows, join=_fill_rows),
     "idefics3": Layout(_idefics3, _rows, join=_fill_rows),
     "smolvlm": Layout(_smolvlm, _rows, join=_fill_rows),

@@ -19,7 +19,7 @@ def test_answers_are_the_targets(name):
         assert torch.equal(model.specgenerate(**inputs, max_new_tokens=12), expected), layout
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"fuyu"}))  # Fuyu's inputs do not tell where an image ends
 def test_every_image_is_one_run(name):
     target = layout_model(name)
     model = model_of(target, "vispec")
