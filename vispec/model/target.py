@@ -35,6 +35,8 @@ logger = logging.getLogger("vispec")
 _PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 FAST = "VISPEC_FAST"
 """Environment variable; 0 lets all targets and drafts decode by their own layers alone."""
+LARGEST_PASS = 1024
+"""Tokens of a pass behind the prompt, where it matters how many they may be."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Target:
         refuse_layers(model, KINDS)
         refuse_decoder(model, self.decoder, self.lm_head)
         self.text_config = model.config.get_text_config()
-        self.max_positions: int = self.text_config.max_position_embeddings
+        self.max_positions = _max_positions(self.text_config)
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
         self.eos_token_ids = _eos_token_ids(model)
         self._input_device = _execution_device(self.embed_tokens)
@@ -309,6 +311,13 @@ def _find_decoder(model: PreTrainedModel) -> nn.Module:
 def _find_rope_owner(model: PreTrainedModel) -> nn.Module | None:
     """The module that remembers M-RoPE's offset of the last prompt; it moved between versions of transformers."""
     return next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
+
+
+def _max_positions(text_config) -> int:
+    if not getattr(text_config, "attn_temperature_tuning", False):
+        return text_config.max_position_embeddings
+    # Llama 4 scales queries from a place on, and counts places by slots: a tree's nodes are not where it thinks
+    return max(0, min(text_config.max_position_embeddings, text_config.floor_scale - 1 - LARGEST_PASS))
 
 
 def _position_axes(decoder: nn.Module, text_config) -> int:
