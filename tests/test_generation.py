@@ -296,6 +296,8 @@ def test_scores_and_logits(rows):
             for row, end in enumerate(ends):
                 wanted = other[row] if place < end else torch.zeros_like(other[row])
                 torch.testing.assert_close(one[row], wanted, rtol=1e-4, atol=1e-4)
+    penalised = model.generate(**inputs, **options | {"output_scores": False, "output_logits": False})
+    assert penalised.scores is None and torch.equal(penalised.sequences, theirs.sequences)
     plain = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
     assert plain.scores is None and plain.logits is None
     assert plain.seconds > 0 and plain.rounds >= 1 and 0 <= plain.tau <= 4
@@ -409,15 +411,20 @@ def test_synthid_of_one_prompt_and_not_of_a_batch():
 @pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56), reason="custom_generate takes no callable"
 )
-def test_custom_generate():
-    model = model_of("llava_1.5")
+@pytest.mark.parametrize("family", ["llava_1.5", "qwen2_5_vl"])
+def test_custom_generate(family):
+    model = model_of(family)
     target = model.target.model
-    inputs = text_prompt(target, 5, seed=1)
-    options = {"max_new_tokens": NEW, "repetition_penalty": 1.3, "stopping_criteria": [AfterThree()]}
-    expected = target.generate(**inputs, **options)
-    assert torch.equal(target.generate(**inputs, **options, custom_generate=model.generate_with), expected)
-    sampled = target.generate(**inputs, do_sample=True, seed=3, custom_generate=model.generate_with)
-    assert torch.equal(sampled, model.generate(**inputs, do_sample=True, seed=3))
-    other = model_of("llava_1.5", 1).target.model
+    prompts = prompts_of(target)
+    options = {"max_new_tokens": NEW, "eos_token_id": END, "repetition_penalty": 1.3}
+    options |= {"stopping_criteria": [AfterThree()]}
+    for inputs in (prompts[0], batch_of(prompts)):
+        inputs = reference_inputs(target, inputs)
+        expected = target.generate(**inputs, **options)
+        assert torch.equal(target.generate(**inputs, **options, custom_generate=model.generate_with), expected)
+        drawn = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6, "pad_token_id": 0, "seed": 3}
+        sampled = target.generate(**inputs, **drawn, custom_generate=model.generate_with)
+        assert torch.equal(sampled, model.generate(**inputs, **drawn))
+    other = model_of(family, 1).target.model
     with pytest.raises(ValueError, match="for the target of this SpecModel alone"):
         other.generate(**inputs, custom_generate=model.generate_with)

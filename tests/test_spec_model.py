@@ -284,16 +284,20 @@ def test_what_is_wrong_with_a_draft_is_said_before_loading(arguments, message):
 # --- notices ---
 
 
-def test_ignored_repetition_penalty_is_said_once(caplog):
+def test_what_is_not_applied_is_said_once(caplog):
+    """Where it is not applied, that is not by generate()."""
     target = same_target(recorded_model("qwen2_5_vl", "vispec").target.model)
     target.generation_config.repetition_penalty = 1.05
+    target.generation_config.suppress_tokens = [4]
     inputs, answer = prompts_and_answers("qwen2_5_vl", "vispec")[1]
     with caplog.at_level(logging.WARNING, "vispec"):
         model = SpecModel(target, recorded_model("qwen2_5_vl", "vispec").draft)
+        model.generate(**inputs, max_new_tokens=6)
+        assert not caplog.records
         for _ in range(2):
             assert model.specgenerate(**inputs, max_new_tokens=6)[0, -6:].tolist() == answer[:6]
     assert [r.getMessage() for r in caplog.records] == [
-        "repetition_penalty=1.05 of the target's generation config is not applied"
+        "repetition_penalty=1.05, suppress_tokens=[4] of the target's generation config is not applied; generate() does"
     ]
 
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,7 +197,8 @@ def _answer(
 
     if seed is not None:
         torch.manual_seed(seed)
-    rounds = model.stream(**inputs, **asdict(generation))
+    warped = {"temperature": generation.temperature, "top_p": generation.top_p}
+    rounds = model.stream(**inputs, **warped, max_new_tokens=generation.max_new_tokens)
     answer = Streamed([], [], 0, 0.0)
     first = True
     while True:

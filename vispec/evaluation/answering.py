@@ -253,6 +253,8 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
         "max_new_tokens": series.generation.max_new_tokens,
         "num_choices": series.num_choices,
     }
+    if series.generation.own_config:
+        settings["generation_config"] = True
     if options:
         settings["benchmark_options"] = dict(options)
     if models.dtype != "auto":

@@ -172,7 +172,7 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
             print(f"notice: not measured: {error} ({where})", file=sys.stderr)
             continue
         for temperature in dict.fromkeys(args.temperatures):
-            generation = Generation(temperature, args.max_new_token)
+            generation = Generation(temperature, args.max_new_token, own_config=args.generation_config)
             tasks = []
             for method in ("baseline", *models.drafts):
                 series = Series(name, method, method, generation)

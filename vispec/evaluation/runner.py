@@ -44,7 +44,7 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
     file = AnswerFile(answer_path(args, method))
     with file.alone():
         models = _models(args, arm, method)
-        generation = Generation(args.temperature, args.max_new_token)
+        generation = Generation(args.temperature, args.max_new_token, own_config=args.generation_config)
         series = Series(name, method, _model_id(args, method), generation, args.num_choices)
         task = Task(series, file, settings_of(series, models, data, options))
         models = keep_trees([task], models)
@@ -108,6 +108,11 @@ def add_common_flags(parser: Parser) -> None:
     """Flags of every command that answers questions."""
     add = parser.add_argument
     add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
+    parser.add_bool(
+        "--generation-config",
+        "apply what else the target's generation config says, such as penalties and top_k; temperature and length "
+        "stay those of the flags (default: nothing of it but end tokens)",
+    )
     add("--question-begin", type=whole, help="first question, counted from 0")
     add("--question-end", type=whole, help="question to stop before")
     add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")

@@ -12,15 +12,17 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
-from vispec.model.inputs import forward_parameters, prompt_inputs
+from vispec.model.collecting import StreamedTokens, streamed
+from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
 from vispec.model.processors import TextChoice, looks_at_text, refuse_processors
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Choice, row_seeds
@@ -46,6 +48,9 @@ NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", 
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
 """Arguments of transformers' generate() that have no meaning here."""
 
+Rounds = Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]]
+"""Answers prompts, with a draft or without one."""
+
 
 @dataclass
 class SpecOutput(GenerateDecoderOnlyOutput):
@@ -57,6 +62,8 @@ class SpecOutput(GenerateDecoderOnlyOutput):
 
     tau: float | None = None
     """Mean draft tokens accepted in a round, over all rounds with a draft and all rows; None without any."""
+    acceptance_lengths: list[list[int]] | None = None
+    """For each row the draft tokens accepted in its rounds with a draft."""
     rounds: int | None = None
     """Of all rows together, after the prompts' own passes."""
     seconds: float | None = None
@@ -178,6 +185,29 @@ def generate_by(decode: Callable, target: Target, input_ids: torch.Tensor, optio
     return type(model).generate(model, **inputs, **asked)
 
 
+def decoding_method(target: Target, rounds: Rounds) -> Callable:
+    """For `custom_generate` of the target's own generate(), which then calls this in place of `_sample`.
+
+    generate() encodes images before it decodes, and hands on no more than their features; only arguments that the
+    method has by name come to it as they are. So this one has all that the target's forward takes.
+    """
+
+    def decode(model: PreTrainedModel, input_ids: torch.Tensor, **request) -> torch.Tensor | SpecOutput:
+        if model is not target.model:
+            raise ValueError("generate_with decodes for the target of this SpecModel alone, found another model")
+        copies = request["generation_config"].num_return_sequences  # what generate() has repeated already
+        shared = {name: request[name][::copies] for name in PER_TOKEN if request.get(name) is not None}
+        return answer(target, rounds, input_ids[::copies], **request | shared)
+
+    keyword = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    own = [name for name in forward_parameters(target.model) if name not in ("input_ids", *PER_TOKEN)]
+    parameters = list(inspect.signature(decode).parameters.values())
+    named = [keyword("seed", default=None), keyword("speculate", default=True)]
+    named += [keyword(name, default=None) for name in own]
+    decode.__signature__ = inspect.Signature([*parameters[:-1], *named, parameters[-1]])
+    return decode
+
+
 def refuse_modes(config: GenerationConfig) -> None:
     """Refuse what is no greedy decoding or sampling of single texts.
 
@@ -192,7 +222,7 @@ def refuse_modes(config: GenerationConfig) -> None:
 
 def answer(
     target: Target,
-    rounds: Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]],
+    rounds: Rounds,
     input_ids: torch.Tensor,
     *,
     logits_processor: LogitsProcessorList,
@@ -201,24 +231,22 @@ def answer(
     seed: int | Sequence[int] | None = None,
     speculate: bool = True,
     streamer=None,
+    streams: bool = False,
     **model_inputs,
-) -> torch.Tensor | SpecOutput:
+) -> torch.Tensor | SpecOutput | Iterator[StreamedTokens]:
     """What stands in place of the decoding loop of generate().
 
     Args:
-        rounds: answers prompts, with a draft or without one.
         input_ids: (B / R, L).
+        streams: give the tokens of one prompt round by round, see `SpecModel.stream`.
         model_inputs: what the target's forward takes, and what generate() adds to that.
 
     Raises:
         ValueError: a part of the request is not supported; the message names it.
     """
-    request = _prepared(
-        target, input_ids, seed, logits_processor, stopping_criteria, generation_config, model_inputs
-    )
-    return _answered(
-        request, rounds(request.prompts, request.stops, request.choice, speculate), streamer, target.device
-    )
+    request = _prepared(target, input_ids, seed, logits_processor, stopping_criteria, generation_config, model_inputs)
+    found = rounds(request.prompts, request.stops, request.choice, speculate)
+    return streamed(found) if streams else _answered(request, found, streamer, target.device)
 
 
 def _prepared(
@@ -275,10 +303,13 @@ def _answered(
     rows = range(len(request.stops))
     columns = _Columns(request, streamer)
     columns.add(next(rounds))
-    start, number, accepted = now(device), 0, []
+    start, number = now(device), 0
+    lengths: list[list[int]] = [[] for _ in rows]
     for step in rounds:
         number += 1
-        accepted += [one.accepted for one in step.values() if one.drafted]
+        for row, one in step.items():
+            if one.drafted:
+                lengths[row].append(one.accepted)
         columns.add(step)
     seconds = now(device) - start
     if streamer is not None:
@@ -287,7 +318,7 @@ def _answered(
     if not request.config.return_dict_in_generate:
         return sequences
     logits = scores = None
-    if isinstance(request.choice, TextChoice):
+    if request.config.output_scores or request.config.output_logits:
         new = range(sequences.shape[1] - request.input_ids.shape[1])
         kept = [request.choice.kept[row][: len(columns.answers[row])] for row in rows]
         logits, scores = (tuple(_stacked(kept, place, which) for place in new) for which in (0, 1))
@@ -295,7 +326,8 @@ def _answered(
         sequences=sequences,
         scores=scores if request.config.output_scores else None,
         logits=logits if request.config.output_logits else None,
-        tau=fmean(accepted) if accepted else None,
+        tau=fmean(accepted) if (accepted := sum(lengths, [])) else None,
+        acceptance_lengths=lengths,
         rounds=number,
         seconds=seconds,
     )

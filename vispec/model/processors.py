@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vispec.model.rows import Answer
 from vispec.model.sampling import Choice, draw
@@ -40,8 +40,22 @@ REFUSED = {
 """Processors that need more than a text and its scores, by their class."""
 REFUSED_IN_BATCHES = {"SynthIDTextWatermarkLogitsProcessor": "remembers what it has seen of all rows together"}
 """In a batch, rows go on at different paces."""
+TEXT_OPTIONS = {
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None, "min_length": 0,
+    "min_new_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "watermarking_config": None, "stop_strings": None, "guidance_scale": 1,
+}  # fmt: skip
+"""Options of a generation config that change greedy answers, and what is off."""
 UNSAID = -2
 """Chosen at nodes that the path does not reach; no token, and no empty node either."""
+
+
+def text_options(config: GenerationConfig) -> list[str]:
+    """What a generation config asks for that changes greedy answers: "name=value", end tokens and lengths apart."""
+    asked = {name: getattr(config, name, None) for name in TEXT_OPTIONS}
+    return [f"{name}={value}" for name, value in asked.items() if value not in (None, TEXT_OPTIONS[name])]
 
 
 def looks_at_text(processor: LogitsProcessor) -> bool:

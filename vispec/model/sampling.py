@@ -57,6 +57,14 @@ class Sampling:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers
 
+    @property
+    def options(self) -> dict:
+        """The same as arguments of generate(), which leave what is off to the target's generation config."""
+        if self.greedy:
+            return {"do_sample": False}
+        given = {"top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": True, "temperature": self.temperature} | {k: v for k, v in given.items() if v}
+
     def choice(self, rows: int) -> "Choice":
         """For a generation of so many rows; when sampling, their seeds come from torch's default generator."""
         return Choice() if self.greedy else Choice(self.warpers, row_seeds(None, rows))

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,10 +14,11 @@ from vispec.model.decoding import Decoder
 from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
 from vispec.model.fitting import check_pair, fitted
-from vispec.model.generation import SpecOutput, answer, generate_by
+from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
+from vispec.model.processors import text_options
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Choice, Sampling
 from vispec.model.shape import AUTO, TUNE, TreeShape
@@ -57,6 +58,7 @@ class SpecModel:
         fast: bool = True,
     ):
         self.target = target if isinstance(target, Target) else Target(target, fast)
+        self._ignored = text_options(self.target.model.generation_config)
         self.draft: Draft | None = None
         self.shape = TreeShape(total_token, depth, top_k)
         self.tree: str | None = None
@@ -78,7 +80,7 @@ class SpecModel:
     @classmethod
     def from_pretrained(
         cls,
-        base_model_path: str,
+        base_model_path: str | PreTrainedModel,
         spec_model_path: str | None = None,
         method: str | None = None,
         total_token: int = 30,
@@ -98,7 +100,8 @@ class SpecModel:
         """Load a target and its draft head from folders or hub ids.
 
         Args:
-            base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads.
+            base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads; or one that is
+                loaded.
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
             method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
@@ -127,7 +130,11 @@ class SpecModel:
         hub = hub_options(kwargs, SHARED_HUB_OPTIONS) | place
         if spec_model_path is not None:
             find_draft(spec_model_path, **hub)
-        target = load_target(base_model_path, one_dtype(torch_dtype, dtype), device_map, **kwargs)
+        target, dtype = base_model_path, one_dtype(torch_dtype, dtype)
+        if not isinstance(target, PreTrainedModel):
+            target = load_target(base_model_path, dtype, device_map, **kwargs)
+        elif dtype != "auto" or device_map is not None:
+            raise ValueError("dtype and device_map load a target, found one that is loaded")
         model = cls(target, None, total_token, depth, top_k, tree, fast)
         if method == "lookup":
             model._attach(PromptLookup())
@@ -135,7 +142,7 @@ class SpecModel:
             embedding = model.target.embed_tokens.weight
             draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab, **hub)
             if draft.draft_vocab is not None:
-                draft.draft_vocab.check_tokenizer(base_model_path, **hub_options(kwargs))
+                draft.draft_vocab.check_tokenizer(target.name_or_path, **hub_options(kwargs))
             model._attach(draft.to(model.target.device))
         return model
 
@@ -191,29 +198,15 @@ class SpecModel:
         decode = partial(answer, self.target, self._rounds, seed=seed, speculate=speculate)
         return generate_by(decode, self.target, input_ids, options, self.generate)
 
-    def generate_with(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        *,
-        seed: int | Sequence[int] | None = None,
-        speculate: bool = True,
-        **request,
-    ) -> torch.Tensor | SpecOutput:
+    @property
+    def generate_with(self) -> Callable:
         """For `target.generate(**inputs, custom_generate=spec_model.generate_with)`, from transformers 4.56 on.
 
-        There `generate` does all but the decoding, and this decodes; seed and speculate may be given to it too. It does
-        not hand over `streamer` and `tokenizer` in this case (seen in 5.23): a streamer gets the prompt alone, and
+        There `generate` does all but the decoding, and this decodes; `seed` and `speculate` may be given to it too. It
+        does not hand over `streamer` and `tokenizer` in this case (seen in 5.23): a streamer gets the prompt alone, and
         stop_strings are refused. `SpecModel.generate` has both.
-
-        Args:
-            model: must be this target's.
-            request: what `generate` has prepared.
         """
-        if model is not self.target.model:
-            raise ValueError("generate_with decodes for the target of this SpecModel alone, found another model")
-        request["generation_config"].num_return_sequences = 1  # generate() has repeated the rows already
-        return answer(self.target, self._rounds, input_ids, seed=seed, speculate=speculate, **request)
+        return decoding_method(self.target, self._rounds)
 
     def specgenerate(
         self,
@@ -285,16 +278,24 @@ class SpecModel:
         max_new_tokens: int = 512,
         max_length: int | None = None,
         speculate: bool = True,
+        own_config: bool = False,
         **inputs,
     ) -> Iterator[StreamedTokens]:
         """Yield the new tokens of one prompt after each round; arguments as for `specgenerate`.
 
-        `speculate=False` streams the baseline. Bad input raises here, not at the first token. Closing the iterator
-        early ends the generation.
+        `speculate=False` streams the baseline; with `own_config` all else that the target's generation config says
+        applies too, as in `generate`. Bad input raises here, not at the first token. Closing the iterator early ends
+        the generation.
         """
         inputs = prompt_inputs(self.stream, self.target.model, input_ids, inputs)
         if input_ids.dim() == 2 and len(input_ids) > 1:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
+        if own_config:
+            if max_length is not None:
+                max_new_tokens = min(max_new_tokens, max_length - input_ids.shape[1])
+            options = Sampling(temperature, top_p, int(top_k)).options | {"max_new_tokens": max_new_tokens}
+            decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
+            return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
         rounds = self._asked(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
@@ -358,6 +359,11 @@ class SpecModel:
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
     ) -> Iterator[dict[int, Round]]:
         """The rounds that answer a call of `specgenerate` or of its relatives."""
+        if self._ignored:
+            logger.warning(
+                "%s of the target's generation config is not applied; generate() does", ", ".join(self._ignored)
+            )
+            self._ignored.clear()  # said once, also for those that share the target by `with_tree`
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
         lengths, padded = [ids.shape[1] for ids, _ in prompts], input_ids.shape[1]

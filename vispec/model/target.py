@@ -93,7 +93,6 @@ class Target:
         if self.fast:
             with self._prefill_lock:
                 self._make_lean()
-        _report_ignored_processors(model)
 
     def _make_lean(self) -> None:
         """Decode by the lean pass where that is possible; says once why it is not."""
@@ -335,17 +334,6 @@ def _use_maskable_attention(model: PreTrainedModel) -> None:
             config = getattr(module, "config", None)
             if config is text_config:
                 config._attn_implementation = "sdpa"
-
-
-def _report_ignored_processors(model: PreTrainedModel) -> None:
-    generation = model.generation_config
-    ignored = [
-        f"{name}={getattr(generation, name)}"
-        for name, off in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0))
-        if getattr(generation, name, None) not in (None, off)
-    ]
-    if ignored:
-        logger.warning("%s of the target's generation config is not applied", ", ".join(ignored))
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:
