@@ -7,7 +7,7 @@ PYTHON5 ?= $(PYTHON)
 VENV5 ?= .venv-transformers5
 RUN5 = $(VENV5)/bin/python
 DECODER_TESTS = rounds golden greedy attention packing fusion batches spec_model model_pairs inputs families pairs tree \
-	checkpoints refused_targets tune sampling
+	checkpoints refused_targets tune sampling layouts video
 
 .PHONY: demo test lint test-transformers5 clean
 

@@ -158,12 +158,13 @@ def _sums(values: torch.Tensor, counts: list[int]) -> list[int]:
     return [int(own.sum()) for own in values.split(counts)] if len(values) == sum(counts) else []
 
 
-def _groups(sizes: torch.Tensor, counts: list[int]) -> list[int]:
+def _groups(sizes: torch.Tensor | Sequence[int], counts: list[int]) -> list[int]:
     """How many groups of images belong to each row, where the groups have these sizes."""
-    ends = list(accumulate(sizes.tolist(), initial=0))
+    groups = torch.as_tensor(sizes).tolist()
+    ends = list(accumulate(groups, initial=0))
     bounds = list(accumulate(counts, initial=0))
     if not set(bounds) <= set(ends):
-        raise ValueError(f"batch_num_images: groups of {sizes.tolist()} images do not fit rows of {counts} images")
+        raise ValueError(f"batch_num_images: groups of {groups} images do not fit rows of {counts} images")
     places = [ends.index(bound) for bound in bounds]
     return [stop - start for start, stop in pairwise(places)]
 
