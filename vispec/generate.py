@@ -30,6 +30,7 @@ from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colo
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 from vispec.model.shape import AUTO, TUNE
 from vispec.prompts import SYSTEM_TURN, UNREADABLE, Turn, build_inputs, load_processor, read_image, user_turn
+from vispec.video import read_video
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     base, spec, tree, dtype = _pair(args)
     place = {f"spec_{name}": value for name, value in asked_place(args).items()}
-    turns = [user_turn(args.question, *map(_read_image, args.image))]
+    turns = [user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))]
     # what is wrong is said before minutes of loading
     _check_sampling(args)
     shape = as_spec_model_takes(tree)
@@ -97,6 +98,7 @@ def _make_parser() -> Parser:
     add = parser.add_argument
     add("question", help="what to ask")
     add("--image", action="append", default=[], metavar="FILE|URL", help="a picture; may be given several times")
+    add("--video", action="append", default=[], type=Path, metavar="FILE", help="a video: some frames are shown")
     add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
     add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
