@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, tree=shape)
     if tree == TUNE:
         model.tune([inputs])
-    options = {"temperature": args.temperature, "top_p": args.top_p}
+    options = {"temperature": args.temperature, "top_p": args.top_p, "own_config": args.generation_config}
     if args.compare:
         for speculate in (False, True):
             _answer(model, inputs, {**options, "max_new_tokens": WARM_UP_TOKENS}, speculate)
@@ -104,6 +104,9 @@ def _make_parser() -> Parser:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
     add("--max-new-tokens", type=count, default=512, help="most tokens of the answer")
+    parser.add_bool(
+        "--generation-config", "apply what else the target's generation config says, such as penalties and top_k"
+    )
     add_tree_flags(parser, AUTO)
     parser.add_hardware(dtype=None)
     return parser
