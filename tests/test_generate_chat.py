@@ -96,6 +96,13 @@ def test_a_seed_draws_the_same_text_with_any_tree_and_without_a_draft(capsys):
     assert text in texts and "over our own plain loop, outputs identical: yes" in rest and "generate()" not in rest
 
 
+def test_a_seed_holds_with_the_targets_own_config_too(capsys):
+    own = ["--seed", "7", "--generation-config"]
+    texts = {drawn(capsys, *own, "--tree", tree)[0] for tree in ("30/3/8", "4/2/1")}
+    text, rest = drawn(capsys, *own, "--compare")
+    assert texts == {text} and "over our own plain loop, outputs identical: yes" in rest
+
+
 def test_without_a_seed_two_samples_are_not_compared(capsys):
     _, rest = drawn(capsys, "--compare")
     assert "outputs identical: not compared, both are sampled without --seed" in rest
