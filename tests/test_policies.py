@@ -291,7 +291,7 @@ def test_answers_of_auto_are_the_targets(head, captured, request):
         answer, lengths = model.specgenerate(**inputs, max_new_tokens=64, return_acceptance_len=True)
         assert torch.equal(answer, model.baseline_generate(**inputs, max_new_tokens=64))
         accepted += sum(lengths) if len(answer) == 1 else sum(map(sum, lengths))
-    assert (accepted > 50) == (head == "recorded")
+    assert (accepted > 10) == (head == "recorded")  # in trials alone, where the clock says that plain steps pay
 
 
 def test_threads_share_what_auto_has_learned():

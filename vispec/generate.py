@@ -29,7 +29,8 @@ from vispec.evaluation.measure import Generation, Kind, answer_question, is_gree
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 from vispec.model.shape import AUTO, TUNE
-from vispec.prompts import SYSTEM_TURN, UNREADABLE, Turn, build_inputs, load_processor, read_image, user_turn
+from vispec.pictures import UnreadableImage, read_picture
+from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
 from vispec.video import read_video
 
 if TYPE_CHECKING:
@@ -141,11 +142,9 @@ def _pair(args: argparse.Namespace) -> tuple[str, str | None, Tree | str, str]:
 def _read_image(place: str) -> "Image.Image":
     """A picture of a file or of a URL."""
     try:
-        return read_image(BytesIO(_fetch(place)) if web.is_url(place) else Path(place))
-    except FileNotFoundError:
-        raise UserError(f"--image {place}: no such file") from None
-    except UNREADABLE as error:
-        raise UserError(f"--image {place}: cannot be read as a picture ({type(error).__name__}: {error})") from None
+        return read_picture(BytesIO(_fetch(place)) if web.is_url(place) else Path(place))
+    except UnreadableImage as error:
+        raise UserError(f"--image {place}: cannot be read as a picture ({error})") from None
 
 
 def _fetch(url: str) -> bytes:

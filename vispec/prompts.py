@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vispec.cli import UserError
+from vispec.pictures import read_picture
 from vispec.video import Video, video_arguments
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ EXPLAIN = "Please answer with an explanation."
 PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")
-
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is missing, no picture, broken, or absurdly large."""
 
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
@@ -56,21 +54,7 @@ def user_turn(*items: Item) -> Turn:
 
 def image_file(path: Path) -> ImageSource:
     """The picture in a file, opened only when a prompt needs it."""
-    return partial(read_image, path)
-
-
-def read_image(file: Path | BinaryIO) -> Image.Image:
-    """The picture in a file.
-
-    Raises:
-        OSError, SyntaxError, DecompressionBombError: it cannot be read (see `UNREADABLE`).
-    """
-    try:
-        with Image.open(file) as image:
-            # photographs may be stored lying down, with a note that says how to turn them
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except ValueError as error:  # some decoders say it so
-        raise OSError(f"{file}: {error}") from None
+    return partial(read_picture, path)
 
 
 def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict]:
@@ -85,7 +69,7 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     """What the model is called with: input_ids (1, L), attention_mask, and the family's image and video tensors.
 
     Raises:
-        OSError, SyntaxError, DecompressionBombError: a picture cannot be read (see `UNREADABLE`).
+        UnreadableImage: a picture cannot be read.
     """
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, parse_bool, provenance, whole
+from vispec.cli import ERROR, Parser, UserError, count, parse_bool, provenance, whole, worst
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -53,15 +53,15 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
         if open_asks([task], questions):
             require_measuring(models, args.num_gpus_total)
             left_out = _answer(task, questions, args, models)
-        good = finish(task, len(questions), left_out)
-        good &= report_left_out(benchmark, left_out)
+        code = worst(finish(task, len(questions), left_out), report_left_out(benchmark, left_out))
         if check:
 
             def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
                 return InFloat32(models).ids_of_both_arms(series, question_of(question_id, all_questions, data))
 
-            good &= check_lossless(file, required=bool(args.check_lossless), rerun=rerun)
-        return 0 if good else 1
+            if not check_lossless(file, required=bool(args.check_lossless), rerun=rerun):
+                code = ERROR
+        return code
 
 
 def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
