@@ -4,7 +4,19 @@ import threading
 
 import pytest
 import torch
-from decoder_kinds import LATENT, SCALES, VOCABULARY, WINDOWS, batch_of, gemma3, paligemma, prompt, target_over
+from decoder_kinds import (
+    FAMILIES,
+    LATENT,
+    SCALES,
+    VOCABULARY,
+    WINDOWS,
+    batch_of,
+    gemma3,
+    of_family,
+    paligemma,
+    prompt,
+    target_over,
+)
 from oracle import oracle
 from tiny_models import generate
 
@@ -72,6 +84,17 @@ def test_positions_that_begin_with_one(kind, monkeypatch):
 def test_images_that_see_themselves_to_both_sides(monkeypatch):
     target = gemma3(0)
     check(target, monkeypatch, [prompt(target, 26, 0, images=2), *prompts_of(target)])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_with_positions_caches_and_tables_of_their_own(name, monkeypatch):
+    """Positions in four rows, or in one beside M-RoPE's offset; layers of two widths; tables of tokens in layers.
+
+    Some of the answers hold what stands for an image.
+    """
+    for seed in range(2):
+        target = of_family(name, seed)
+        check(target, monkeypatch, [prompt(target, length, length, images=0) for length in LENGTHS])
 
 
 # --- logits behind the head ---

@@ -21,6 +21,19 @@ def image_token_id(config) -> int | None:
     return None
 
 
+def embedded_ids(config, vocabulary: int) -> torch.Tensor | None:
+    """(V,) the id whose embedding a family takes for each id of an answer; None: its own.
+
+    Some families embed what stands for an image as padding, also where the model itself has said it.
+    """
+    if config.model_type not in PLACEHOLDERS_AS:
+        return None
+    ids, stand_in = torch.arange(vocabulary), PLACEHOLDERS_AS[config.model_type](config)
+    for kind in ("image", "video", "audio"):
+        ids[ids == getattr(config, f"{kind}_token_id", None)] = stand_in
+    return ids
+
+
 def image_spans(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[list[Span]]:
     """The token spans of the images of each row, also of images that touch.
 
@@ -123,6 +136,12 @@ def _qwen_lengths(config, inputs: Mapping) -> list[int]:
     return (inputs["image_grid_thw"].prod(dim=1) // merged).tolist()
 
 
+def _padding(config) -> int:
+    return config.get_text_config().pad_token_id
+
+
+PLACEHOLDERS_AS: dict[str, Callable] = {"gemma4": _padding, "gemma4_unified": _padding, "kimi_k25": lambda config: 0}
+"""The id that placeholders of images, videos and sounds are embedded as, by `model_type`: config -> id."""
 IMAGE_LENGTHS: dict[str, Callable] = {
     "llava": _llava_lengths,
     "llava_next": _llava_next_lengths,
