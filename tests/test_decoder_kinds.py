@@ -23,6 +23,7 @@ from tiny_models import generate
 from vispec import SpecModel
 from vispec.model.drafts import PromptLookup
 from vispec.model.target import LARGEST_PASS, Target
+from vispec.model.windows import READS_LAYER_TYPES, Windows
 
 NEW = 24
 LENGTHS = (21, 9, 30)
@@ -62,6 +63,13 @@ def test_windows_change_the_answers(kind):
     wide = {name: 512 for name in ("sliding_window", "attention_chunk_size") if name in WINDOWS[kind]}
     targets = target_over(kind, 0), target_over(kind, 0, **wide)
     assert not torch.equal(*(generate(target, inputs, max_new_tokens=NEW) for target in targets))
+
+
+def test_a_window_that_no_layer_uses(monkeypatch):
+    unused = {"layer_types": ["full_attention"] * 4} if READS_LAYER_TYPES else {"sliding_window_pattern": 1}
+    target = target_over("Cohere2", 0, **unused)
+    assert not Windows(target, Target(target).decoder)
+    check(target, monkeypatch, prompts_of(target))
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
