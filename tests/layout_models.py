@@ -121,11 +121,22 @@ def _internvl() -> PreTrainedModel:
     return _model("InternVL", text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=4)
 
 
-def _tiles(sizes: list[int]) -> Images:
+def _got_ocr2() -> PreTrainedModel:
+    sides = {"image_size": 64, "patch_size": 8, "window_size": 4, "global_attn_indexes": [1]}
+    vision = {**_VISION, **sides, "output_channels": 16, "mlp_dim": 48}
+    text = {**_TEXT, "model_type": "qwen2"}
+    return _model("GotOcr2", text_config=text, vision_config=vision, image_token_index=IMAGE, image_token_id=IMAGE)
+
+
+def _tiles(side: int) -> Callable[[list[int]], Images]:
     """An image of size n has n + 1 tiles of 4 tokens."""
-    ids = [[START, *[IMAGE] * 4 * (size + 1), END] for size in sizes]
-    tiles = sum(sizes) + len(sizes)
-    return Images(ids, lambda noise: {"pixel_values": torch.randn(tiles, 3, 28, 28, generator=noise)})
+
+    def images(sizes: list[int]) -> Images:
+        ids = [[START, *[IMAGE] * 4 * (size + 1), END] for size in sizes]
+        tiles = sum(sizes) + len(sizes)
+        return Images(ids, lambda noise: {"pixel_values": torch.randn(tiles, 3, side, side, generator=noise)})
+
+    return images
 
 
 def _perception() -> PreTrainedModel:
@@ -369,7 +380,8 @@ def _one_or_more(sizes: list[int]) -> Images:
 LAYOUTS = {
     "vipllava": Layout(_vipllava, _squares(16)),
     "video_llava": Layout(_video_llava, _squares(16, "pixel_values_images")),
-    "internvl": Layout(_internvl, _tiles),
+    "internvl": Layout(_internvl, _tiles(28)),
+    "got_ocr2": Layout(_got_ocr2, _tiles(64)),
     "perception_lm": Layout(_perception, _thumbs_and_tiles),
     "fuyu": Layout(_fuyu, _patches),
     "idefics2": Layout(_idefics2, _rows, join=_fill_rows),

@@ -38,6 +38,8 @@ def test_rows_of_a_batch_get_their_own_images(name):
     target = layout_model(name)
     model = model_of(target, "vispec")
     prompts = [layout_prompt(name, seed, layout) for seed, layout in enumerate(PROMPTS)]
-    out = model.specgenerate(**layout_batch(name, prompts, PADDING), max_new_tokens=12)
+    batch = layout_batch(name, prompts, PADDING)
+    out = model.specgenerate(**batch, max_new_tokens=12)
+    assert torch.equal(out, generate(target, batch, max_new_tokens=12))
     for row, prompt in zip(out.tolist(), prompts, strict=True):
         assert row[-12:] == alone(model, prompt, "specgenerate", max_new_tokens=12)[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_batches import check, model_of
+from test_batches import batch_of, check, model_of
 from tiny_models import generate
 from video_models import VIDEO_FAMILIES, video_prompt, video_target
 
@@ -28,6 +28,9 @@ def test_rows_of_a_batch_get_their_own_images_and_videos(family):
     target = video_target(family, seed=1)
     prompts = [video_prompt(target, seed, layout) for seed, layout in enumerate(["A.aB", "..", "a.", ".B", "A.b"])]
     check(model_of(target, "vispec"), prompts, "specgenerate", max_new_tokens=12)
+    batch = batch_of(prompts)
+    expected = generate(target, batch, max_new_tokens=12)
+    assert torch.equal(model_of(target, "vispec").specgenerate(**batch, max_new_tokens=12), expected)
 
 
 @pytest.mark.parametrize("family", VIDEO_FAMILIES)

@@ -15,6 +15,9 @@ from vispec.model.families import PER_TOKEN, Shown, equal_images, has_rows, merg
 
 logger = logging.getLogger("vispec")
 
+CROPS = {"pixel_values": "image_num_crops", "pixel_values_local": "num_local_patches"}
+"""Inputs with an entry for each crop of an image, and those that say how many each image has."""
+
 SinglePrompt = tuple[torch.Tensor, dict]
 """input_ids (1, L) without padding, and the other inputs."""
 
@@ -136,8 +139,8 @@ def _sizes(config, name: str, inputs: Mapping, shown: Shown) -> list[int]:
         return _sums(grids.prod(dim=1) // merge_sizes(config, inputs, medium) ** 2, counts)
     if name == "batch_num_images":
         return _groups(inputs[name], counts)
-    if name == "pixel_values" and "image_num_crops" in inputs:
-        return _sums(inputs["image_num_crops"], counts)
+    if CROPS.get(name) in inputs:
+        return _sums(torch.as_tensor(inputs[CROPS[name]]), counts)
     tokens, entries = sum(shown.image_tokens), len(inputs[name]) if hasattr(inputs[name], "__len__") else 0
     if medium == "video" or entries == sum(counts) or tokens == 0:
         return counts
@@ -158,12 +161,13 @@ def _sums(values: torch.Tensor, counts: list[int]) -> list[int]:
     return [int(own.sum()) for own in values.split(counts)] if len(values) == sum(counts) else []
 
 
-def _groups(sizes: torch.Tensor, counts: list[int]) -> list[int]:
+def _groups(sizes: torch.Tensor | Sequence[int], counts: list[int]) -> list[int]:
     """How many groups of images belong to each row, where the groups have these sizes."""
-    ends = list(accumulate(sizes.tolist(), initial=0))
+    groups = torch.as_tensor(sizes).tolist()
+    ends = list(accumulate(groups, initial=0))
     bounds = list(accumulate(counts, initial=0))
     if not set(bounds) <= set(ends):
-        raise ValueError(f"batch_num_images: groups of {sizes.tolist()} images do not fit rows of {counts} images")
+        raise ValueError(f"batch_num_images: groups of {groups} images do not fit rows of {counts} images")
     places = [ends.index(bound) for bound in bounds]
     return [stop - start for start, stop in pairwise(places)]
 
