@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vispec", "vispec.*"]),
-    package_data={"vispec.train": ["*.json"], "vispec.demo": ["weights/**/*", "*.sh"]},
+    package_data={"vispec": ["py.typed"], "vispec.train": ["*.json"], "vispec.demo": ["weights/**/*", "*.sh"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=4.51.3,<6",
@@ -30,6 +30,8 @@ setup(
         "qwen": ["torchvision>=0.21"],  # the processors of Qwen's models, under transformers 5
         "ray": ["ray>=2.10"],
         "train": ["tensorboard>=2.16"],
-        "test": ["import-linter>=2.15", "pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8", "ray>=2.10"],
+        "test": ["import-linter>=2.15", "pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8", "ray>=2.10"]
+        + ["av>=12.0"],
+        "video": ["av>=12.0"],  # video files, for `vispec.generate --video`
     },
 )

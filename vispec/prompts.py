@@ -1,7 +1,7 @@
 """How a prompt is built: one place for benchmarks, training data, the demo and `vispec.generate`.
 
-A user turn is a list of text and image items in the order in which they were given; what the family's chat template
-makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
+A user turn is a list of text, image and video items in the order in which they were given; what the family's chat
+template makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vispec.cli import UserError
+from vispec.pictures import read_picture
+from vispec.video import Video, video_arguments
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, ProcessorMixin
@@ -32,12 +34,9 @@ PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")
 
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is missing, no picture, broken, or absurdly large."""
-
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
-Item: TypeAlias = str | ImageSource
+Item: TypeAlias = str | ImageSource | Video
 
 
 @dataclass(frozen=True)
@@ -49,35 +48,37 @@ class Turn:
 
 
 def user_turn(*items: Item) -> Turn:
-    """A user's turn of texts and images, in this order."""
+    """A user's turn of texts, images and videos, in this order."""
     return Turn("user", items)
 
 
 def image_file(path: Path) -> ImageSource:
     """The picture in a file, opened only when a prompt needs it."""
-    return partial(_read_image, path)
+    return partial(read_picture, path)
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[dict]:
-    """The conversation as chat templates take it, with the system turn before it."""
-    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_TURN}]}]
+def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict]:
+    """The conversation as chat templates take it, with the system turn before it; without one if that is empty."""
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     for turn in turns:
         messages.append({"role": turn.role, "content": [_content(item) for item in turn.items]})
     return messages
 
 
-def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn]) -> "BatchFeature":
-    """What the model is called with: input_ids (1, L), attention_mask, and the family's image tensors.
+def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str = SYSTEM_TURN) -> "BatchFeature":
+    """What the model is called with: input_ids (1, L), attention_mask, and the family's image and video tensors.
 
     Raises:
-        OSError, SyntaxError, DecompressionBombError: a picture cannot be read (see `UNREADABLE`).
+        UnreadableImage: a picture cannot be read.
     """
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
-    sources = [item for turn in turns for item in turn.items if not isinstance(item, str)]
+    shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
+    videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
+    sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
-    text = processor.apply_chat_template(chat_messages(turns), add_generation_prompt=True, tokenize=False)
-    return processor(images=images or None, text=[text], return_tensors="pt")
+    text = processor.apply_chat_template(chat_messages(turns, system), add_generation_prompt=True, tokenize=False)
+    return processor(images=images or None, text=[text], return_tensors="pt", **videos)
 
 
 def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
@@ -92,13 +93,6 @@ def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
 
 
 def _content(item: Item) -> dict[str, str]:
-    return {"type": "text", "text": item} if isinstance(item, str) else {"type": "image"}
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            # photographs may be stored lying down, with a note that says how to turn them
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except ValueError as error:  # some decoders say it so
-        raise OSError(f"{path}: {error}") from None
+    if isinstance(item, str):
+        return {"type": "text", "text": item}
+    return {"type": "video" if isinstance(item, Video) else "image"}

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Protocol
 
 from vispec.model.rows import Round
-from vispec.model.tree import TreeShape
+from vispec.model.shape import TreeShape
 
 
 class Policy(Protocol):
@@ -49,13 +49,13 @@ SHAPES = (TreeShape(12, 3, 4), TreeShape(16, 7, 2), TreeShape(6, 2, 2), TreeShap
 """Among which `Auto` chooses, in the order in which they are tried."""
 MOST_WAITING = 128
 """Plain steps after which the draft is told what it has missed."""
-TRIED_ROUNDS, TRIED_STEPS = 5, 3
-"""Rounds of a tree, and plain steps, in a trial."""
+TRIAL = 3
+"""Rounds, or plain steps, between two decisions, so of a trial too."""
 USELESS = 0.1
 """A draft with fewer accepted tokens a round is not tried with other trees."""
-AGAIN, LONGEST_AGAIN = 64, 4096
-"""Rounds until what is not in use is tried again; doubled with every trial that changes nothing, up to a limit."""
-WORTH_TRYING = 0.7
+AGAIN, LATER, LONGEST_AGAIN = 96, 4, 4096
+"""Rounds until what is not in use is tried again; so many times as many after every such trial, up to a limit."""
+WORTH_TRYING = 0.8
 """Share of the best speed that a tree must have had to be tried again."""
 BETTER = 1.05
 """Speeds must differ by this factor for a change."""
@@ -134,7 +134,7 @@ class Auto:
             else:  # where no draft pays, one of them is enough to notice that this has changed
                 worth = sorted(worth, key=self.speed)[-1:] or known[:1]
             self.trials = deque(worth)
-            self._until_again = self._again = min(2 * self._again, LONGEST_AGAIN)
+            self._until_again = self._again = min(LATER * self._again, LONGEST_AGAIN)
 
 
 class AutoAnswer:
@@ -149,7 +149,7 @@ class AutoAnswer:
     def shape(self) -> TreeShape | None:
         if self._left == 0:
             self._shape = self._auto.decide()
-            self._left = TRIED_STEPS if self._shape is None else TRIED_ROUNDS
+            self._left = TRIAL
         self._start = time.perf_counter()
         return self._shape
 

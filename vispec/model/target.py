@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
-from vispec.model.families import embedded_ids, image_spans
+from vispec.model.families import embedded_ids, image_spans, token_kinds
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
@@ -54,7 +54,7 @@ class Prompt:
     logits: torch.Tensor
     """(B, V) of the last position."""
     images: list[list[Span]]
-    """Token spans of each row's images."""
+    """Token spans of each row's images, and of the frames of its videos."""
     rope_delta: torch.Tensor | None
     """(B, 1) what is added to positions after the prompt: M-RoPE's delta, 1 where a family counts from 1; None: 0."""
 
@@ -100,7 +100,6 @@ class Target:
         if self.fast:
             with self._prefill_lock:
                 self._make_lean()
-        _report_ignored_processors(model)
 
     def _make_lean(self) -> None:
         """Decode by the lean pass where that is possible; says once why it is not."""
@@ -194,7 +193,7 @@ class Target:
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
         if "mm_token_type_ids" in forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
-            inputs["mm_token_type_ids"] = _image_positions(spans, length).to(self._input_device)
+            inputs["mm_token_type_ids"] = self._place(token_kinds(self.config, input_ids))
         cache.reserve(length)
         with self._prefill_lock:
             self._refresh()
@@ -204,14 +203,11 @@ class Target:
                 logits = self.model(
                     input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
                 ).logits
-            rope_delta = None
+            remembered = None
             if self._rope_owner is not None:
-                rope_delta, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
+                remembered, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
+        offset = self._offset(seen["positions"], remembered, batch, length)
         cache.commit(torch.full_like(cache.lengths, length))
-        if rope_delta is None:
-            rope_delta = self._offset(seen["positions"], batch, length)
-        else:
-            rope_delta = rope_delta.reshape(batch, 1)
         return Prompt(
             input_ids.to(self.device),
             inputs,
@@ -219,14 +215,25 @@ class Target:
             seen["embeds"].to(self.device),
             logits[:, -1].to(self.device),
             spans,
-            rope_delta if rope_delta is None else rope_delta.to(self.device),
+            offset if offset is None else offset.to(self.device),
         )
 
-    def _offset(self, positions: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-        """(B, 1) what is added to positions after a prompt for which the model remembers nothing; None for nothing."""
-        if positions is None or positions.dim() == 3 and self._rope_owner is not None:
-            return None
+    def _offset(
+        self, positions: torch.Tensor | None, remembered: torch.Tensor | None, batch: int, length: int
+    ) -> torch.Tensor | None:
+        """(B, 1) what is added to positions after a prompt: they count on from its last one; None for nothing.
+
+        Args:
+            positions: of the prompt, as the decoder was given them: (B, L), or M-RoPE's (axes, B, L).
+            remembered: what M-RoPE's owner has noted, for a decoder that was given none.
+        """
+        if positions is None:
+            return remembered if remembered is None else remembered.reshape(batch, 1)
         offset = positions[..., -1:] + 1 - length
+        if positions.dim() == 3 and self._rope_owner is not None:
+            if (offset != offset[0]).any():
+                raise ValueError("the prompt ends within an image or a video: put text behind it")
+            return offset[0]
         numbers = torch.arange(length, device=positions.device)
         if positions.dim() != 2 or (positions != numbers + offset).any():
             raise ValueError(
@@ -344,17 +351,6 @@ def _use_maskable_attention(model: PreTrainedModel) -> None:
                 config._attn_implementation = "sdpa"
 
 
-def _report_ignored_processors(model: PreTrainedModel) -> None:
-    generation = model.generation_config
-    ignored = [
-        f"{name}={getattr(generation, name)}"
-        for name, off in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0))
-        if getattr(generation, name, None) not in (None, off)
-    ]
-    if ignored:
-        logger.warning("%s of the target's generation config is not applied", ", ".join(ignored))
-
-
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:
     eos = model.generation_config.eos_token_id
     if eos is None:
@@ -369,11 +365,3 @@ def _execution_device(module: nn.Module) -> torch.device:
     device = next((device for device in devices if device is not None), None)
     return torch.device(device) if device is not None else next(module.parameters()).device
 
-
-def _image_positions(spans: list[list[Span]], length: int) -> torch.Tensor:
-    """(B, L) 1 at image tokens: how transformers 5 wants to be told where Qwen's images are."""
-    kinds = torch.zeros(len(spans), length, dtype=torch.long)
-    for row, images in enumerate(spans):
-        for start, end in images:
-            kinds[row, start:end] = 1
-    return kinds
