@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
+import transformers
 from layout_models import (
     BREAK,
     END,
@@ -16,6 +18,7 @@ from layout_models import (
     patch_grids,
     squares,
 )
+from transformers import PreTrainedModel
 
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -30,6 +33,7 @@ MEDIA = {"image_token_id": IMAGE, "video_token_id": BREAK}
 AROUND = {"image_start_token_id": START, "image_end_token_id": END}
 SEEN = {"vision_start_token_id": START, "vision_end_token_id": END}
 EVERY_OTHER = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+EVERY_OTHER |= {"sliding_window_pattern": 2}  # the same, for transformers 4
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
@@ -49,10 +53,17 @@ def _family(
     vision: dict,
     images: Callable[[list[int]], Images],
     kinds: tuple[str, ...] = (),
+    least: int = 4,
     **further,
 ) -> Layout:
-    parts = {"text_config": TEXT | text, "vision_config": vision}
-    return Layout(lambda: family(name, **parts, **further), images, kinds)
+    """`least`: the oldest transformers under which it is decoded."""
+
+    def build() -> PreTrainedModel:
+        if int(transformers.__version__.split(".")[0]) < least:
+            pytest.skip(f"{name} needs transformers {least}")
+        return family(name, text_config=TEXT | text, vision_config=vision, **further)
+
+    return Layout(build, images, kinds)
 
 
 def _rows_of_patches(sizes: list[int]) -> Images:
@@ -139,6 +150,7 @@ FURTHER = {
             "projector_output_dim": 32,
         },
         squares(4),
+        least=5,
         **IMAGE_INDEX,
     ),
     "ovis2": _family(
