@@ -20,7 +20,7 @@ from vispec.model.loading import load_target
     [
         (["full_attention", "linear_attention"], "has linear-attention layers, which keep one state of"),
         (["conv", "full_attention"], "has convolution layers, which keep one state of the whole text"),
-        (["full_attention", "indexed_attention"], "has indexed_attention layers; tree decoding knows chunked_attention"),
+        (["full_attention", "indexed_attention"], "has indexed_attention layers; tree decoding knows chunked_"),
         (["full_attention", "chunked_attention"], "has chunked_attention layers, and its config does not say how far"),
     ],
 )

@@ -73,7 +73,7 @@ class Target:
     def __init__(self, model: PreTrainedModel, fast: bool = True):
         self.model = model.eval()
         self.config = model.config
-        self.decoder = _find_decoder(model)
+        self.decoder = find_decoder(model)
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
         refuse_layers(model, KINDS)
@@ -189,7 +189,8 @@ class Target:
         batch, length = input_ids.shape
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
-        if "mm_token_type_ids" in forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
+        wants_kinds = self._rope_owner is not None and "mm_token_type_ids" in forward_parameters(self.model)
+        if wants_kinds and "mm_token_type_ids" not in inputs:  # others answer without them, and otherwise with them
             inputs["mm_token_type_ids"] = self._place(token_kinds(self.config, input_ids))
         cache.reserve(length)
         with self._prefill_lock:
@@ -304,7 +305,7 @@ class Target:
                 handle.remove()
 
 
-def _find_decoder(model: PreTrainedModel) -> nn.Module:
+def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module with the decoder layers and the token embedding, wherever the family hangs it."""
     module = model
     while not (hasattr(module, "layers") and hasattr(module, "embed_tokens")):
