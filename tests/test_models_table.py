@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import models_table
+
+ROOT = Path(__file__).resolve().parent.parent
 
 REPRESENTATIVE = ("llava_onevision", "smolvlm", "mistral3", "gemma3", "mllama")
 NAMES = REPRESENTATIVE if transformers.__version__ < "5" else tuple(models_table.families())
@@ -30,4 +31,5 @@ def test_sections_are_replaced_in_place():
     document = "# Title\n\nText.\n\n## transformers 1\n\nold\n\n## transformers 2\n\nkept\n"
     found = models_table.with_section(document, "## transformers 1\n\nnew\n")
     assert found == document.replace("old", "new")
-    assert models_table.with_section("# Title\n", "## transformers 3\n\nnew\n") == "# Title\n\n## transformers 3\n\nnew\n"
+    first = "## transformers 3\n\nnew\n"
+    assert models_table.with_section("# Title\n", first) == f"# Title\n\n{first}"

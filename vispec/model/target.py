@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
-from vispec.model.families import image_spans, token_kinds
+from vispec.model.families import embedded_ids, image_spans, token_kinds
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
@@ -88,6 +88,9 @@ class Target:
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
         _use_maskable_attention(model)
         self._windows = Windows(model, self.decoder)
+        self._embedded = embedded_ids(model.config, len(self.embed_tokens.weight))
+        if self._embedded is not None:
+            self._embedded = self._embedded.to(self._input_device)
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
@@ -259,6 +262,8 @@ class Target:
             ancestors = torch.ones_like(tokens, dtype=torch.bool)[:, None]
         mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
         tokens = self._place(tokens)
+        if self._embedded is not None:
+            tokens = self._embedded[tokens]
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
         with self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
             return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
