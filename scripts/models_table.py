@@ -22,6 +22,7 @@ import layout_models
 import pytest
 import torch
 import transformers
+from further_layouts import FURTHER
 from oracle import oracle
 from test_batches import batch_of, prompts_of
 from test_refused_targets import tiny_mllama
@@ -64,11 +65,11 @@ def families() -> dict[str, Family]:
     for name in FAMILIES:
         prompt = lambda target, layout: image_prompt(target, 1, layout)  # noqa: E731
         found[name] = Family(lambda name=name: random_target(name, 1), prompt, _plain_batch)
-    for name in layout_models.LAYOUTS:
+    for name, known in (layout_models.LAYOUTS | FURTHER).items():
         found[name] = Family(
-            lambda name=name: layout_models.layout_model(name),
-            lambda _, layout, name=name: layout_models.layout_prompt(name, 1, layout),
-            lambda _, name=name: _layout_batch(name),
+            lambda known=known: layout_models.layout_model(known),
+            lambda _, layout, known=known: layout_models.layout_prompt(known, 1, layout),
+            lambda _, known=known: _layout_batch(known),
         )
     for name in VIDEO_FAMILIES:
         prompt = lambda target, layout: video_prompt(target, 1, layout)  # noqa: E731
@@ -155,10 +156,10 @@ def _video_batch(target: PreTrainedModel) -> tuple[list[Prompt], Prompt]:
     return prompts, batch_of(prompts)
 
 
-def _layout_batch(name: str) -> tuple[list[Prompt], Prompt]:
-    layouts = enumerate((".a.b.", "..", ".a."))
-    prompts = [layout_models.layout_prompt(name, seed, layout) for seed, layout in layouts]
-    return prompts, layout_models.layout_batch(name, prompts, 0)
+def _layout_batch(layout: layout_models.Layout) -> tuple[list[Prompt], Prompt]:
+    pieces = enumerate((".a.b.", "..", ".a."))
+    prompts = [layout_models.layout_prompt(layout, seed, shown) for seed, shown in pieces]
+    return prompts, layout_models.layout_batch(layout, prompts, 0)
 
 
 def _square_prompt(target: PreTrainedModel, layout: str) -> Prompt:
