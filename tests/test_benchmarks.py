@@ -11,6 +11,7 @@ from PIL import Image
 
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
 from vispec.evaluation.benchmarks.base import _distinct
+from vispec.pictures import UnreadableImage
 
 ROW_FILES = list(files.QUESTIONS)
 EXPLAIN = "Please answer with an explanation."
@@ -54,7 +55,7 @@ def test_a_hundred_rows_are_asked_in_shuffled_order(name, tmp_path, no_hub):
         text, suffix, _ = turn.items
         assert (turn.role, text, suffix) == ("user", files.QUESTIONS[name].format(i=i), SUFFIXES[name])
     assert questions[0].turns[0].items[2]().size == (9, 5)
-    with pytest.raises(FileNotFoundError):  # opened only now
+    with pytest.raises(UnreadableImage):  # opened only now
         questions[1].turns[0].items[2]()
 
 
