@@ -1,17 +1,17 @@
 """From a padded batch, as processors return it, to single prompts.
 
 Each row gets what a processor would have returned for it alone: its tokens without the padding on their left, and its
-own images. That is all that decoding asks for, so no family has to be able to read a padded batch.
+own images and videos. That is all that decoding asks for, so no family has to be able to read a padded batch.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.families import image_spans
-from vispec.model.inputs import PER_TOKEN
+from vispec.model.families import PER_TOKEN, Shown, merge_sizes, real_images, what_is_shown
 
 logger = logging.getLogger("vispec")
 
@@ -25,8 +25,8 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
     Args:
         model: the target.
         input_ids: (B, L), padded on the left.
-        inputs: what else the processor returned, as `prompt_inputs` leaves it; tensors are (B, L), or have one row for
-            each image of the batch, or (pixel_values of Qwen) for each patch.
+        inputs: what else the processor returned, as `prompt_inputs` leaves it; tensors are (B, L), or have one entry
+            for each image or video of the batch, or for each tile or patch, or are (B, images of a row, …).
 
     Raises:
         ValueError: the shapes do not fit each other, something else than the left is padded, the images do not fit the
@@ -37,7 +37,7 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
     shape, attention = tuple(input_ids.shape), inputs.get("attention_mask")
     if attention is not None and tuple(attention.shape) != shape:
         raise ValueError(f"attention_mask must have the shape {shape} of input_ids, found {tuple(attention.shape)}")
-    images = [inputs] if len(input_ids) == 1 else _images_of_rows(model, input_ids, inputs)
+    images = [inputs] if len(input_ids) == 1 else _inputs_of_rows(model, input_ids, inputs)
     prompts = []
     for row, own in enumerate(images):
         padding = 0 if attention is None else _padding(row, attention)
@@ -95,23 +95,96 @@ def _padding(row: int, attention: torch.Tensor) -> int:
     return padding
 
 
-def _images_of_rows(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[dict]:
-    """The inputs that belong to images, of each row."""
-    counts = [len(spans) for spans in image_spans(model, input_ids, inputs)]
-    rows: list[dict] = [{} for _ in counts]
+def _inputs_of_rows(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[dict]:
+    """The inputs that belong to images and videos, of each row; a prompt without them has no such inputs."""
+    shown = what_is_shown(model, input_ids, inputs)
+    rows: list[dict] = [{} for _ in input_ids]
     for name, value in inputs.items():
         if name in PER_TOKEN:
             continue
-        sizes = counts
-        if name == "pixel_values" and "image_grid_thw" in inputs:  # one row for each patch, not for each image
-            patches = inputs["image_grid_thw"].prod(dim=1).split(counts)
-            sizes = [int(own.sum()) for own in patches]
-        if not hasattr(value, "__len__") or len(value) != sum(sizes):
-            found = len(value) if hasattr(value, "__len__") else type(value).__name__
-            raise ValueError(f"{name}: expected one entry for each of the {sum(counts)} images, found {found}")
-        start = 0
-        for own, size in zip(rows, sizes, strict=True):
-            if size:  # a prompt without images has no such inputs
-                own[name] = value[start : start + size]
-            start += size
+        if _has_rows(name, inputs):
+            pieces = _real_images(value, inputs["pixel_values"])
+        else:
+            pieces = _pieces(name, value, _sizes(model.config, name, inputs, shown), shown)
+        for own, piece in zip(rows, pieces, strict=True):
+            if len(piece):
+                own[name] = piece
+    if "image_token_pooling" in inputs:
+        _rebase_pooling(rows, inputs["pixel_values"].shape[1])
     return rows
+
+
+def _pieces(name: str, value, sizes: list[int], shown: Shown) -> list:
+    """The entries of each row, one row after the other."""
+    if not hasattr(value, "__len__") or len(value) != sum(sizes):
+        found = len(value) if hasattr(value, "__len__") else type(value).__name__
+        medium, number = ("video", sum(shown.videos)) if _is_of_videos(name) else ("image", sum(shown.images))
+        raise ValueError(f"{name}: expected one entry for each of the {number} {medium}s, found {found}")
+    ends = list(accumulate(sizes))
+    return [value[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _sizes(config, name: str, inputs: Mapping, shown: Shown) -> list[int]:
+    """How many entries of an input belong to each row."""
+    medium, counts = ("video", shown.videos) if _is_of_videos(name) else ("image", shown.images)
+    grids = inputs.get(f"{medium}_grid_thw")
+    if grids is not None and name in ("pixel_values", "pixel_values_videos"):  # one row for each patch
+        return _sums(grids.prod(dim=1), counts)
+    if name == "video_compression_mask":  # one entry for each token before some were dropped
+        return _sums(grids.prod(dim=1) // merge_sizes(config, inputs, medium) ** 2, counts)
+    if name == "batch_num_images":
+        return _groups(inputs[name], counts)
+    if name == "image_token_pooling":
+        return shown.image_tokens
+    if "image_num_crops" in inputs and name == "pixel_values":
+        return _sums(inputs["image_num_crops"], counts)
+    entries = len(inputs[name]) if hasattr(inputs[name], "__len__") else 0
+    if name.startswith("pixel_values") and entries > sum(counts) > 0:
+        # tiles, of which all have the same number of tokens
+        tokens = sum(shown.image_tokens)
+        shares = [divmod(own * entries, tokens) for own in shown.image_tokens]
+        return counts if any(rest for _, rest in shares) else [share for share, _ in shares]
+    return counts
+
+
+def _is_of_videos(name: str) -> bool:
+    return "video" in name or name == "second_per_grid_ts"
+
+
+def _sums(values: torch.Tensor, counts: list[int]) -> list[int]:
+    """The sum over the images of each row; an empty list where there is not one value for each of them."""
+    return [int(own.sum()) for own in values.split(counts)] if len(values) == sum(counts) else []
+
+
+def _groups(sizes: torch.Tensor, counts: list[int]) -> list[int]:
+    """How many groups of images belong to each row, where the groups have these sizes."""
+    ends = list(accumulate(sizes.tolist(), initial=0))
+    bounds = list(accumulate(counts, initial=0))
+    if not set(bounds) <= set(ends):
+        raise ValueError(f"batch_num_images: groups of {sizes.tolist()} images do not fit rows of {counts} images")
+    places = [ends.index(bound) for bound in bounds]
+    return [stop - start for start, stop in pairwise(places)]
+
+
+def _has_rows(name: str, inputs: Mapping) -> bool:
+    """Whether an input is (B, n, …), with all-zero images where a row has fewer than n: Idefics and its kin."""
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5 or "image_sizes" in inputs:
+        return False
+    return name == "pixel_values" or name == "pixel_attention_mask"
+
+
+def _real_images(value: torch.Tensor, pixels: torch.Tensor) -> list:
+    """(1, own number of images, …) of each row; nothing for a row without images."""
+    kept = real_images(pixels)
+    return [value[row : row + 1, own] if own.any() else [] for row, own in enumerate(kept)]
+
+
+def _rebase_pooling(rows: list[dict], patches: int) -> None:
+    """Molmo2's tokens name the patches that they pool by their place among all crops of the batch; -1 is none."""
+    crops = 0
+    for own in rows:
+        if "image_token_pooling" in own:
+            pooling = own["image_token_pooling"]
+            own["image_token_pooling"] = torch.where(pooling >= 0, pooling - crops * patches, pooling)
+            crops += len(own["pixel_values"])

@@ -10,11 +10,11 @@ from difflib import get_close_matches
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.families import image_token_id
+from vispec.model.families import PER_TOKEN, image_token_id, video_token_id
 
-VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_metadata")
-PER_TOKEN = ("attention_mask", "mm_token_type_ids", "token_type_ids")
-"""Of the shape of input_ids. Processors give them also to targets that do not take them; there they are dropped."""
+BESIDE = (*PER_TOKEN, "second_per_grid_ts", "video_metadata")
+"""Processors give them also to targets that do not take them; there they are dropped."""
+VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")
 
 DECODING_SETS = frozenset(
     ("self", "inputs_embeds", "position_ids", "cache_position", "past_key_values", "rope_deltas", "use_cache")
@@ -38,18 +38,19 @@ def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor
 
     Raises:
         TypeError: one of them is neither an option nor a processor's output that the target takes.
-        ValueError: there is video among them, or an id that the target does not have.
+        ValueError: there is video among them that the target does not take, or an id that it does not have.
     """
-    for name in VIDEO_INPUTS:
-        if inputs.get(name) is not None:
-            raise ValueError(f"video is not supported yet, found {name}")
     if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
         found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise TypeError(f"input_ids must be a tensor of ids, found {found}; processors take return_tensors='pt'")
     taken = forward_parameters(model)
-    for name in inputs:
-        if name not in taken and name not in PER_TOKEN and name not in VIDEO_INPUTS:
+    for name, value in inputs.items():
+        if name in (*taken, *BESIDE):
+            continue
+        if name not in VIDEO_INPUTS:
             raise TypeError(f"{arm.__name__}() got an unexpected keyword argument {name!r}{_hint(arm, name, taken)}")
+        if value is not None:
+            raise ValueError(f"{type(model).__name__} takes no video, found {name}")
     _check_ids(model, input_ids)
     return {name: value for name, value in inputs.items() if name in taken and value is not None}
 
@@ -71,9 +72,9 @@ def _check_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
     """An id beyond the embedding table would end deep inside: on a CPU in an index error, on a GPU with the process."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     wrong = (input_ids < 0) | (input_ids >= vocabulary)
-    image = image_token_id(model.config)
-    if image is not None:  # some families mark images by an id behind their table
-        wrong &= input_ids != image
+    for mark in (image_token_id(model.config), video_token_id(model.config)):
+        if mark is not None:  # some families mark images by an id behind their table
+            wrong &= input_ids != mark
     if wrong.any():
         raise ValueError(
             f"input_ids has the id {int(input_ids[wrong][0])}, the target's vocabulary {vocabulary}: is the processor "

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
-from vispec.model.families import image_spans
+from vispec.model.families import image_spans, token_kinds
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
@@ -52,7 +52,7 @@ class Prompt:
     logits: torch.Tensor
     """(B, V) of the last position."""
     images: list[list[Span]]
-    """Token spans of each row's images."""
+    """Token spans of each row's images, and of the frames of its videos."""
     rope_delta: torch.Tensor | None
     """(B, 1) what M-RoPE adds to positions after the prompt; None for 1-D rotary families."""
 
@@ -183,7 +183,7 @@ class Target:
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
         if "mm_token_type_ids" in forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
-            inputs["mm_token_type_ids"] = _image_positions(spans, length).to(self._input_device)
+            inputs["mm_token_type_ids"] = self._place(token_kinds(self.config, input_ids))
         cache.reserve(length)
         with self._prefill_lock:
             self._refresh()
@@ -362,11 +362,3 @@ def _execution_device(module: nn.Module) -> torch.device:
     device = next((device for device in devices if device is not None), None)
     return torch.device(device) if device is not None else next(module.parameters()).device
 
-
-def _image_positions(spans: list[list[Span]], length: int) -> torch.Tensor:
-    """(B, L) 1 at image tokens: how transformers 5 wants to be told where Qwen's images are."""
-    kinds = torch.zeros(len(spans), length, dtype=torch.long)
-    for row, images in enumerate(spans):
-        for start, end in images:
-            kinds[row, start:end] = 1
-    return kinds
