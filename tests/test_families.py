@@ -8,6 +8,7 @@ from PIL import Image
 from tiny_models import GOLDEN, LLAVA_NEXT_TOKENS, image_prompt, random_target
 from transformers import AutoProcessor
 
+from vispec.model.batches import single_prompts
 from vispec.model.families import image_spans
 
 
@@ -146,6 +147,17 @@ def test_the_class_token_counts_where_there_is_one(tokens):
     ids = torch.tensor([[1, *[9] * 2 * tokens, 1]])
     spans = image_spans(Vlm(model_type="llava"), ids, {"pixel_values": torch.zeros(2, 3, 28, 28)})
     assert spans == [[(1, 1 + tokens), (1 + tokens, 1 + 2 * tokens)]]
+
+
+def test_rows_get_the_crops_of_their_own_images():
+    """DeepSeek-OCR 2's inputs say how many each image has."""
+    ids = torch.tensor([[9, 9, 1, 9], [1, 9, 9, 9], [1, 1, 1, 1]])
+    inputs = {"pixel_values": torch.arange(3.0).reshape(3, 1, 1, 1), "num_local_patches": [2, 0, 1]}
+    inputs["pixel_values_local"] = torch.arange(3.0).reshape(3, 1, 1, 1)
+    rows = [rest for _, rest in single_prompts(Vlm(), ids, inputs)]
+    flat = [{k: v if isinstance(v, list) else v.flatten().tolist() for k, v in row.items()} for row in rows]
+    assert flat[0] == {"pixel_values": [0, 1], "num_local_patches": [2, 0], "pixel_values_local": [0, 1]}
+    assert flat[1] == {"pixel_values": [2], "num_local_patches": [1], "pixel_values_local": [2]} and flat[2] == {}
 
 
 # --- videos ---

@@ -32,6 +32,8 @@ TEXT_FROM = 3
 LLAVA_NEXT_TOKENS = {(40, 60): 70, (60, 40): 72, (56, 56): 88, (20, 70): 34}
 """Tokens of an image by its (height, width), as LLaVA-NeXT's processor counts them for the recorded config."""
 QWEN_GRIDS = ((1, 4, 6), (1, 2, 2), (1, 6, 4))
+QWEN_VIDEOS = ((2, 4, 4), (3, 2, 2))
+"""Grids of videos: (pairs of frames, height, width) in patches."""
 
 
 ON_CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
@@ -197,15 +199,21 @@ def image_prompt(target: PreTrainedModel, seed: int, layout: str = "a.b") -> dic
     """What a processor would return for a prompt.
 
     Args:
-        layout: "." is a few tokens of text, every other character one image; equal letters are equal image sizes.
+        layout: "." is a few tokens of text, every other character one image; equal letters are equal image sizes. For
+            Qwen a capital letter is a video.
     """
     generator = torch.Generator().manual_seed(seed)
     config = target.config
-    names = sorted(set(layout) - {"."})
-    ids, sizes = [], []
+    names = sorted(set(filter(str.islower, layout)))
+    ids, sizes, videos = [], [], []
     for piece in layout:
         if piece == ".":
             ids += _text(target, 5, generator)
+            continue
+        if piece.isupper():
+            videos.append(QWEN_VIDEOS["AB".index(piece)])
+            video = [config.video_token_id] * _tokens(config, videos[-1])
+            ids += [config.vision_start_token_id, *video, config.vision_end_token_id]
             continue
         sizes.append(_size(config, names.index(piece)))
         image = [image_token_id(config)] * _tokens(config, sizes[-1])
@@ -215,13 +223,15 @@ def image_prompt(target: PreTrainedModel, seed: int, layout: str = "a.b") -> dic
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         **_pixels(config, sizes, generator),
+        **_video_pixels(config, videos, generator),
     }
 
 
 def reference_inputs(target: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same inputs for the target's own generate(): Qwen wants to be told under transformers 5 where images are."""
     if _is_qwen(target.config) and "mm_token_type_ids" in inspect.signature(target.forward).parameters:
-        kinds = (inputs["input_ids"] == image_token_id(target.config)).long()
+        ids, config = inputs["input_ids"], target.config
+        kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
         return {**inputs, "mm_token_type_ids": kinds}
     return inputs
 
@@ -268,3 +278,13 @@ def _pixels(config, sizes: list[tuple[int, ...]], generator: torch.Generator) ->
         "pixel_values": torch.randn(len(sizes), 5, 3, 28, 28, generator=generator),
         "image_sizes": torch.tensor(sizes),
     }
+
+
+def _video_pixels(config, grids: list[tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    if not grids:
+        return {}
+    pixels = _pixels(config, grids, generator)
+    inputs = {"pixel_values_videos": pixels["pixel_values"], "video_grid_thw": pixels["image_grid_thw"]}
+    if config.model_type == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.tensor([1.0, 0.5][: len(grids)])
+    return inputs

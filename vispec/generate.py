@@ -28,6 +28,7 @@ from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.text import TextStream, coloured, wants_colour
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
+from vispec.video import read_video
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,7 +63,7 @@ class Streamed:
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     base, spec, tree, dtype = _pair(args)
-    turn = user_turn(args.question, *map(_read_image, args.image))
+    turn = user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))
     # what is wrong is said before minutes of loading
     _check_sampling(args)
     shape = as_spec_model_takes(tree)
@@ -93,6 +94,7 @@ def _make_parser() -> Parser:
     add = parser.add_argument
     add("question", help="what to ask")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    add("--video", action="append", default=[], type=Path, metavar="FILE", help="a video: some frames are shown")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
     add("--spec-model-path", help="its draft head: a folder or a hub id")
     add(

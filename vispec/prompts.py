@@ -1,7 +1,7 @@
 """How a prompt is built: one place for benchmarks, training data, the demo and `vispec.generate`.
 
-A user turn is a list of text and image items in the order in which they were given; what the family's chat template
-makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
+A user turn is a list of text, image and video items in the order in which they were given; what the family's chat
+template makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from PIL import Image, ImageOps
 
 from vispec.cli import UserError
+from vispec.video import Video, video_arguments
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, ProcessorMixin
@@ -37,7 +38,7 @@ UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
-Item: TypeAlias = str | ImageSource
+Item: TypeAlias = str | ImageSource | Video
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Turn:
 
 
 def user_turn(*items: Item) -> Turn:
-    """A user's turn of texts and images, in this order."""
+    """A user's turn of texts, images and videos, in this order."""
     return Turn("user", items)
 
 
@@ -67,17 +68,19 @@ def chat_messages(turns: Sequence[Turn]) -> list[dict]:
 
 
 def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn]) -> "BatchFeature":
-    """What the model is called with: input_ids (1, L), attention_mask, and the family's image tensors.
+    """What the model is called with: input_ids (1, L), attention_mask, and the family's image and video tensors.
 
     Raises:
         OSError, SyntaxError, DecompressionBombError: a picture cannot be read (see `UNREADABLE`).
     """
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
-    sources = [item for turn in turns for item in turn.items if not isinstance(item, str)]
+    shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
+    videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
+    sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
     text = processor.apply_chat_template(chat_messages(turns), add_generation_prompt=True, tokenize=False)
-    return processor(images=images or None, text=[text], return_tensors="pt")
+    return processor(images=images or None, text=[text], return_tensors="pt", **videos)
 
 
 def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
@@ -92,7 +95,9 @@ def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
 
 
 def _content(item: Item) -> dict[str, str]:
-    return {"type": "text", "text": item} if isinstance(item, str) else {"type": "image"}
+    if isinstance(item, str):
+        return {"type": "text", "text": item}
+    return {"type": "video" if isinstance(item, Video) else "image"}
 
 
 def _read_image(path: Path) -> Image.Image:

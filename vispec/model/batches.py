@@ -11,9 +11,12 @@ from itertools import accumulate, pairwise
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.families import PER_TOKEN, Shown, merge_sizes, real_images, what_is_shown
+from vispec.model.families import PER_TOKEN, Shown, equal_images, has_rows, merge_sizes, real_images, what_is_shown
 
 logger = logging.getLogger("vispec")
+
+CROPS = {"pixel_values": "image_num_crops", "pixel_values_local": "num_local_patches"}
+"""Inputs with an entry for each crop of an image, and those that say how many each image has."""
 
 SinglePrompt = tuple[torch.Tensor, dict]
 """input_ids (1, L) without padding, and the other inputs."""
@@ -98,12 +101,14 @@ def _padding(row: int, attention: torch.Tensor) -> int:
 def _inputs_of_rows(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[dict]:
     """The inputs that belong to images and videos, of each row; a prompt without them has no such inputs."""
     shown = what_is_shown(model, input_ids, inputs)
+    alike = equal_images(inputs)
+    filled_up = alike is not None and has_rows(alike, shown.image_tokens)
     rows: list[dict] = [{} for _ in input_ids]
     for name, value in inputs.items():
         if name in PER_TOKEN:
             continue
-        if _has_rows(name, inputs):
-            pieces = _real_images(value, inputs["pixel_values"])
+        if filled_up and name in ("pixel_values", "pixel_attention_mask"):
+            pieces = [value[row : row + 1, own] if own.any() else [] for row, own in enumerate(real_images(alike))]
         else:
             pieces = _pieces(name, value, _sizes(model.config, name, inputs, shown), shown)
         for own, piece in zip(rows, pieces, strict=True):
@@ -134,14 +139,14 @@ def _sizes(config, name: str, inputs: Mapping, shown: Shown) -> list[int]:
         return _sums(grids.prod(dim=1) // merge_sizes(config, inputs, medium) ** 2, counts)
     if name == "batch_num_images":
         return _groups(inputs[name], counts)
-    if name == "image_token_pooling":
+    if CROPS.get(name) in inputs:
+        return _sums(torch.as_tensor(inputs[CROPS[name]]), counts)
+    tokens, entries = sum(shown.image_tokens), len(inputs[name]) if hasattr(inputs[name], "__len__") else 0
+    if medium == "video" or entries == sum(counts) or tokens == 0:
+        return counts
+    if entries == tokens:  # Fuyu's patches, Molmo2's places
         return shown.image_tokens
-    if "image_num_crops" in inputs and name == "pixel_values":
-        return _sums(inputs["image_num_crops"], counts)
-    entries = len(inputs[name]) if hasattr(inputs[name], "__len__") else 0
-    if name.startswith("pixel_values") and entries > sum(counts) > 0:
-        # tiles, of which all have the same number of tokens
-        tokens = sum(shown.image_tokens)
+    if name.startswith("pixel_") and equal_images(inputs) is not None:  # tiles, of which all have as many tokens
         shares = [divmod(own * entries, tokens) for own in shown.image_tokens]
         return counts if any(rest for _, rest in shares) else [share for share, _ in shares]
     return counts
@@ -156,28 +161,15 @@ def _sums(values: torch.Tensor, counts: list[int]) -> list[int]:
     return [int(own.sum()) for own in values.split(counts)] if len(values) == sum(counts) else []
 
 
-def _groups(sizes: torch.Tensor, counts: list[int]) -> list[int]:
+def _groups(sizes: torch.Tensor | Sequence[int], counts: list[int]) -> list[int]:
     """How many groups of images belong to each row, where the groups have these sizes."""
-    ends = list(accumulate(sizes.tolist(), initial=0))
+    groups = torch.as_tensor(sizes).tolist()
+    ends = list(accumulate(groups, initial=0))
     bounds = list(accumulate(counts, initial=0))
     if not set(bounds) <= set(ends):
-        raise ValueError(f"batch_num_images: groups of {sizes.tolist()} images do not fit rows of {counts} images")
+        raise ValueError(f"batch_num_images: groups of {groups} images do not fit rows of {counts} images")
     places = [ends.index(bound) for bound in bounds]
     return [stop - start for start, stop in pairwise(places)]
-
-
-def _has_rows(name: str, inputs: Mapping) -> bool:
-    """Whether an input is (B, n, …), with all-zero images where a row has fewer than n: Idefics and its kin."""
-    pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5 or "image_sizes" in inputs:
-        return False
-    return name == "pixel_values" or name == "pixel_attention_mask"
-
-
-def _real_images(value: torch.Tensor, pixels: torch.Tensor) -> list:
-    """(1, own number of images, …) of each row; nothing for a row without images."""
-    kept = real_images(pixels)
-    return [value[row : row + 1, own] if own.any() else [] for row, own in enumerate(kept)]
 
 
 def _rebase_pooling(rows: list[dict], patches: int) -> None:

@@ -221,25 +221,44 @@ def _grid_lengths(config, inputs: Mapping) -> list[int] | None:
 
 def _equal_lengths(family: str, where: torch.Tensor, inputs: Mapping) -> list[int] | None:
     """Images in one tensor that no other input tells apart get the same number of tokens each."""
-    name = next((name for name in ("pixel_values", "pixel_values_images") if name in inputs), None)
-    if name is None and not any("pixel" in other or "image" in other for other in inputs):
+    if not any("pixel" in name or "image" in name for name in inputs):
         raise KeyError("pixel_values")
-    known = {name, "input_ids", *PER_TOKEN, *ALIKE}
-    others = [other for other in inputs if other not in known and "video" not in other]
-    pixels = inputs.get(name)
-    stretches = [end - start for row in where for start, end in _stretches(row)]
-    if others or not isinstance(pixels, torch.Tensor) or pixels.dim() not in (4, 5):
+    stretches, tokens = [end - start for row in where for start, end in _stretches(row)], where.sum(dim=1).tolist()
+    pixels = equal_images(inputs)
+    if pixels is None:
         _refuse_touching(family, len(stretches), inputs)
         return None
-    # (N, C, H, W), or (B, n, C, H, W) with all-zero images where a row has fewer than n
-    images = pixels if pixels.dim() == 4 else pixels.flatten(0, 1)[real_images(pixels).flatten().cpu()]
-    length, rest = divmod(sum(stretches), max(len(images), 1))
+    rows = has_rows(pixels, tokens)
+    number = int(real_images(pixels).sum()) if rows else len(pixels)
+    length, rest = divmod(sum(stretches), max(number, 1))
     if rest or length == 0 or any(stretch % length for stretch in stretches):
         raise ValueError(
-            f"the prompt has {sum(stretches)} image tokens in {len(stretches)} stretch(es), which {len(images)} images "
-            "of one size cannot fill: ids and images do not belong together"
+            f"the prompt has {sum(stretches)} image tokens in {len(stretches)} stretch(es), which {number} images of "
+            "one size cannot fill: ids and images do not belong together"
         )
-    return stretches if family in TILED else [length] * len(images)
+    return stretches if rows or family in TILED else [length] * number
+
+
+def equal_images(inputs: Mapping) -> torch.Tensor | None:
+    """Pixels of images or tiles that no other input tells apart: (N, C, H, W), (N, tiles, C, H, W) or as `has_rows`."""
+    name = next((name for name in ("pixel_values", "pixel_values_images") if name in inputs), None)
+    known = {name, "input_ids", *PER_TOKEN, *ALIKE}
+    pixels = inputs.get(name)
+    if any(other not in known and "video" not in other for other in inputs):
+        return None
+    return pixels if isinstance(pixels, torch.Tensor) and pixels.dim() in (4, 5) else None
+
+
+def has_rows(pixels: torch.Tensor, tokens: Sequence[int]) -> bool:
+    """Whether pixels are (B, n, C, H, W), with all-zero images where a row has fewer than n: Idefics and its kin.
+
+    Args:
+        tokens: image tokens of each row; they tell it from (N, tiles, C, H, W).
+    """
+    if pixels.dim() != 5 or len(pixels) != len(tokens):
+        return False
+    real = real_images(pixels).sum(dim=1).tolist()
+    return all(own * sum(tokens) == count * sum(real) for own, count in zip(real, tokens, strict=True))
 
 
 def real_images(pixels: torch.Tensor) -> torch.Tensor:

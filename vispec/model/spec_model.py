@@ -195,7 +195,7 @@ class SpecModel:
 
         Raises:
             TypeError: an argument is neither one of these nor a processor's output that the target takes.
-            ValueError: a prompt holds video, or does not fit its images or the target's positions.
+            ValueError: a prompt does not fit its images, its videos or the target's positions.
         """
         inputs = prompt_inputs(self.specgenerate, self.target.model, input_ids, inputs)
         rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)

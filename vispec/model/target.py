@@ -193,6 +193,7 @@ class Target:
                 logits = self.model(
                     input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
                 ).logits
+            self._go_on_behind_last(seen["positions"], length)
             rope_delta = None
             if self._rope_owner is not None:
                 rope_delta, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
@@ -216,6 +217,15 @@ class Target:
             spans,
             rope_delta,
         )
+
+    def _go_on_behind_last(self, positions: torch.Tensor | None, length: int) -> None:
+        """Let M-RoPE count on from the last token's position, as transformers 5 does: a video may reach further."""
+        if self._rope_owner is None or positions is None or positions.dim() != 3:
+            return
+        last = positions[..., -1:]
+        if (last != last[0]).any():
+            raise ValueError("the prompt ends within an image or a video: put text behind it")
+        self._rope_owner.rope_deltas = last[0] + 1 - length
 
     def forward(
         self, cache: TreeCache, tokens: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None = None
