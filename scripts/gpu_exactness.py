@@ -147,9 +147,9 @@ def rank_p_value(logits, tokens, settings: dict) -> float:
     """Chi-square of the ranks of tokens (n,) under the warped distributions of logits (n, V)."""
     import torch
 
-    from vispec.model.sampling import Sampling
+    from vispec.model.sampling import Choice, Sampling
 
-    probabilities = Sampling(**settings).probabilities(logits).double().cpu()
+    probabilities = Choice(Sampling(**settings).warpers).scores(logits).softmax(-1).double().cpu()
     ranked, order = probabilities.sort(dim=-1, descending=True)
     observed = torch.zeros_like(ranked).scatter_(1, order.argsort(-1).gather(1, tokens.cpu()[:, None]), 1.0)
     if (observed * (ranked == 0)).any():

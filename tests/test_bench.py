@@ -16,8 +16,8 @@ from vispec.evaluation import bench, random_pairs, roofline, round_times
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target
 from vispec.evaluation.roofline import Cost, Rates, attention_cost, pass_cost
 from vispec.model import graphs
+from vispec.model.shape import TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import TreeShape
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")

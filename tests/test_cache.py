@@ -132,3 +132,59 @@ def test_a_pass_looks_at_the_slots_in_use_and_no_others():
         keys, values = cache.update(torch.ones(1, 2, n, 8), torch.ones(1, 2, n, 8), 0)
         cache.commit(torch.tensor([n]))
     assert mask.shape == (1, 1, 4, 7) and keys.shape == values.shape == (1, 2, 7, 8)
+
+
+def test_an_empty_cache_is_no_missing_one():
+    assert TreeCache([torch.device("cpu")], 1, capacity=1)
+
+
+def test_layers_of_different_widths():
+    """Layers with other heads, and keys and values of different widths, beside each other; a path is kept in all."""
+    shapes = [((2, 4), (2, 4)), ((1, 8), (1, 8)), ((2, 4), (2, 4)), ((1, 6), (1, 2))]  # heads, size: of keys, of values
+    generator = torch.Generator().manual_seed(0)
+    whole = TreeCache([torch.device("cpu")] * len(shapes), 3, capacity=6)
+    written = [[] for _ in shapes]
+
+    def write(cache: TreeCache, n: int) -> None:
+        cache.reserve(n)
+        for layer, (key, value) in enumerate(shapes):
+            states = [torch.randn(2, heads, n, size, generator=generator) for heads, size in (key, value)]
+            seen = cache.update(*states, layer)
+            written[layer].append(states)
+            for kind, new in zip(seen, states, strict=True):
+                assert torch.equal(kind[:, :, -n:], new)
+
+    part = whole.part(1, 3)
+    write(part, 3)
+    part.commit(torch.tensor([3, 3]))
+    part = whole.part(1, 3)
+    part.used = 3
+    write(part, 3)
+    part.keep(torch.tensor([[2], [1]]))
+    part.commit(torch.tensor([2, 2]))
+    whole.used = 5
+    larger = whole.enlarged(16)
+    larger.move(1, 0)
+    larger.reserve(1)
+    for layer, (key, value) in enumerate(shapes):
+        new = [torch.zeros(3, heads, 1, size) for heads, size in (key, value)]
+        for kind, seen in enumerate(larger.update(*new, layer)):
+            for row, kept in ((0, 2), (1, 2), (2, 1)):
+                prompt, tree = (states[kind][max(row - 1, 0)] for states in written[layer])
+                expected = torch.cat([prompt, tree[:, :1], tree[:, kept : kept + 1]], dim=1)
+                assert torch.equal(seen[row, :, :5], expected)
+
+
+def test_places_in_the_text():
+    """Nodes stand where their depth puts them, whatever slot they have."""
+    cache = TreeCache([torch.device("cpu")], 2, capacity=9)
+    cache.lengths.copy_(torch.tensor([3, 5]))
+    cache.used = 5
+    cache.reserve(4)
+    tree = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)
+    chain = torch.ones(4, 4, dtype=torch.bool).tril()
+    ancestors = torch.stack([tree, chain])
+    cache.mask(ancestors, torch.float32)
+    seeing, seen = cache.places(ancestors)
+    assert seeing.tolist() == [[3, 4, 4, 5], [5, 6, 7, 8]]
+    assert seen[0, :7].tolist() == [0, 1, 2, 3, 4, 4, 5] and seen[1].tolist() == list(range(9))

@@ -8,7 +8,11 @@ import torch
 from transformers import AutoTokenizer
 
 from vispec.evaluation import answering
+from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.head_flags import asked_place
 from vispec.evaluation.loading import Models, load_models
+from vispec.evaluation.measure import Generation
+from vispec.evaluation.runner import make_parser
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
@@ -34,6 +38,30 @@ def test_settings_are_those_of_the_loaded_models(tmp_path):
     assert found["lookup"]["tree"] == [33, 3, 8] and "spec_model_sha256" not in found["lookup"]
     assert found["eagle2"]["draft_vocab"].startswith("35 tokens, sha256 ")
     assert "tree" not in found["baseline"]
+
+
+def test_a_head_in_a_subfolder():
+    """It is noted where the head was, and its weights are those of that subfolder."""
+    series = answering.Series("gqa", "eagle2", "tiny", Generation(0.0, 8))
+    parser = make_parser(BENCHMARKS["gqa"], "spec")
+    found = []
+    subfolder = ["--spec-model-path", str(FAMILY), "--spec-subfolder", "draft_eagle2"]
+    for where in (subfolder, ["--spec-model-path", EAGLE2]):
+        args = parser.parse_args(["--base-model-path", TARGET, *where])
+        models = Models(TARGET, {"eagle2": args.spec_model_path}, places={"eagle2": asked_place(args)})
+        noted = answering.settings_of(series, models, "data", {})
+        loaded = answering.Answerer(models).loaded_settings()["eagle2"]
+        assert noted["spec_model_sha256"] == loaded["spec_model_sha256"] is not None
+        found.append(noted)
+    assert found[0]["spec_model_sha256"] == found[1]["spec_model_sha256"]
+    assert found[0]["spec_subfolder"] == "draft_eagle2" and "spec_subfolder" not in found[1]
+    assert "spec_revision" not in found[0]
+
+
+def test_where_a_head_is_without_a_head():
+    args = make_parser(BENCHMARKS["gqa"], "spec").parse_args(["--base-model-path", TARGET, "--spec-revision", "v2"])
+    with pytest.raises(ValueError, match="^--spec-revision without --spec-model-path: there is no draft head to look"):
+        asked_place(args)
 
 
 def test_a_head_that_is_not_there_is_named_before_the_target_is_loaded(monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_rows import turn
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -194,10 +195,6 @@ def test_templates_of_text_models_want_strings():
     tokenizer = byte_tokenizer(False)
     text, spans = ChatRenderer(tokenizer, chatml, "be kind")([("human", "hi"), ("gpt", "yes")])
     assert [text[start:end] for start, end in spans] == ["yes<|im_end|>"]
-
-
-def turn(who, value="x"):
-    return {"from": who, "value": value}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_rows import CONFIGS, TARGETS, contents, generate, read_questions, write_questions, write_rows
+from tiny_rows import (
+    CONFIGS,
+    TARGETS,
+    contents,
+    generate,
+    manifest_of,
+    read_questions,
+    turn,
+    write_questions,
+    write_rows,
+)
 
 from vispec.ge_data import jobs, workers
 from vispec.ge_data.conversations import SkipRow
@@ -41,10 +51,6 @@ os.fsync = fsync
 
 def sample_files(folder):
     return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
-
-
-def manifest_of(folder):
-    return json.loads((folder / "manifest.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +260,6 @@ def test_full_matrices_follow_the_dtype():
     for dtype, size in (("auto", 4), ("float32", 4), ("bfloat16", 2)):
         full = full_matrices("image", TARGETS["qwen"], dtype)
         assert (full.item, full.bytes(10)) == (size, 10 * (2 * 64 * size + 8 + 2))
-
-
-def turn(who, value):
-    return {"from": who, "value": value}
 
 
 def test_bad_conversations_are_counted_and_listed(tmp_path, capsys):

@@ -11,8 +11,8 @@ from PIL import Image
 from vispec import embedded, generate
 from vispec.model import tune
 from vispec.model.policies import Auto, AutoAnswer
+from vispec.model.shape import TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import TreeShape
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -37,7 +37,8 @@ def test_answer_and_comparison(family, method, picture, capsys):
     assert generate.main([*pair(family, method), *flags, "What is this?"]) == 0
     printed = capsys.readouterr().out
     assert f"{method} " in printed and "tokens/s" in printed and "τ " in printed
-    assert "baseline " in printed and "outputs identical: yes" in printed
+    for name in ("our own plain loop", "transformers' own generate()"):
+        assert f": {name}\n" in printed and f"x over {name}, outputs identical: yes" in printed
     assert "\x1b[" not in printed
 
 
@@ -135,6 +136,7 @@ def test_impossible_trees(tree, capsys):
     ("flags", "message"),
     [
         (["--spec-model-path", "nowhere/at/all", "what?"], "nowhere/at/all"),
+        (["--spec-subfolder", "elsewhere", "what?"], "draft_vispec: no config.json there, subfolder elsewhere$"),
         (["--method", "eagle2", "what?"], "eagle2"),
         (["--method", "lookup", "what?"], "--spec-model-path .*draft_vispec: --method lookup has no draft head"),
     ],
@@ -147,8 +149,8 @@ def test_user_errors(flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--image", "missing.png", "what?"], "^--image missing.png: no such file$"),
-        (["--image", __file__, "what?"], f"^--image {__file__}: cannot be read as a picture .UnidentifiedImageError"),
+        (["--image", "missing.png", "what?"], "^--image missing.png: cannot be read as a picture .no such file.$"),
+        (["--image", __file__, "what?"], f"^--image {__file__}: cannot be read as a picture .no picture"),
         (["--image", str(ROOT), "what?"], f"^--image {ROOT}: cannot be read as a picture .IsADirectoryError"),
         (["--temperature", "-1", "what?"], "^temperature must not be negative, found -1.0$"),
         (["--temperature", "nan", "what?"], "^temperature must not be negative, found nan$"),
@@ -211,5 +213,5 @@ def test_as_a_command(picture):
     assert done.returncode == 0 and "vispec " in done.stdout, done.stderr
     wrong = subprocess.run([*command, "--image", "no.png", "what?"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 1
-    assert wrong.stderr.strip().splitlines()[-1]== "error: --image no.png: no such file"
+    assert wrong.stderr.strip().splitlines()[-1]== "error: --image no.png: cannot be read as a picture (no such file)"
     assert "Traceback" not in wrong.stderr

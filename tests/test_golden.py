@@ -8,7 +8,7 @@ from vispec import SpecModel
 from vispec.model.decoding import Decoder
 from vispec.model.policies import Always
 from vispec.model.rows import Round, Stop
-from vispec.model.sampling import Sampling
+from vispec.model.sampling import Choice
 from vispec.model.tree import Tree
 
 NEW_TOKENS = 48
@@ -36,7 +36,7 @@ def run(model: SpecModel, recording: Recording) -> tuple[list[Round], list[Tree]
     inputs = dict(recording.inputs)
     stop = Stop(NEW_TOKENS, frozenset(model.target.eos_token_ids))
     prompts = [(inputs.pop("input_ids"), inputs)]
-    first, *rounds = (step[0] for step in decoder.rounds(prompts, [stop], Sampling(), Always(model.shape)))
+    first, *rounds = (step[0] for step in decoder.rounds(prompts, [stop], Choice(), Always(model.shape)))
     assert not first.drafted and all(step.drafted for step in rounds)
     return rounds, decoder.trees
 

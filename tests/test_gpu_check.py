@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vispec.model.sampling import Sampling
+from vispec.model.sampling import Choice, Sampling, draw
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 RUN = "Qwen2.5-VL-7B-Instruct/bfloat16/32768"
@@ -84,10 +84,14 @@ def test_ranks_that_the_target_would_not_give_are_noticed(exactness):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(600, 12, generator=generator)
     settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 5}
-    torch.manual_seed(1)
-    right = Sampling(**settings).choose(logits)
-    colder = Sampling(**{**settings, "temperature": 0.5}).choose(logits)
-    outside = Sampling(temperature=0.8).choose(logits)
+
+    def drawn(**settings) -> torch.Tensor:
+        scores = Choice(Sampling(**settings).warpers).scores(logits)
+        return draw(scores, torch.empty_like(scores).exponential_(generator=generator))
+
+    right = drawn(**settings)
+    colder = drawn(**{**settings, "temperature": 0.5})
+    outside = drawn(temperature=0.8)
     assert exactness.rank_p_value(logits, right, settings) > 1e-3
     assert exactness.rank_p_value(logits, colder, settings) < 1e-4
     assert exactness.rank_p_value(logits, outside, settings) == 0.0

@@ -1,18 +1,20 @@
 """Draft heads on the hub, with huggingface_hub's API replaced where it would reach the network."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from test_tree import CONFIG
-from tiny_models import GOLDEN, bare_head
+from tiny_models import GOLDEN, bare_head, image_prompt, random_head, random_target
 
 from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, load_draft
-from vispec.model.drafts.hub import model_card
+from vispec.model.drafts.hub import GENERATE, model_card
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 
@@ -63,7 +65,9 @@ def test_push(tmp_path, monkeypatch):
 
     def upload_folder(self, *, folder_path, **options):
         calls["upload"] = options
-        calls["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        folder = Path(folder_path)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        calls["files"] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
@@ -76,9 +80,35 @@ def test_push(tmp_path, monkeypatch):
 
     assert calls["create"] == {"repo_id": "head", "token": "secret", "private": True, "exist_ok": True}
     assert calls["upload"]["repo_id"] == "someone/head" and calls["upload"]["revision"] == "r"
-    assert sorted(calls["files"]) == FILES
-    for name, content in calls["files"].items():
-        (tmp_path / name).write_bytes(content)
+    assert sorted(calls["files"]) == sorted([*FILES, GENERATE])
+    for name in FILES:
+        (tmp_path / name).write_bytes(calls["files"][name])
     assert same_tensors(head, load_draft(tmp_path)) and json.loads(calls["files"]["config.json"])["hidden_size"] == 32
     card = ModelCard(calls["files"]["README.md"].decode())
     assert 'SpecModel.from_pretrained("llava-hf/llava", "someone/head")' in card.text and "| lr | 0.5 |" in card.text
+
+
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56), reason="no custom_generate before"
+)
+def test_a_target_decodes_with_a_head_from_the_hub(tmp_path, monkeypatch):
+    """By the file that was pushed with it; a local folder stands in for the repository."""
+    repository = tmp_path / "head"
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id=str(repository)))
+
+    def upload_folder(self, *, folder_path, **options):
+        shutil.copytree(folder_path, repository)
+        return SimpleNamespace(commit_url="")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    target = random_target("llava_1.5", 2, vocabulary=12)
+    random_head(target, "vispec", seed=3).push_to_hub("head")
+    inputs = image_prompt(target, 1, ".a.")
+    options = {"max_new_tokens": 16, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    expected = target.generate(**inputs, **options)
+    for _ in range(2):
+        found = target.generate(**inputs, **options, custom_generate=str(repository), trust_remote_code=True)
+        assert torch.equal(found, expected)
+    (pair,) = vars(target)["_vispec_pairs"].values()
+    assert pair.draft.method == "vispec" and pair.target.model is target

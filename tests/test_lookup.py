@@ -11,8 +11,9 @@ from vispec.model import decoding
 from vispec.model.drafts import PromptLookup, lookup
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.lookup import LookupMemory
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt
-from vispec.model.tree import EMPTY, Tree, TreeShape, grow
+from vispec.model.tree import EMPTY, Tree, grow
 
 
 def drafted_by_hand(text: list[int], total_token: int, k: int, levels: int) -> list[list[int]]:

@@ -22,7 +22,8 @@ from vispec import SpecModel
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.checkpoints import save_draft
-from vispec.model.tree import TreeShape, grow
+from vispec.model.shape import TreeShape
+from vispec.model.tree import grow
 
 # --- the tree ---
 

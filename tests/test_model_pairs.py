@@ -1,9 +1,12 @@
 """A target and its draft head belong together: sizes, dtype, device; and how both are found on the hub."""
 
 import re
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 from test_checkpoints import DRAFT, TARGET, cache_repository
 from tiny_models import random_head, random_target
 
@@ -91,6 +94,46 @@ def test_the_targets_revision_is_not_the_heads(tmp_path):
     assert model.draft.method == "vispec"
     with pytest.raises(ValueError, match="someone/head"):
         load_draft("someone/head", revision="later", cache_dir=str(tmp_path))
+
+
+def test_revision_and_subfolder_of_the_head(tmp_path):
+    """They are the head's alone: the target has neither, and its own do not reach the head."""
+    cache_repository(tmp_path, "someone/target", TARGET)
+    shutil.copytree(DRAFT, tmp_path / "heads" / "later")
+    files = cache_repository(tmp_path, "someone/heads", tmp_path / "heads")
+    (files.parents[1] / "refs" / "v2").write_text(files.name)
+    (files.parents[1] / "refs" / "main").write_text("fedcba9876543210fedcba9876543210fedcba98")
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    head = {"spec_revision": "v2", "spec_subfolder": "later"}
+    assert SpecModel.from_pretrained("someone/target", "someone/heads", **head, **where).draft.method == "vispec"
+    assert load_draft("someone/heads", revision="v2", subfolder="later", **where).method == "vispec"
+    with pytest.raises(ValueError, match=r"^someone/heads: no config.json in that hub repository, revision v2$"):
+        SpecModel.from_pretrained("someone/target", "someone/heads", spec_revision="v2", **where)
+    with pytest.raises(ValueError, match=r"no config.json in that hub repository, subfolder later$"):
+        SpecModel.from_pretrained("someone/target", "someone/heads", spec_subfolder="later", **where)
+
+
+def test_a_revision_that_the_hub_does_not_have(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)  # its arguments differ between versions
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(ValueError, match="^someone/head: that hub repository has no revision v9$"):
+        load_draft("someone/head", revision="v9")
+
+
+def test_subfolders_of_a_local_folder(tmp_path):
+    shutil.copytree(DRAFT, tmp_path / "heads" / "one")
+    heads = str(tmp_path / "heads")
+    model = SpecModel.from_pretrained(str(TARGET), heads, spec_subfolder="one")
+    assert model.draft.method == "vispec"
+    assert DraftHead.from_pretrained(heads, subfolder="one").method == "vispec"
+    with pytest.raises(ValueError, match=r"heads: no config.json there, subfolder two$"):
+        SpecModel.from_pretrained(str(TARGET), heads, spec_subfolder="two")
+    with pytest.raises(ValueError, match=r"heads: a folder has no revisions, found revision v2$"):
+        SpecModel.from_pretrained(str(TARGET), heads, spec_subfolder="one", spec_revision="v2")
+    with pytest.raises(ValueError, match="^spec_revision and spec_subfolder say where a draft head is, expected spec_"):
+        SpecModel.from_pretrained(str(TARGET), spec_subfolder="one")
 
 
 def test_unknown_options_of_a_head_are_refused():

@@ -16,8 +16,9 @@ from vispec.model import decoding, policies
 from vispec.model.decoding import Decoder
 from vispec.model.policies import SHAPES, Always, Auto
 from vispec.model.rows import Round, Stop
-from vispec.model.sampling import Sampling
-from vispec.model.tree import EMPTY, TreeShape
+from vispec.model.sampling import Choice
+from vispec.model.shape import TreeShape
+from vispec.model.tree import EMPTY
 
 SMALL, WIDE = TreeShape(6, 2, 2), TreeShape(12, 3, 4)
 METHODS = ("vispec", "eagle2", "medusa", "lookup")
@@ -48,7 +49,7 @@ class WatchedDecoder(Decoder):
         self.waited: list[int] = []
         self._empty = empty
 
-    def _round(self, seat, rows, answers, sampling, shape):
+    def _round(self, seat, rows, answers, choice, shape):
         places = [(answer.row, answer.new, shape) for answer in answers]
         self.waited += [answer.waiting for answer in answers]
         run = type(seat.steps).run
@@ -60,7 +61,7 @@ class WatchedDecoder(Decoder):
             return value._replace(tokens=self._without_nodes(value.tokens)) if key[0] == "draft" else value
 
         seat.steps.run = watched
-        return super()._round(seat, rows, answers, sampling, shape)
+        return super()._round(seat, rows, answers, choice, shape)
 
     def _without_nodes(self, tokens):
         return tokens.index_fill(1, torch.arange(1, tokens.shape[1]), EMPTY) if self._empty else tokens
@@ -71,7 +72,7 @@ def decode(decoder: Decoder, prompts: list[dict], policy) -> tuple[list[list[int
     answers, found = [[] for _ in prompts], []
     separate = [(one["input_ids"], {k: v for k, v in one.items() if k != "input_ids"}) for one in prompts]
     stops = [Stop(NEW_TOKENS, frozenset())] * len(prompts)
-    for number, step in enumerate(decoder.rounds(separate, stops, Sampling(), policy)):
+    for number, step in enumerate(decoder.rounds(separate, stops, Choice(), policy)):
         for row, one in step.items():
             answers[row] += one.tokens
             found += [one] if number else []
@@ -182,7 +183,7 @@ class Simulated:
             count = int(self._owed[shape])
             self._owed[shape] -= count
             self.now += seconds[shape] * (1 + self._noise * float(torch.rand(1, generator=self._random)))
-            policy.learn(shape, [Round([5] * (count + 1), count, shape is not None)])
+            policy.learn(shape, [Round([5] * (count + 1), count, shape is not None, False)])
             done += count + 1
         self.rounds.update(shapes)
         return shapes[0]

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vispec.evaluation import text
+from vispec.pictures import UnreadableImage
 from vispec.prompts import Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,7 +83,7 @@ def test_images_are_opened_upright_and_in_colour(tmp_path):
     picture = image_file(tmp_path / "turned.jpg")()
     assert picture.size == (10, 30) and picture.mode == "RGB"
     later = image_file(tmp_path / "missing.jpg")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UnreadableImage):
         later()
 
 

@@ -21,7 +21,7 @@ from vispec.model.cache import TreeCache
 from vispec.model.decoding import Decoder, Seat
 from vispec.model.drafts import lookup
 from vispec.model.graphs import Steps
-from vispec.model.sampling import Sampling
+from vispec.model.sampling import Choice
 from vispec.model.target import Target
 
 ARMS = ("specgenerate", "baseline_generate")
@@ -221,7 +221,7 @@ def test_threads_do_not_meet_in_a_step(captures, monkeypatch):
 
     monkeypatch.setattr(graphs, "cuda_capture", lambda device: lambda step: guarded(guarded(record)(step)))
     steps = [(Decoder, name) for name in ("_draft", "_verify", "_keep", "_verify_root", "_add")]
-    for owner, name in (*steps, (Sampling, "choose")):
+    for owner, name in (*steps, (Choice, "choose")):
         monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
     target = random_target("llava_1.5", 0, vocabulary=12)
     model = model_of(target, "vispec")

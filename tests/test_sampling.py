@@ -10,12 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from scipy.stats import chi2
-from tiny_models import random_head, random_target, text_prompt
+from tiny_models import image_prompt, random_head, random_target, text_prompt
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vispec import SpecModel
-from vispec.model.sampling import Accepted, Sampling, accept
-from vispec.model.tree import Tree, TreeShape, choose_nodes
+from vispec.ge_data.answers import collate_prompts
+from vispec.model.sampling import Accepted, Choice, Sampling, accept, row_seeds
+from vispec.model.shape import TreeShape
+from vispec.model.tree import Tree, choose_nodes
 
 V = 6
 """Tokens of the vocabulary."""
@@ -89,8 +91,19 @@ Rule = Callable[[Sampling, Tree, torch.Tensor], Accepted]
 """From the target's logits (B, N, V) at the nodes of a tree to what is kept of it."""
 
 
+class Drawn(Choice):
+    """Draws for thousands of rows in one call; which node gets which noise is the product's."""
+
+    def noise(self, answers, depths, like):
+        return torch.empty(like.shape[0], len(depths), V).exponential_()
+
+
+def choose(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> torch.Tensor:
+    return Drawn(sampling.warpers, seeds=()).choose(logits, (), tree)
+
+
 def our_rule(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
-    return accept(tree, sampling.choose(logits))
+    return accept(tree, choose(sampling, tree, logits))
 
 
 def decode(rule: Rule, sampling: Sampling, batch: int, shape: TreeShape) -> torch.Tensor:
@@ -129,7 +142,7 @@ def test_acceptance_is_target_sampling(settings, shape):
 
 def always_take_the_favourite(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
     """Wrong: a drafted token is accepted whenever it is the target's most likely one."""
-    chosen, best = sampling.choose(logits), logits.argmax(-1)
+    chosen, best = choose(sampling, tree, logits), logits.argmax(-1)
     is_child = tree.parents[:, :, None] == torch.arange(tree.tokens.shape[1])
     is_child[:, 0] = False
     drafted = (is_child & (tree.tokens[:, :, None] == best[:, None, :])).any(1)
@@ -138,9 +151,9 @@ def always_take_the_favourite(sampling: Sampling, tree: Tree, logits: torch.Tens
 
 def draw_the_root_again(sampling: Sampling, tree: Tree, logits: torch.Tensor) -> Accepted:
     """Wrong: when no child is accepted the next root is drawn from all of p, as if none had been rejected."""
-    accepted = accept(tree, sampling.choose(logits))
+    accepted = accept(tree, choose(sampling, tree, logits))
     last = accepted.path.gather(1, accepted.count[:, None])
-    again = sampling.choose(logits).gather(1, last)
+    again = choose(sampling, tree, logits).gather(1, last)
     accepted.tokens.scatter_(1, accepted.count[:, None], again)
     accepted.root = again[:, 0]
     return accepted
@@ -169,6 +182,10 @@ def test_chi_square_rejects_wrong_rules(rule, settings):
 # --- warping ---
 
 
+def probabilities(logits: torch.Tensor, **settings) -> torch.Tensor:
+    return Choice(Sampling(**settings).warpers).scores(logits).softmax(-1)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_warping_is_what_generate_does(settings):
     """Against the raw and the processed scores that generate() itself hands out."""
@@ -183,15 +200,15 @@ def test_warping_is_what_generate_does(settings):
         **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings},
     )
     logits, expected = torch.stack(out.logits), torch.stack(out.scores).softmax(-1)
-    torch.testing.assert_close(Sampling(**settings).probabilities(logits), expected)
+    torch.testing.assert_close(probabilities(logits, **settings), expected)
 
 
 def test_what_is_off_does_nothing():
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(3))
-    plain = Sampling(temperature=1.0).probabilities(logits)
+    plain = probabilities(logits, temperature=1.0)
     torch.testing.assert_close(plain, logits.softmax(-1))
     for settings in ({"top_p": 1.0}, {"top_k": 30}, {"top_k": 500}, {"top_p": 0.0, "top_k": 0}):
-        torch.testing.assert_close(Sampling(temperature=1.0, **settings).probabilities(logits), plain)
+        torch.testing.assert_close(probabilities(logits, temperature=1.0, **settings), plain)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-5])
@@ -199,7 +216,7 @@ def test_cold_is_greedy(temperature):
     logits = torch.randn(3, 7, 30, generator=torch.Generator().manual_seed(4))
     sampling = Sampling(temperature=temperature, top_p=0.9, top_k=5)
     assert sampling.greedy
-    assert torch.equal(sampling.choose(logits), logits.argmax(-1))
+    assert torch.equal(sampling.choice(3).choose(logits, ()), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -258,10 +275,63 @@ def test_baseline_follows_the_target(small_pair):
     assert p_value(torch.stack(answers), exact) > REJECT_BELOW
 
 
-def test_a_seed_repeats_an_answer(small_pair):
-    inputs = text_prompt(small_pair.target.model, 3, seed=1)
-    answers = []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        answers.append(small_pair.specgenerate(**inputs, temperature=1.0, max_new_tokens=30))
-    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+# --- seeds ---
+
+
+def sampled(model: SpecModel, inputs: dict, arm: str = "specgenerate", seed: int = 0, **settings) -> list[list[int]]:
+    """The rows' new tokens."""
+    torch.manual_seed(seed)
+    out = getattr(model, arm)(**inputs, **{"temperature": 1.0, "max_new_tokens": 24, **settings})
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_p": 0.9, "top_k": 9}])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "medusa"])
+def test_a_seed_says_the_same_with_any_tree_and_without_one(method, settings):
+    target = random_target("qwen2_5_vl", 2, vocabulary=12, std=0.1)
+    model = SpecModel(target, random_head(target, method, seed=3))
+    inputs = image_prompt(target, 1, ".a.b")
+    plain = {seed: sampled(model, inputs, "baseline_generate", seed, **settings) for seed in (1, 2)}
+    assert plain[1] != plain[2], "the seed has no say"
+    for tree in ("2/0/1", "12/3/4", "30/3/8", "16/7/2", "auto"):
+        assert {seed: sampled(model.with_tree(tree), inputs, seed=seed, **settings) for seed in plain} == plain
+    _, lengths = model.specgenerate(**inputs, temperature=1.0, max_new_tokens=24, return_acceptance_len=True)
+    assert sum(lengths) > 0, "nothing was accepted, so nothing was tested"
+
+
+def test_a_row_draws_what_it_draws_alone(monkeypatch):
+    """Whatever its neighbours are, and whether they have left: only its own seed and its own positions count."""
+    target = random_target("llava_1.5", 2, vocabulary=12, std=0.1)
+    target.generation_config.eos_token_id = 5
+    model = SpecModel(target, random_head(target, "vispec", seed=3), tree="12/3/4")
+    prompts = [text_prompt(target, length, seed=length) for length in (3, 9, 6, 4)]
+    monkeypatch.setattr("vispec.model.sampling.row_seeds", lambda seed, rows: seeds)
+    alone = []
+    for seed, prompt in enumerate(prompts, start=40):
+        seeds = [seed]
+        alone += sampled(model, prompt)
+    assert len({len(tokens) for tokens in alone}) > 1, "no row has left before the others"
+    seeds = list(range(40, 44))
+    longest = max(map(len, alone))
+    assert sampled(model, collate_prompts(prompts, 0)) == [tokens + [0] * (longest - len(tokens)) for tokens in alone]
+
+
+def test_seeds_of_rows():
+    assert row_seeds(7, 3) == [7, 8, 9] and row_seeds([4, 1], 2) == [4, 1]
+    torch.manual_seed(5)
+    drawn = row_seeds(None, 3), row_seeds(None, 3)
+    torch.manual_seed(5)
+    assert (row_seeds(None, 3), row_seeds(None, 3)) == drawn and drawn[0] != drawn[1]
+    with pytest.raises(ValueError, match="seed has 2 entries, expected one for each of the 3 rows"):
+        row_seeds([1, 2], 3)
+    for wrong in ("7", 1.5, True, [1, None]):
+        with pytest.raises(TypeError, match="seed must be an int or a list of ints"):
+            row_seeds(wrong, 2)
+
+
+def test_greedy_answers_draw_nothing():
+    target = random_target("llava_1.5", 2, vocabulary=12)
+    model = SpecModel(target, random_head(target, "eagle2", seed=3))
+    before = torch.get_rng_state()
+    model.specgenerate(**text_prompt(target, 4, seed=0), max_new_tokens=8)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vispec.model.drafts import DraftHead, ViSpecHead
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt
-from vispec.model.tree import DraftOutput, TreeShape
+from vispec.model.tree import DraftOutput
 from vispec.train import chain
 from vispec.train.chain import count_in_a_row, drafted_in_a_row, shift_left
 

@@ -13,7 +13,8 @@ from vispec.model.drafts.base import Kept
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.eagle2 import DraftMemory
 from vispec.model.sampling import accept
-from vispec.model.tree import Tree, TreeShape, choose_nodes, grow
+from vispec.model.shape import TreeShape
+from vispec.model.tree import Tree, choose_nodes, grow
 
 SIZE, VOCABULARY = 32, 20
 CONFIG = DraftConfig(

@@ -69,3 +69,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _turn(who: str, value: str) -> dict[str, str]:
     return {"from": who, "value": value}
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def turn(who, value="x"):
+    return {"from": who, "value": value}

@@ -1,8 +1,14 @@
 """ViSpec: lossless tree speculative decoding for vision-language models (arXiv 2509.15235)."""
 
+from typing import TYPE_CHECKING
+
+from vispec.model.shape import TreeShape
 from vispec.version import __version__
 
-__all__ = ["SpecModel", "__version__"]
+if TYPE_CHECKING:  # what editors and type checkers see of `__getattr__`
+    from vispec.model.spec_model import SpecModel
+
+__all__ = ["SpecModel", "TreeShape", "__version__"]
 
 
 def __getattr__(name: str):
@@ -12,3 +18,7 @@ def __getattr__(name: str):
 
         return SpecModel
     raise AttributeError(f"module 'vispec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

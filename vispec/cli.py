@@ -76,6 +76,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+DONE, ERROR, WITH_FAILURES = 0, 1, 3
+"""Exit codes; the last one: done, but for items that failed, which the same command asks again."""
+
+
+def worst(*codes: int) -> int:
+    """The exit code of a run that has parts."""
+    return ERROR if ERROR in codes else max(codes)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command and leave the process: errors of the user become one line on stderr and exit code 1."""
     end_with_parent()

@@ -1,22 +1,23 @@
 """Ask about your own picture: `python -m vispec.generate --image x.jpg "What is this?"`.
 
 The answer is streamed; where the output is a terminal, what the draft head had right is green. Without further flags
-the embedded default answers; `--base-model-path` and `--spec-model-path` take any target with its draft head.
+the embedded default answers; `--base-model-path` and `--spec-model-path` take any target with its draft head. With
+`--chat` further questions are read from the terminal, or from lines of stdin, until an empty one.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vispec import embedded
-from vispec.cli import Parser, UserError, count, run_cli
+from vispec import embedded, web
+from vispec.cli import Parser, UserError, count, one_line, run_cli, whole
+from vispec.evaluation.head_flags import add_place_flags, asked_place
 from vispec.evaluation.loading import (
-    AUTO,
-    TUNE,
     Models,
     Tree,
     as_spec_model_takes,
@@ -24,10 +25,12 @@ from vispec.evaluation.loading import (
     load_model,
     quiet_transformers,
 )
-from vispec.evaluation.measure import is_greedy
-from vispec.evaluation.text import TextStream, coloured, wants_colour
+from vispec.evaluation.measure import Generation, Kind, answer_question, is_greedy
+from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
-from vispec.prompts import UNREADABLE, build_inputs, image_file, load_processor, user_turn
+from vispec.model.shape import AUTO, TUNE
+from vispec.pictures import UnreadableImage, read_picture
+from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
 from vispec.video import read_video
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
 
 WARM_UP_TOKENS = 8
-"""Before `--compare`, so that neither arm pays for what happens only once."""
+"""Before `--compare`, so that no arm pays for what happens only once."""
 
 
 @dataclass
@@ -63,48 +66,54 @@ class Streamed:
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     base, spec, tree, dtype = _pair(args)
-    turn = user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))
+    place = {f"spec_{name}": value for name, value in asked_place(args).items()}
+    turns = [user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))]
     # what is wrong is said before minutes of loading
     _check_sampling(args)
     shape = as_spec_model_takes(tree)
     quiet_transformers()
     processor = load_processor(base)
-    inputs = build_inputs(processor, [turn])
-    model = load_model(base, spec, method=args.method, dtype=dtype, device_map=args.device_map, tree=shape)
+    inputs = build_inputs(processor, turns, args.system)
+    options = {"method": args.method, "dtype": dtype, "device_map": args.device_map, "tree": shape}
+    model = load_model(base, spec, **options, **place)
     if tree == TUNE:
-        model.tune([inputs])
-    options = {"temperature": args.temperature, "top_p": args.top_p}
+        print(model.tune([inputs]).report())
+    generation = Generation(args.temperature, args.max_new_tokens, args.top_p)
     if args.compare:
-        for speculate in (False, True):
-            _answer(model, inputs, {**options, "max_new_tokens": WARM_UP_TOKENS}, speculate)
-    options["max_new_tokens"] = args.max_new_tokens
-    answer = _print_answer(model, processor, inputs, options)
-    print(f"{model.draft.method} {_speed(answer)}{_rounds(answer)} ({dtype_name(model)})")
-    if args.compare:
-        plain = _answer(model, inputs, options, speculate=False)
-        print(f"baseline {_speed(plain)}")
-        print(f"speedup {answer.tokens_per_second / plain.tokens_per_second:.2f}x, outputs identical: ", end="")
-        same = "yes" if answer.token_ids == plain.token_ids else "no"
-        print(same if is_greedy(args.temperature) else "not compared, both are sampled")
-    return 0
+        _warm_up(model, inputs, generation)
+    while True:
+        answer = _print_answer(model, processor, inputs, generation, args.seed)
+        print(f"{model.draft.method} {_speed(answer)}{_rounds(answer)} ({dtype_name(model)})")
+        if args.compare:
+            _compare(model, inputs, generation, args.seed, answer)
+        question = _next_question() if args.chat else None
+        if question is None:
+            return 0
+        turns += [Turn("assistant", (answer_text(processor.tokenizer, answer.token_ids),)), user_turn(question)]
+        inputs = build_inputs(processor, turns, args.system)
+        _check_length(model, inputs)
 
 
 def _make_parser() -> Parser:
     parser = Parser(prog="python -m vispec.generate", description="Answer a question about pictures, streamed.")
     add = parser.add_argument
     add("question", help="what to ask")
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    add("--image", action="append", default=[], metavar="FILE|URL", help="a picture; may be given several times")
     add("--video", action="append", default=[], type=Path, metavar="FILE", help="a video: some frames are shown")
+    add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
+    add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
     add("--spec-model-path", help="its draft head: a folder or a hub id")
+    add_place_flags(parser)
     add(
         "--method",
         choices=("vispec", "eagle2", "medusa", "lookup"),
         help="read from the weights; lookup drafts from the text",
     )
-    add("--compare", action="store_true", help="answer by plain decoding too, and compare")
+    add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
+    add("--seed", type=whole, help="when sampling: the same seed draws the same text, with and without a draft")
     add("--max-new-tokens", type=count, default=512, help="most tokens of the answer")
     add_tree_flags(parser, AUTO)
     parser.add_hardware(dtype=None)
@@ -127,13 +136,19 @@ def _pair(args: argparse.Namespace) -> tuple[str, str | None, Tree | str, str]:
     return base, spec, asked_tree(args, shape, AUTO), dtype
 
 
-def _read_image(path: str) -> "Image.Image":
+def _read_image(place: str) -> "Image.Image":
+    """A picture of a file or of a URL."""
     try:
-        return image_file(Path(path))()
-    except FileNotFoundError:
-        raise UserError(f"--image {path}: no such file") from None
-    except UNREADABLE as error:
-        raise UserError(f"--image {path}: cannot be read as a picture ({type(error).__name__}: {error})") from None
+        return read_picture(BytesIO(_fetch(place)) if web.is_url(place) else Path(place))
+    except UnreadableImage as error:
+        raise UserError(f"--image {place}: cannot be read as a picture ({error})") from None
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        return web.fetch(url)
+    except OSError as error:
+        raise UserError(f"--image {url}: cannot be fetched ({one_line(error)})") from None
 
 
 def _check_sampling(args: argparse.Namespace) -> None:
@@ -142,7 +157,21 @@ def _check_sampling(args: argparse.Namespace) -> None:
     Sampling(args.temperature, args.top_p)
 
 
-def _print_answer(model: "SpecModel", processor, inputs: Mapping, options: dict) -> Streamed:
+def _next_question() -> str | None:
+    """The next line of stdin; None where that is empty or there is none."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip() or None
+    except EOFError:
+        return None
+
+
+def _check_length(model: "SpecModel", inputs: Mapping) -> None:
+    length, positions = inputs["input_ids"].shape[1], model.target.max_positions
+    if length > positions:
+        raise UserError(f"the conversation has become too long: {length} tokens, the target has {positions} positions")
+
+
+def _print_answer(model: "SpecModel", processor, inputs: Mapping, generation: Generation, seed: int | None) -> Streamed:
     """Write the answer to stdout as it comes."""
     colour = wants_colour(sys.stdout)
     text = TextStream(processor.tokenizer)
@@ -151,7 +180,7 @@ def _print_answer(model: "SpecModel", processor, inputs: Mapping, options: dict)
         sys.stdout.write(coloured(pieces, colour))
         sys.stdout.flush()
 
-    answer = _answer(model, inputs, options, True, lambda tokens, drafted: show(text.push(tokens, drafted)))
+    answer = _answer(model, inputs, generation, seed, lambda tokens, drafted: show(text.push(tokens, drafted)))
     show(text.finish())
     print("\n")
     return answer
@@ -160,12 +189,16 @@ def _print_answer(model: "SpecModel", processor, inputs: Mapping, options: dict)
 def _answer(
     model: "SpecModel",
     inputs: Mapping,
-    options: dict,
-    speculate: bool,
-    on_round: Callable[[list[int], list[bool]], None] | None = None,
+    generation: Generation,
+    seed: int | None,
+    on_round: Callable[[list[int], list[bool]], None],
 ) -> Streamed:
     """Stream an answer; only the time until each round's tokens are there counts."""
-    rounds = model.stream(**inputs, **options, speculate=speculate)
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    rounds = model.stream(**inputs, **asdict(generation))
     answer = Streamed([], [], 0, 0.0)
     first = True
     while True:
@@ -180,8 +213,33 @@ def _answer(
         elif not first:
             answer.plain_steps += 1
         first = False
-        if on_round is not None:
-            on_round(step.token_ids, step.drafted)
+        on_round(step.token_ids, step.drafted)
+
+
+def _baselines(generation: Generation) -> dict[Kind, str]:
+    """What an answer is compared with, and how that is called: transformers' generate() where decoding is greedy."""
+    greedy = is_greedy(generation.temperature)
+    return {"baseline": "our own plain loop"} | ({"generate": "transformers' own generate()"} if greedy else {})
+
+
+def _warm_up(model: "SpecModel", inputs: Mapping, generation: Generation) -> None:
+    few = replace(generation, max_new_tokens=WARM_UP_TOKENS)
+    for kind in ("spec", *_baselines(generation)):
+        answer_question(model, inputs, kind, few, seed=None)
+
+
+def _compare(model: "SpecModel", inputs: Mapping, generation: Generation, seed: int | None, answer: Streamed) -> None:
+    """Answer once more without a draft; print how much faster `answer` came, and whether it is the same."""
+    comparable = is_greedy(generation.temperature) or seed is not None
+    for kind, name in _baselines(generation).items():
+        found = answer_question(model, inputs, kind, generation, seed)
+        plain = Streamed(found.output_ids, [], 0, found.wall_time)
+        print(f"{kind} {_speed(plain)}: {name}")
+        same = "yes" if answer.token_ids == plain.token_ids else "no"
+        print(
+            f"speedup {answer.tokens_per_second / plain.tokens_per_second:.2f}x over {name}, outputs identical: "
+            + (same if comparable else "not compared, both are sampled without --seed")
+        )
 
 
 def _speed(answer: Streamed) -> str:

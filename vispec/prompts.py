@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vispec.cli import UserError
+from vispec.pictures import read_picture
 from vispec.video import Video, video_arguments
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ EXPLAIN = "Please answer with an explanation."
 PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")
-
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is missing, no picture, broken, or absurdly large."""
 
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
@@ -56,22 +54,22 @@ def user_turn(*items: Item) -> Turn:
 
 def image_file(path: Path) -> ImageSource:
     """The picture in a file, opened only when a prompt needs it."""
-    return partial(_read_image, path)
+    return partial(read_picture, path)
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[dict]:
-    """The conversation as chat templates take it, with the system turn before it."""
-    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_TURN}]}]
+def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict]:
+    """The conversation as chat templates take it, with the system turn before it; without one if that is empty."""
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     for turn in turns:
         messages.append({"role": turn.role, "content": [_content(item) for item in turn.items]})
     return messages
 
 
-def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn]) -> "BatchFeature":
+def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str = SYSTEM_TURN) -> "BatchFeature":
     """What the model is called with: input_ids (1, L), attention_mask, and the family's image and video tensors.
 
     Raises:
-        OSError, SyntaxError, DecompressionBombError: a picture cannot be read (see `UNREADABLE`).
+        UnreadableImage: a picture cannot be read.
     """
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
@@ -79,7 +77,7 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn]) -> "BatchFe
     videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
     sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
-    text = processor.apply_chat_template(chat_messages(turns), add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(chat_messages(turns, system), add_generation_prompt=True, tokenize=False)
     return processor(images=images or None, text=[text], return_tensors="pt", **videos)
 
 
@@ -98,12 +96,3 @@ def _content(item: Item) -> dict[str, str]:
     if isinstance(item, str):
         return {"type": "text", "text": item}
     return {"type": "video" if isinstance(item, Video) else "image"}
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            # photographs may be stored lying down, with a note that says how to turn them
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except ValueError as error:  # some decoders say it so
-        raise OSError(f"{path}: {error}") from None

@@ -16,6 +16,7 @@ from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
 from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
 from vispec.files import write_json_atomic
+from vispec.model.shape import TreeShape
 
 TREES = (embedded.TREE_NAME, "30/3/8")
 QUESTIONS = 28
@@ -33,8 +34,6 @@ def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tok
     Returns:
         `tau`, the mean of all acceptance lengths; `rounds`, how many; `answers`, a digest of all output ids.
     """
-    from vispec.model.tree import TreeShape
-
     arm = model.with_tree(TreeShape(*tree), draft)
     generation = Generation(temperature=0.0, max_new_tokens=max_new_tokens)
     answers = [answer_question(arm, prompt, "spec", generation) for prompt in inputs]

@@ -16,6 +16,7 @@ from vispec.evaluation.comparison import RATIOS, compare, round_in_steps
 from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Answer, Arm, Generation, interleave, typical
 from vispec.files import write_json_atomic
+from vispec.model.shape import TreeShape
 
 TREES = ("8/3/3", "12/3/4", "12/5/2", embedded.TREE_NAME, "30/3/8")
 QUESTIONS, REPETITIONS = 6, 5
@@ -45,8 +46,6 @@ def measure(model, trees: list[Tree], inputs: list[dict], repetitions: int, max_
         model: a `SpecModel` with a draft head; its own tree is not used.
         inputs: what the processor returned for each prompt.
     """
-    from vispec.model.tree import TreeShape
-
     arms = [Arm("baseline", model, "baseline"), Arm("generate", model, "generate")]
     for tree in dict.fromkeys(trees):
         shape = TreeShape(*tree)

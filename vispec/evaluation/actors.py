@@ -140,7 +140,7 @@ class _Actor:
         return self._answerer.loaded_settings()
 
     def answer(self, ask: Ask) -> list[Answered | LeftOut]:
-        return list(self._answerer.answer(ask))
+        return self._answerer.answer(ask)
 
 
 def _differences(found: Sequence[dict[str, dict]]) -> str:

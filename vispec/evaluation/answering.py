@@ -8,12 +8,12 @@ command with a single method is the same loop with one series.
 import gc
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vispec.cli import UserError, one_line
+from vispec.cli import DONE, ERROR, WITH_FAILURES, UserError, one_line
 from vispec.evaluation.answers import AnswerFile, answer_line
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import (
@@ -28,7 +28,8 @@ from vispec.evaluation.loading import (
 from vispec.evaluation.lossless import RERUN_FAILS
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.text import answer_text
-from vispec.prompts import UNREADABLE, build_inputs, load_processor
+from vispec.pictures import UnreadableImage
+from vispec.prompts import build_inputs, load_processor
 from vispec.timing import in_turn
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ class LeftOut:
 
     question_id: int | str
     reason: str
-    kind: Literal["unreadable", "too long", "died"]
-    """Its image cannot be read, its prompt does not fit the target's positions, or actors died of it."""
+    kind: Literal["unreadable", "too long", "failed", "died"]
+    """Its image cannot be read, its prompt does not fit the target's positions, something was raised, or actors died of
+    it. The last two may be otherwise next time."""
 
 
 class AnswersQuestions(Protocol):
@@ -108,7 +110,7 @@ class AnswersQuestions(Protocol):
     def loaded_settings(self) -> dict[str, dict]:
         """For each method that is loaded, the settings that only loaded models tell."""
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, list[Answered | LeftOut]]]:
         """Answer the questions; in which order is not said."""
 
 
@@ -122,44 +124,56 @@ class Answerer:
 
     def __init__(self, models: Models):
         quiet_transformers()
-        self._path, self._drafts = models.base_model_path, models.drafts
+        self._path, self._asked = models.base_model_path, models
         self._models = load_models(models)
         self._processors: dict[bool, object] = {}
         self._warm: set[Series] = set()
 
     def loaded_settings(self) -> dict[str, dict]:
-        return {name: loaded_settings(model, self._drafts.get(name)) for name, model in self._models.items()}
+        asked = self._asked
+        return {
+            name: loaded_settings(model, asked.drafts.get(name), asked.place_of(name))
+            for name, model in self._models.items()
+        }
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Iterable[Answered | LeftOut]]]:
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, list[Answered | LeftOut]]]:
         for ask in asks:
             yield ask, self.answer(ask)
 
-    def answer(self, ask: Ask) -> Iterator[Answered | LeftOut]:
-        """Answer a question by each of its series in turn."""
-        question = ask.question
-        processor = self._processor(ask.series[0])
+    def answer(self, ask: Ask) -> list[Answered | LeftOut]:
+        """Answer a question by each of its series in turn; if one of them fails, it is left out of all."""
+        name = ask.question.question_id
         try:
-            inputs = _inputs(processor, question)
-        except UNREADABLE as error:
-            yield LeftOut(question.question_id, f"{type(error).__name__}: {error}", "unreadable")
-            return
+            return self._answer(ask)
+        except UserError:  # holds for all questions
+            raise
+        except UnreadableImage as error:
+            return [LeftOut(name, one_line(error), "unreadable")]
+        except Exception as error:  # whatever it is, the other questions are to be answered
+            return [LeftOut(name, f"{type(error).__name__}: {one_line(error)}", "failed")]
+
+    def _answer(self, ask: Ask) -> list[Answered | LeftOut]:
+        question, processor = ask.question, self._processor(ask.series[0])
+        inputs = build_inputs(processor, question.turns)
         length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
         if length > positions:
             reason = f"the prompt has {length} tokens, the target has {positions} positions"
-            yield LeftOut(question.question_id, reason, "too long")
-            return
+            return [LeftOut(question.question_id, reason, "too long")]
         for series in ask.series:
             if series not in self._warm:
                 for _ in range(WARM_UPS):
                     self._measure(series, inputs)
                 self._warm.add(series)
+        answered = []
         for series in ask.series:
             answers: list[tuple[Answer, str, str]] = []
             for seed in range(series.num_choices):
                 answer = self._measure(series, inputs, seed)
                 text = answer_text(processor.tokenizer, answer.output_ids)
                 answers.append((answer, text, self._models[series.method].captured))
-            yield Answered(series, answer_line(question.question_id, series.model_id, series.method, answers))
+            line = answer_line(question.question_id, series.model_id, series.method, answers)
+            answered.append(Answered(series, line))
+        return answered
 
     def tune(self, series: Series, questions: Sequence[Question]) -> Tree:
         """Measure on the first questions which tree is the fastest; the series' method answers by it from now on."""
@@ -169,13 +183,16 @@ class Answerer:
             if len(prompts) == TUNED_ON:
                 break
             try:
-                inputs = _inputs(processor, question)
-            except UNREADABLE:
+                inputs = build_inputs(processor, question.turns)
+            except UserError:
+                raise
+            except Exception:  # what cannot be asked is said where it is answered
                 continue
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
                 prompts.append(inputs)
-        shape = model.tune(prompts).shape
-        return astuple(shape)
+        tuning = model.tune(prompts)
+        print(tuning.report())
+        return astuple(tuning.shape)
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""
@@ -248,6 +265,8 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
         "max_new_tokens": series.generation.max_new_tokens,
         "num_choices": series.num_choices,
     }
+    if series.generation.own_config:
+        settings["generation_config"] = True
     if options:
         settings["benchmark_options"] = dict(options)
     if models.dtype != "auto":
@@ -256,9 +275,11 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
         settings["asked_tree"] = as_noted(models.tree_of(series.method))  # what a draft can fill of it may be less
         draft = models.drafts[series.method]
         if draft is not None:
+            place = models.place_of(series.method)
             settings["spec_model"] = _absolute(draft)
+            settings |= {f"spec_{name}": value for name, value in place.items()}
             if Path(draft).is_dir():  # a retrained head shows before minutes of loading
-                settings["spec_model_sha256"] = weights_sha256(draft)
+                settings["spec_model_sha256"] = weights_sha256(draft, place)
     return settings
 
 
@@ -305,18 +326,18 @@ def answer_all(
     return left_out
 
 
-def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> bool:
-    """Bring an answer file into its final order and print how much of what was asked is answered; False if nothing."""
+def finish(task: Task, asked: int, left_out: Sequence[LeftOut]) -> int:
+    """Bring an answer file into its final order, print how much of what was asked is answered; returns an exit code."""
     task.file.finish()
     answered = asked - len({one.question_id for one in left_out} - task.file.lines.keys())
     print(f"{answered} of {asked} questions answered: {task.file.path}")
     if asked and not answered:
         print(f"error: no question has an answer: {task.file.path}", file=sys.stderr)
-    return bool(answered or not asked)
+    return DONE if answered or not asked else ERROR
 
 
-def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> bool:
-    """Print which questions have no answer, and why; False where asking again may bring one."""
+def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> int:
+    """Print which questions have no answer, and why; returns an exit code."""
     names: dict[str, list[str]] = defaultdict(list)
     for one in left_out:
         names[one.kind].append(str(one.question_id))
@@ -325,24 +346,10 @@ def report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> bool:
     if "unreadable" in names:
         print(f"left out, because their image cannot be read: {', '.join(names['unreadable'])}")
         print(f"the files of {benchmark.name} can be had from {benchmark.source}")
-    if "died" in names:
-        lost = ", ".join(names["died"])
-        print(f"error: not answered, because the actors that tried died: {lost}", file=sys.stderr)
-    return "died" not in names
-
-
-def _inputs(processor, question: Question) -> "BatchFeature":
-    """What the model is called with.
-
-    Raises:
-        UNREADABLE: a picture cannot be read, or the processor refuses it (Qwen's does if it is very long and narrow).
-    """
-    try:
-        return build_inputs(processor, question.turns)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise OSError(str(error)) from None
+    for kind, reason in (("failed", "something failed, see above"), ("died", "the actors that tried died")):
+        if kind in names:
+            print(f"error: not answered, because {reason}: {', '.join(names[kind])}", file=sys.stderr)
+    return WITH_FAILURES if {"failed", "died"} & names.keys() else DONE
 
 
 def _absolute(path: str) -> str:

@@ -23,6 +23,7 @@ from vispec import embedded
 from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
 from vispec.evaluation import bench_report
 from vispec.evaluation.comparison import compare
+from vispec.evaluation.head_flags import add_place_flags, asked_place
 from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.evaluation.published import AVERAGE, published
@@ -46,6 +47,7 @@ from vispec.evaluation.round_times import (
     verification_times,
 )
 from vispec.files import write_atomic, write_json_atomic
+from vispec.model.shape import TreeShape
 from vispec.prompts import build_inputs, image_file, load_processor, user_turn
 from vispec.timing import in_turn
 
@@ -102,6 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base-model-path", help="target, a folder or a hub id (default: the embedded pair)")
     add("--spec-model-path", help="its draft head")
+    add_place_flags(parser)
     add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
     parser.add_hardware(dtype=None)
     add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help=f"default: 30/3/8, embedded: {embedded.TREE_NAME}")
@@ -121,6 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--draft-vocab {args.draft_vocab}: {args.random_weights} has {most} tokens")
     elif args.draft_vocab:
         raise UserError("--draft-vocab: a draft head from files has its own one beside it, expected --random-weights")
+    asked_place(args)  # refuses what does not go together
     return args
 
 
@@ -145,7 +149,8 @@ def load_pair(args: argparse.Namespace):
         dtype = args.dtype or embedded.DTYPE
     else:
         target, draft, dtype = args.base_model_path, args.spec_model_path, args.dtype or DTYPES[0]
-    model = load_model(target, draft, dtype=dtype, device_map=args.device_map)
+    place = {f"spec_{name}": value for name, value in asked_place(args).items()}
+    model = load_model(target, draft, dtype=dtype, device_map=args.device_map, **place)
     if model.draft.method not in ("vispec", "eagle2"):
         raise UserError(f"--spec-model-path {draft}: {model.draft.method} has no draft layer to measure")
     return model
@@ -176,8 +181,6 @@ def random_prompt(model, length: int, depth: int):
 
 def spec_arms(model, trees: list[Tree]) -> dict:
     """A `SpecModel` for every tree; where the head has a draft vocabulary, each tree first without and then with it."""
-    from vispec.model.tree import TreeShape
-
     shapes = [TreeShape(*tree) for tree in trees]
     heads = {"": model}
     if model.draft.draft_vocab is not None:

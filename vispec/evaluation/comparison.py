@@ -17,7 +17,7 @@ from vispec.evaluation.measure import Answer
 
 COMPARABLE = (
     "benchmark", "data", "benchmark_options", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype",
-    "device", "device_type", "devices",
+    "device", "device_type", "devices", "generation_config",
 )  # fmt: skip
 """Settings that two arms must share."""
 

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vispec.cli import device_name
+from vispec.model.shape import AUTO, TUNE, TreeShape
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
-    from vispec.model.tree import TreeShape
-
-AUTO, TUNE = "auto", "tune"
-"""As `vispec.model.spec_model` has them, which takes seconds to import."""
 
 Tree = tuple[int, int, int]
 """total_token, depth, top_k."""
@@ -39,15 +36,19 @@ class Models:
     gpus: int = 1
     tuned: Mapping[str, Tree] = field(default_factory=dict)
     """By method, what stands in place of TUNE because earlier answers have it."""
+    places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By method, revision and subfolder of its draft head where they were asked for."""
 
     def tree_of(self, method: str) -> Tree | str:
         return self.tuned.get(method, self.tree)
 
+    def place_of(self, method: str) -> Mapping[str, str]:
+        """Where in its folder or hub repository a draft head is."""
+        return self.places.get(method, {})
+
 
 def parse_tree(text: str) -> Tree:
     """A draft tree as command lines write it: total_token/depth/top_k."""
-    from vispec.model.tree import TreeShape
-
     try:
         shape = TreeShape.parse(text)
     except ValueError as error:
@@ -55,14 +56,12 @@ def parse_tree(text: str) -> Tree:
     return astuple(shape)
 
 
-def as_spec_model_takes(tree: Tree | str) -> "TreeShape | str | None":
+def as_spec_model_takes(tree: Tree | str) -> TreeShape | str | None:
     """A tree as `SpecModel` takes it: the default one where it is still to be measured.
 
     Raises:
         ValueError: it has no such shape.
     """
-    from vispec.model.tree import TreeShape
-
     if tree == TUNE:
         return None
     return tree if isinstance(tree, str) else TreeShape(*tree)
@@ -82,7 +81,7 @@ def load_model(
     gpus: int = 1,
     **options,
 ):
-    """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, num_q).
+    """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, num_q, spec_revision, spec_subfolder).
 
     Args:
         dtype: one of `vispec.cli.DTYPES`.
@@ -113,8 +112,9 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
 
     # what is wrong is said before minutes of loading
     trees = {method: as_spec_model_takes(models.tree_of(method)) for method in models.drafts}
-    for path in filter(None, models.drafts.values()):
-        find_draft(path)
+    for method, path in models.drafts.items():
+        if path is not None:
+            find_draft(path, **models.place_of(method))
     plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
     target = plain.target
     loaded = {"baseline": plain}
@@ -122,18 +122,20 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
         if method == "lookup":
             draft = PromptLookup()
         else:
-            draft = load_draft(path, method, models.num_q, target.dtype, target.embed_tokens.weight).to(target.device)
+            embedding, place = target.embed_tokens.weight, models.place_of(method)
+            draft = load_draft(path, method, models.num_q, target.dtype, embedding, **place).to(target.device)
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(models.base_model_path)
         loaded[method] = SpecModel(target, draft, tree=trees[method])
     return loaded
 
 
-def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
+def loaded_settings(model: "SpecModel", spec_model_path: str | None, place: Mapping[str, str]) -> dict:
     """What stands behind a method's answers, as a loaded model has it and not as flags asked for it.
 
     Args:
         spec_model_path: where its draft head was loaded from; None for the baseline and lookup.
+        place: its revision and subfolder there, where they were asked for.
 
     Returns:
         The target's dtype, device (name), device_type and number of devices; with a draft also tree (total_token,
@@ -151,15 +153,15 @@ def loaded_settings(model: "SpecModel", spec_model_path: str | None) -> dict:
     if spec_model_path is not None:
         vocabulary = model.draft.draft_vocab
         settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)
-        settings["spec_model_sha256"] = weights_sha256(spec_model_path)
+        settings["spec_model_sha256"] = weights_sha256(spec_model_path, place)
     return settings
 
 
-def weights_sha256(spec_model_path: str) -> str | None:
+def weights_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None:
     """Tells a draft head from a retrained one under the same name; None where there are no weights."""
     from vispec.model.drafts.checkpoints import PICKLED, SAFETENSORS, find_file
 
-    file = find_file(spec_model_path, SAFETENSORS) or find_file(spec_model_path, PICKLED)
+    file = find_file(spec_model_path, SAFETENSORS, **place) or find_file(spec_model_path, PICKLED, **place)
     if file is None:
         return None
     found = file.stat()

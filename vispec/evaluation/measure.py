@@ -32,6 +32,8 @@ class Generation:
     temperature: float
     max_new_tokens: int
     top_p: float = 0.0
+    own_config: bool = False
+    """Whether all else that the target's generation config says applies too: penalties, top_k, …"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def answer_question(
 
     if kind == "generate":
         return _answer_by_generate(model, inputs, generation)
+    if generation.own_config:
+        return _answer_with_own_config(model, inputs, kind, generation, seed)
     generate = model.specgenerate if kind == "spec" else model.baseline_generate
     if seed is not None:
         torch.manual_seed(seed)
@@ -90,34 +94,58 @@ def answer_question(
     return Answer(new_ids, last_round, wall_time, decode_time, accepted if kind == "spec" else [])
 
 
+def _answer_with_own_config(
+    model: "SpecModel", inputs: Mapping, kind: Kind, generation: Generation, seed: int | None
+) -> Answer:
+    from vispec.model.sampling import Sampling
+
+    start = now(model.device)
+    found = model.generate(
+        **inputs,
+        **Sampling(generation.temperature, generation.top_p).options,
+        max_new_tokens=generation.max_new_tokens,
+        seed=seed,
+        speculate=kind == "spec",
+        return_dict_in_generate=True,
+    )
+    wall_time = now(model.device) - start
+    new_ids = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return Answer(new_ids, found.rounds - 1, wall_time, found.seconds, *found.acceptance_lengths)
+
+
 def _answer_by_generate(model: "SpecModel", inputs: Mapping, generation: Generation) -> Answer:
     if not is_greedy(generation.temperature):
         raise ValueError(f"generate() is an arm of greedy decoding only, found temperature {generation.temperature}")
     start = now(model.device)
-    new_ids, at = generate_greedily(model, inputs, generation.max_new_tokens)
+    new_ids, at = generate_greedily(model, inputs, generation.max_new_tokens, generation.own_config)
     end = now(model.device)
     return Answer(new_ids, len(new_ids) - 2, end - start, end - at[0], [])
 
 
-def generate_greedily(model: "SpecModel", inputs: Mapping, max_new_tokens: int) -> tuple[list[int], list[float]]:
+def generate_greedily(
+    model: "SpecModel", inputs: Mapping, max_new_tokens: int, own_config: bool = False
+) -> tuple[list[int], list[float]]:
     """Answer one prompt by transformers' own generate(): the new ids, and when each one came."""
     at: list[float] = []
     streamer = SimpleNamespace(put=lambda value: at.append(time.perf_counter()), end=lambda: None)
-    output = transformers_generate(model, inputs, max_new_tokens, streamer=streamer)
+    output = transformers_generate(model, inputs, max_new_tokens, own_config, streamer=streamer)
     return output[0, inputs["input_ids"].shape[1] :].tolist(), at[1:]  # the first call is the prompt
 
 
-def transformers_generate(model: "SpecModel", inputs: Mapping, max_new_tokens: int, **options) -> "torch.Tensor":
-    """What the target's own generate() returns, greedily and without penalties, as our decoder answers."""
+def transformers_generate(
+    model: "SpecModel", inputs: Mapping, max_new_tokens: int, own_config: bool = False, **options
+) -> "torch.Tensor":
+    """What the target's own generate() returns, greedily; without penalties unless its own config is to be applied."""
     import torch
+
+    if not own_config:
+        options = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **options}
 
     inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     with torch.inference_mode():
         return model.target.model.generate(
             **{name: value.to(model.target.model.device) for name, value in inputs.items()},
             do_sample=False,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             max_new_tokens=max_new_tokens,
             **options,
         )

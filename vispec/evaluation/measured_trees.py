@@ -7,7 +7,8 @@ from vispec.cli import UserError
 from vispec.evaluation.answering import Answerer, Task
 from vispec.evaluation.answers import read_meta
 from vispec.evaluation.benchmarks import Question
-from vispec.evaluation.loading import TUNE, Models, Tree, as_noted
+from vispec.evaluation.loading import Models, Tree, as_noted
+from vispec.model.shape import TUNE
 
 
 def keep_trees(tasks: Sequence[Task], models: Models) -> Models:

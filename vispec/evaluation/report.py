@@ -9,10 +9,10 @@ from pathlib import Path
 
 from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
 from vispec.evaluation.comparison import TAU_CONVENTION
-from vispec.evaluation.loading import AUTO
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
+from vispec.model.shape import AUTO
 
 HOLE = "—"
 LEGEND = f"""\
@@ -70,7 +70,8 @@ def about(table: Table) -> str:
     sampling = "greedy" if is_greedy(table.temperature) else f"temperature {table.temperature:g}"
     several = f" ({settings['devices']} devices)" if (settings["devices"] or 1) > 1 else ""
     device, cap = settings["device"] + several, settings["max_new_tokens"]
-    return f"{device}, {settings['dtype']}, {sampling}, at most {cap} new tokens"
+    config = ", the target's generation config applied" if settings.get("generation_config") else ""
+    return f"{device}, {settings['dtype']}, {sampling}, at most {cap} new tokens{config}"
 
 
 def title(method: str) -> str:

@@ -27,7 +27,7 @@ from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
 
 NEEDED = ("benchmark", "method", "base_model", "temperature")
-SHARED_BY_TABLE = ("dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices")
+SHARED_BY_TABLE = ("dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices", "generation_config")
 SHARED_BY_ROW = ("spec_model", "spec_model_sha256", "draft_vocab", "tree")
 """Settings without which an average over benchmarks would mean nothing."""
 

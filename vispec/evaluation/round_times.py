@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vispec.evaluation.measure import generate_greedily
 from vispec.evaluation.roofline import Cost, attention_cost, pass_cost, timed
+from vispec.model.shape import TreeShape
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from vispec.model.graphs import Steps
     from vispec.model.spec_model import SpecModel
     from vispec.model.target import Target
-    from vispec.model.tree import TreeShape
 
 WARM_UP_ROUNDS, ROUNDS = 3, 12
 """Rounds of every run that are not counted, and those that are."""
@@ -78,7 +78,7 @@ def drafted_tokens(model: "SpecModel") -> int:
     return model.target.lm_head.weight.shape[0] if vocabulary is None else len(vocabulary)
 
 
-def round_passes(shape: "TreeShape") -> list[tuple[int, str, int]]:
+def round_passes(shape: TreeShape) -> list[tuple[int, str, int]]:
     """(number, part, rows) of the passes of a round: one of the target over N rows, depth + 1 of the draft.
 
     The draft's first pass reads the kept path, the others the top_k nodes of a level.
@@ -103,7 +103,7 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
 
     from vispec.model.drafts.base import Kept
     from vispec.model.drafts.eagle2 import Expansions
-    from vispec.model.tree import TreeShape, grow
+    from vispec.model.tree import grow
 
     target, draft, shape = model.target, model.draft, model.shape
     output, steps = draft.output(target), new_steps(target)

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, provenance, run_cli
+from vispec.cli import DONE, ERROR, Parser, UserError, provenance, run_cli, worst
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -29,6 +29,7 @@ from vispec.evaluation.answering import (
 )
 from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from vispec.evaluation.head_flags import add_place_flags, asked_places
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
@@ -64,12 +65,10 @@ class Plan:
         """Methods that lack answers."""
         return {series.method for ask in open_asks(self.tasks, self.questions) for series in ask.series}
 
-    def finish(self, left_out: Sequence[LeftOut]) -> bool:
-        """Bring the files into order and report; False where asking again may bring more answers, or none came."""
-        good = True
-        for task in self.tasks:
-            good &= finish(task, len(self.questions), left_out)
-        return report_left_out(self.benchmark, left_out) and good
+    def finish(self, left_out: Sequence[LeftOut]) -> int:
+        """Bring the files into order and report; returns an exit code."""
+        codes = [finish(task, len(self.questions), left_out) for task in self.tasks]
+        return worst(*codes, report_left_out(self.benchmark, left_out))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     models = _models(args)
     plans, missing = _plans(args, models)
     tasks = list(chain.from_iterable(plan.tasks for plan in plans))
-    good = True
+    code = DONE
     with ExitStack() as held:
         for task in tasks:
             if not args.dry_run:
@@ -89,12 +88,13 @@ def main(argv: list[str] | None = None) -> int:
             for plan in plans:
                 _print_plan(plan)
         else:
-            good = _answer(plans, models, args)
+            code = _answer(plans, models, args)
             # the models are gone by now, so that there is room for float32
-            good &= _check_lossless(plans, models)
+            if not _check_lossless(plans, models):
+                code = ERROR
     if missing:
         print(f"error: not measured, because their data cannot be read: {', '.join(missing)}", file=sys.stderr)
-    return 0 if good and not missing else 1
+    return ERROR if missing else code
 
 
 def _make_parser() -> Parser:
@@ -112,6 +112,7 @@ def _make_parser() -> Parser:
         metavar="METHOD=PATH",
         help=f"draft heads: folders or hub ids, for {', '.join(HEADS)}",
     )
+    add_place_flags(parser, nargs="+", type=_head, metavar="METHOD=VALUE")
     add(
         "--methods",
         nargs="+",
@@ -129,10 +130,10 @@ def _make_parser() -> Parser:
 
 
 def _head(text: str) -> tuple[str, str]:
-    """METHOD=PATH."""
+    """METHOD=PATH, or another value for a method's head."""
     method, found, path = text.partition("=")
     if method not in HEADS or not found or not path:
-        raise argparse.ArgumentTypeError(f"expected METHOD=PATH with a method of {', '.join(HEADS)}, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected METHOD=… with a method of {', '.join(HEADS)}, found {text!r}")
     return method, path
 
 
@@ -152,6 +153,7 @@ def _models(args: argparse.Namespace) -> Models:
         dtype=args.dtype,
         device_map=args.device_map,
         gpus=args.num_gpus_per_model,
+        places=asked_places(args, heads),
     )
 
 
@@ -169,7 +171,7 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
             print(f"notice: not measured: {error} ({where})", file=sys.stderr)
             continue
         for temperature in dict.fromkeys(args.temperatures):
-            generation = Generation(temperature, args.max_new_token)
+            generation = Generation(temperature, args.max_new_token, own_config=args.generation_config)
             tasks = []
             for method in ("baseline", *models.drafts):
                 series = Series(name, method, method, generation)
@@ -197,8 +199,8 @@ def _print_plan(plan: Plan) -> None:
         print(f"  {task.series.method:<9}{answered:>5} of {total} answered  {task.file.path}")
 
 
-def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> bool:
-    """Fill all answer files; False where asking again may bring more answers, or none came."""
+def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> int:
+    """Fill all answer files; returns an exit code."""
     unfinished = []
     for plan in plans:
         if plan.open_methods:
@@ -206,13 +208,13 @@ def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> 
         else:
             plan.finish([])
     if not unfinished:
-        return True
+        return DONE
     methods = set().union(*(plan.open_methods for plan in unfinished))
     models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
     require_measuring(models, args.num_gpus_total)
     tasks = list(chain.from_iterable(plan.tasks for plan in plans))
     made_by = provenance(args)
-    complete = True
+    code = DONE
     with loaded(models, args.num_gpus_total) as answerer:
         measure_trees(tasks, plans[0].questions, models, answerer)
         found = answerer.loaded_settings()
@@ -220,8 +222,8 @@ def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> 
             task.check(found)  # so that none is refused hours later
         for number, plan in enumerate(unfinished, start=1):
             title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.temperature:g}"
-            complete &= plan.finish(answer_all(plan.tasks, plan.questions, answerer, made_by, title))
-    return complete
+            code = worst(code, plan.finish(answer_all(plan.tasks, plan.questions, answerer, made_by, title)))
+    return code
 
 
 def _check_lossless(plans: Sequence[Plan], models: Models) -> bool:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, parse_bool, provenance, whole
+from vispec.cli import ERROR, Parser, UserError, count, parse_bool, provenance, whole, worst
 from vispec.evaluation.actors import loaded
 from vispec.evaluation.answering import (
     InFloat32,
@@ -20,6 +20,8 @@ from vispec.evaluation.answering import (
 )
 from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from vispec.evaluation.head_flags import FLAGS as PLACE_FLAGS
+from vispec.evaluation.head_flags import add_place_flags, asked_place, value_of
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation, Kind
@@ -42,7 +44,7 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
     file = AnswerFile(answer_path(args, method))
     with file.alone():
         models = _models(args, arm, method)
-        generation = Generation(args.temperature, args.max_new_token)
+        generation = Generation(args.temperature, args.max_new_token, own_config=args.generation_config)
         series = Series(name, method, _model_id(args, method), generation, args.num_choices)
         task = Task(series, file, settings_of(series, models, data, options))
         models = keep_trees([task], models)
@@ -51,15 +53,15 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
         if open_asks([task], questions):
             require_measuring(models, args.num_gpus_total)
             left_out = _answer(task, questions, args, models)
-        good = finish(task, len(questions), left_out)
-        good &= report_left_out(benchmark, left_out)
+        code = worst(finish(task, len(questions), left_out), report_left_out(benchmark, left_out))
         if check:
 
             def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
                 return InFloat32(models).ids_of_both_arms(series, question_of(question_id, all_questions, data))
 
-            good &= check_lossless(file, required=bool(args.check_lossless), rerun=rerun)
-        return 0 if good else 1
+            if not check_lossless(file, required=bool(args.check_lossless), rerun=rerun):
+                code = ERROR
+        return code
 
 
 def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
@@ -82,6 +84,7 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
     add_common_flags(parser)
     if arm == "spec":
         add_tree_flags(parser, "/".join(map(str, Models.tree)))
+        add_place_flags(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
         parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
@@ -105,6 +108,11 @@ def add_common_flags(parser: Parser) -> None:
     """Flags of every command that answers questions."""
     add = parser.add_argument
     add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
+    parser.add_bool(
+        "--generation-config",
+        "apply what else the target's generation config says, such as penalties and top_k; temperature and length "
+        "stay those of the flags (default: nothing of it but end tokens)",
+    )
     add("--question-begin", type=whole, help="first question, counted from 0")
     add("--question-end", type=whole, help="question to stop before")
     add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
@@ -158,7 +166,8 @@ def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
     if arm == "baseline":
         return Models(args.base_model_path, **hardware)
     tree = asked_tree(args, Models.tree)
-    return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, **hardware)
+    places = {method: asked_place(args)}
+    return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, places=places, **hardware)
 
 
 def _method(args: argparse.Namespace, arm: Kind) -> str:
@@ -168,9 +177,7 @@ def _method(args: argparse.Namespace, arm: Kind) -> str:
     if len(heads) > 1:
         raise UserError("--use-ours=True and --use-medusa=True: found both, expected at most one of them")
     if args.method == "lookup":
-        heads += [
-            flag for flag, given in (("--spec-model-path", args.spec_model_path), ("--num-q", args.num_q)) if given
-        ]
+        heads += [flag for flag in ("--spec-model-path", *PLACE_FLAGS, "--num-q") if value_of(args, flag)]
         if heads:
             raise UserError(f"--method lookup has no draft head, found {', '.join(heads)}")
         return "lookup"

@@ -3,7 +3,8 @@
 import argparse
 
 from vispec.cli import Parser, UserError, count
-from vispec.evaluation.loading import AUTO, TUNE, Tree, parse_tree
+from vispec.evaluation.loading import Tree, parse_tree
+from vispec.model.shape import AUTO, TUNE
 
 MEASURED = -1
 """As --total-token: what --tree tune is."""

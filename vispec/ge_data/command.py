@@ -10,7 +10,7 @@ from pathlib import Path
 from vispec.cli import DTYPES, Parser
 from vispec.files import write_json_atomic
 from vispec.ge_data import workers
-from vispec.ge_data.report import full_matrices, read_skipped, report, skip_file
+from vispec.ge_data.report import full_matrices, read_rows, report, rows_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
 from vispec.ge_data.sample_file import write_sample
 from vispec.prompts import PIXEL_LIMITS
@@ -93,9 +93,8 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
             return code
     else:
         _work(stage, family, args, rows, folder, batches, 0)
-    skipped = read_skipped(folder, max(len(groups), 1))
-    report(folder, end + 1 - args.start, skipped, full_matrices(stage, args.model, args.dtype))
-    return 0
+    skipped, failed = read_rows(folder, max(len(groups), 1))
+    return report(folder, end + 1 - args.start, skipped, failed, full_matrices(stage, args.model, args.dtype))
 
 
 def _default_data(stage: str) -> str:
@@ -111,11 +110,14 @@ def _load_rows(stage: str, data_folder: str | None):
 
 
 def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) -> None:
-    """Make the missing samples of some batches, and leave a list of the rows that were skipped."""
+    """Make the missing samples of some batches, and leave lists of the rows that were skipped and that failed."""
     from tqdm import tqdm
+
+    from vispec.ge_data.conversations import SkipRow
 
     job = None
     skipped: dict[int, str] = {}
+    failed: dict[int, str] = {}
     with tqdm(total=sum(map(len, batches)), unit="row", desc=f"{stage} samples", mininterval=1) as bar:
         for batch in batches:
             missing = folder.missing(batch)
@@ -123,11 +125,11 @@ def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) ->
                 job = job or _make_job(stage, family, args, rows)
                 for index, outcome in job.samples(batch, missing):
                     if isinstance(outcome, Exception):
-                        skipped[index] = str(outcome)
+                        (skipped if isinstance(outcome, SkipRow) else failed)[index] = str(outcome)
                     else:
                         write_sample(folder.sample_path(index), outcome, {"index": index, **_origin(rows[index])})
             bar.update(len(batch))
-    write_json_atomic(skip_file(folder, worker), skipped)
+    write_json_atomic(rows_file(folder, worker), {"skipped": skipped, "failed": failed})
 
 
 def _make_job(stage, family, args, rows):

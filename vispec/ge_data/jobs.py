@@ -1,11 +1,13 @@
 """Rows to samples: what a worker does for text and for images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from PIL import Image
 
+from vispec.cli import one_line
 from vispec.ge_data.answers import generate_answers
 from vispec.ge_data.conversations import (
     QWEN_MAX_TOKENS,
@@ -21,13 +23,25 @@ from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
-from vispec.prompts import LONG_ANSWER, UNREADABLE, build_inputs, image_file, user_turn
+from vispec.pictures import UnreadableImage
+from vispec.prompts import LONG_ANSWER, build_inputs, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
 
-Outcome = Tokens | SkipRow
+
+
+class FailedRow(Exception):
+    """Something was raised over a row; it may go well next time."""
+
+    def __init__(self, error: Exception):
+        super().__init__(f"{type(error).__name__}: {one_line(error)}")
+
+
+Outcome = Tokens | SkipRow | FailedRow
 """A sample, with features or without, or why there is none."""
+ORDINARY_PICTURE = (448, 336)
+"""Width and height that every processor takes."""
 
 
 @dataclass
@@ -75,13 +89,10 @@ class TextJob:
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
         for index in wanted:
-            try:
-                yield index, self._sample(self.rows[index])
-            except SkipRow as reason:
-                yield index, reason
+            yield index, _outcome(partial(self._sample_of, index))
 
-    def _sample(self, row: dict) -> Tokens:
-        ids, mask = self.tokenize(*self.render(read_turns(row)))
+    def _sample_of(self, index: int) -> Tokens:
+        ids, mask = self.tokenize(*self.render(read_turns(self.rows[index])))
         if self.image_token is not None and (ids == self.image_token).any():
             raise SkipRow("image tag in a text conversation")
         if self.target is None:
@@ -95,7 +106,7 @@ class ImageJob:
     def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
         self.target, self.processor, self.rows, self.settings = target, processor, rows, settings
         # a target that cannot be asked is no fault of a row
-        build_inputs(processor, [user_turn(LONG_ANSWER)])
+        build_inputs(processor, [user_turn(Image.new("RGB", ORDINARY_PICTURE), LONG_ANSWER)])
         named = (image_token_id(target.config), getattr(target.config, "video_token_id", None))
         self.media_tokens = torch.tensor([token for token in named if token is not None])
 
@@ -105,25 +116,28 @@ class ImageJob:
         The answers of all `indices` are generated together even where only some are wanted: an answer may depend
         on its neighbours' padding, and a run that was interrupted must end with the files of one that was not.
         """
-        prepared = {}
-        for index in indices:
-            try:
-                prepared[index] = self._prompt(self.rows[index])
-            except SkipRow as reason:
-                if index in wanted:
-                    yield index, reason
-        if not any(index in prepared for index in wanted):
-            return
-        answers = self._answers(prepared)
+        prepared = {index: _outcome(partial(self._prompt, index)) for index in indices}
+        prompts = {index: prompt for index, prompt in prepared.items() if not isinstance(prompt, Exception)}
+        answers = self._outcomes(prompts) if prompts.keys() & set(wanted) else {}
         for index in wanted:
-            if index in prepared:
-                try:
-                    yield index, self._sample(prepared[index], answers[index])
-                except SkipRow as reason:
-                    yield index, reason
+            outcome = answers.get(index, prepared[index])
+            if not isinstance(outcome, Exception):
+                outcome = _outcome(partial(self._sample, prompts[index], outcome))
+            yield index, outcome
 
-    def _prompt(self, row: dict) -> dict[str, torch.Tensor]:
+    def _outcomes(self, prompts: dict[int, dict]) -> dict[int, torch.Tensor | FailedRow]:
+        """The answers to some prompts; where they cannot be had together, each is asked for alone."""
+        found = _outcome(partial(self._answers, prompts))
+        if not isinstance(found, Exception):
+            return found
+        if len(prompts) == 1:
+            return dict.fromkeys(prompts, found)
+        alone = ({index: prompt} for index, prompt in prompts.items())
+        return {index: answer for one in alone for index, answer in self._outcomes(one).items()}
+
+    def _prompt(self, index: int) -> dict[str, torch.Tensor]:
         """The processor's output for one row, (1, L)."""
+        row = self.rows[index]
         question = _question(row).replace(IMAGE_TAG, "")
         if not isinstance(row.get("image"), str):
             raise SkipRow("no image")
@@ -131,7 +145,7 @@ class ImageJob:
             raise SkipRow("more than one image tag")
         try:
             picture = image_file(self.rows.folder / row["image"])()
-        except UNREADABLE:
+        except UnreadableImage:
             raise SkipRow("unreadable image") from None
         try:
             inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
@@ -173,6 +187,16 @@ class ImageJob:
         if self.settings.store == "tokens":
             return Tokens(ids, mask, image_spans(self.target.model, ids[None], rest)[0])
         return features(self.target, ids, mask, rest, self.settings.store)
+
+
+def _outcome(make: Callable[[], object]):
+    """What `make` returns, or why it does not."""
+    try:
+        return make()
+    except SkipRow as reason:
+        return reason
+    except Exception as error:  # whatever it is, the other rows are to become samples
+        return FailedRow(error)
 
 
 def _question(row: dict) -> str:

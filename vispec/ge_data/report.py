@@ -1,10 +1,12 @@
 """The end of a run: what was skipped and why, and what a sample takes on disk."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vispec.cli import DONE, ERROR, WITH_FAILURES
 from vispec.ge_data.run_folder import RunFolder
 from vispec.ge_data.sample_file import read_length
 
@@ -44,25 +46,29 @@ def full_matrices(stage: str, model: str, dtype: str) -> FullMatrices:
     return FullMatrices(count, count, config.get_text_config().hidden_size, found.itemsize)
 
 
-def skip_file(folder: RunFolder, worker: int) -> Path:
-    """Where a worker lists the rows that it skipped."""
-    return folder.path / "logs" / f"skipped_{worker}.json"
+def rows_file(folder: RunFolder, worker: int) -> Path:
+    """Where a worker lists the rows without a sample."""
+    return folder.path / "logs" / f"rows_{worker}.json"
 
 
-def read_skipped(folder: RunFolder, workers: int) -> dict[int, str]:
-    """Reasons by row, of all workers."""
+def read_rows(folder: RunFolder, workers: int) -> tuple[dict[int, str], dict[int, str]]:
+    """Reasons by row, of all workers: of those that were skipped, and of those that failed."""
     skipped: dict[int, str] = {}
+    failed: dict[int, str] = {}
     for worker in range(workers):
-        found = json.loads(skip_file(folder, worker).read_text(encoding="utf-8"))
-        skipped.update({int(index): reason for index, reason in found.items()})
-    return skipped
+        found = json.loads(rows_file(folder, worker).read_text(encoding="utf-8"))
+        for rows, kind in ((skipped, "skipped"), (failed, "failed")):
+            rows.update({int(index): reason for index, reason in found[kind].items()})
+    return skipped, failed
 
 
-def report(folder: RunFolder, rows: int, skipped: Mapping[int, str], full: FullMatrices) -> None:
-    """Complete the manifest and print its numbers."""
+def report(
+    folder: RunFolder, rows: int, skipped: Mapping[int, str], failed: Mapping[int, str], full: FullMatrices
+) -> int:
+    """Complete the manifest and print its numbers; returns an exit code."""
     lengths = [read_length(path) for path in folder.sample_files()]
     reference = sum(full.bytes(length) for length in lengths)
-    manifest = folder.finish(skipped, {"rows": rows, "tokens": sum(lengths), "reference_bytes": reference})
+    manifest = folder.finish(skipped, failed, {"rows": rows, "tokens": sum(lengths), "reference_bytes": reference})
     count = manifest["samples"]
     print(f"{folder.path}: {count} samples of {rows} rows, {manifest['bytes']:,} bytes")
     if count:
@@ -72,6 +78,13 @@ def report(folder: RunFolder, rows: int, skipped: Mapping[int, str], full: FullM
             f"  {ours:,.0f} bytes each; the reference's full (tokens, {full.width}) {kept} of the same samples: "
             f"{theirs:,.0f} bytes each; ratio {ours / theirs:.3g}"
         )
-    for reason, entry in manifest["skipped"].items():
-        shown = ", ".join(map(str, entry["rows"][:8])) + (", …" if entry["count"] > 8 else "")
-        print(f"  skipped, {reason}: {entry['count']} (rows {shown})")
+    for kind in ("skipped", "failed"):
+        for reason, entry in manifest[kind].items():
+            shown = ", ".join(map(str, entry["rows"][:8])) + (", …" if entry["count"] > 8 else "")
+            print(f"  {kind}, {reason}: {entry['count']} (rows {shown})")
+    if failed:
+        print(f"error: {len(failed)} row(s) failed; the same command tries them again", file=sys.stderr)
+    if not count:
+        print(f"error: {folder.path}: none of {rows} rows became a sample", file=sys.stderr)
+        return ERROR
+    return WITH_FAILURES if failed else DONE

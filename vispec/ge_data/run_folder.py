@@ -62,21 +62,26 @@ class RunFolder:
     def missing(self, indices: Iterable[int]) -> list[int]:
         return [index for index in indices if not self.sample_path(index).is_file()]
 
-    def finish(self, skipped: Mapping[int, str], facts: Mapping) -> dict:
-        """Write the complete manifest; `skipped` maps row indices to reasons."""
+    def finish(self, skipped: Mapping[int, str], failed: Mapping[int, str], facts: Mapping) -> dict:
+        """Write the complete manifest; `skipped` and `failed` map row indices to reasons."""
         sizes = [file.stat().st_size for file in self.sample_files()]
-        reasons: dict[str, list[int]] = {}
-        for index, reason in sorted(skipped.items()):
-            reasons.setdefault(reason, []).append(index)
         self.manifest.update(
             complete=True,
             samples=len(sizes),
             bytes=sum(sizes),
-            skipped={reason: {"count": len(rows), "rows": rows} for reason, rows in sorted(reasons.items())},
+            skipped=_by_reason(skipped),
+            failed=_by_reason(failed),
             **facts,
         )
         write_json_atomic(self.path / MANIFEST, self.manifest)
         return self.manifest
+
+
+def _by_reason(rows: Mapping[int, str]) -> dict[str, dict]:
+    reasons: dict[str, list[int]] = {}
+    for index, reason in sorted(rows.items()):
+        reasons.setdefault(reason, []).append(index)
+    return {reason: {"count": len(indices), "rows": indices} for reason, indices in sorted(reasons.items())}
 
 
 def read_manifest(folder: Path) -> dict:

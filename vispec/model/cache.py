@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
+Home = tuple[torch.device, int | None]
+"""Whose buffer it is: that of a device's layers, or of a single one among them."""
 CUDA_ALIGNMENT = 16
 """Attention kernels of GPUs want a mask whose rows are so many numbers long, or they copy it in every layer."""
 
@@ -39,15 +41,20 @@ class TreeCache(Cache):
         """Committed tokens of each row, (B,), on the device of the last layer."""
         self._layer_devices = list(layer_devices)
         self._places = _places_on_device(self._layer_devices)
-        self._buffers: dict[torch.device, torch.Tensor] = {}  # (layers, keys and values, B, heads, capacity, D)
+        self._homes: list[tuple[Home, int] | None] = [None] * len(self._layer_devices)  # buffer and place of each layer
+        self._buffers: dict[Home, torch.Tensor] = {}  # (layers, keys and values, B, heads, capacity, D)
         self._numbers = torch.arange(self.capacity, device=self.lengths.device)  # of all slots
         self.slots = self.lengths[:, None]
         """(B, n) where the pass writes."""
         self._reserved_slots = self.slots
-        self._passes: dict[torch.device, tuple] = {}  # what all layers of a device need in this pass
+        self._passes: dict[Home, tuple] = {}  # what all layers of a buffer need in this pass
         self._visible = 0
         self._reserved = 0
         self._whole: tuple[TreeCache, slice] | None = None  # of a part: whose rows it has
+
+    def __bool__(self) -> bool:
+        """Caches of transformers 5 have a length, that of a list which is empty here."""
+        return True
 
     def reserve(self, n: int, offset: int = 0) -> None:
         """Announce a pass over n tokens a row, to be written `offset` slots after the committed ones.
@@ -65,32 +72,46 @@ class TreeCache(Cache):
     def aim(self, start: int, stop: int) -> None:
         """Let the next pass write to the reserved slots [start, stop) alone; it sees all that are reserved."""
         self.slots = self._reserved_slots[:, start:stop]
-        self._passes = {device: (self.slots.to(device), *rest) for device, (_, *rest) in self._passes.items()}
+        self._passes = {home: (self.slots.to(home[0]), *rest) for home, (_, *rest) in self._passes.items()}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """As transformers' layers ask it: keys and values (B, heads, n, D) of a layer; returns all that are visible."""
-        return self.write(layer_idx, torch.stack([key_states, value_states]))
+        if key_states.shape == value_states.shape:
+            return self.write(layer_idx, torch.stack([key_states, value_states]))
+        # latent attention: what keys and values are made of has widths of its own, and lies side by side
+        both, _ = self.write(layer_idx, torch.cat([key_states, value_states], dim=-1)[None])
+        return both.split([key_states.shape[-1], value_states.shape[-1]], dim=-1)
 
     def write(self, layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values (2, B, heads, n, D) of one layer; returns views of all that the pass sees."""
-        device = self._layer_devices[layer]
-        if device not in self._passes:
-            self._passes[device] = self._begin_pass(device, states)
-        slots, layers, keys, values = self._passes[device]
-        place = self._places[layer]
+        """Write keys and values (2, B, heads, n, D) of one layer; returns views of all that the pass sees.
+
+        Keys and values that lie side by side are one, (1, B, heads, n, D), and come back twice.
+        """
+        home, place = self._homes[layer] or self._find_home(layer, states)
+        if home not in self._passes:
+            self._passes[home] = self._begin_pass(home, states)
+        slots, layers, keys, values = self._passes[home]
         # not by `scatter_`, which in half precision on a CPU converts the whole buffer to float32 and back
         if len(slots) == 1:
             layers[place].index_copy_(3, slots[0], states)
         else:
-            rows = torch.arange(len(slots), device=device)[:, None]
+            rows = torch.arange(len(slots), device=home[0])[:, None]
             layers[place].permute(1, 3, 0, 2, 4).index_put_((rows, slots), states.permute(1, 3, 0, 2, 4))
         return keys[place], values[place]
 
-    def _begin_pass(self, device: torch.device, states: torch.Tensor) -> tuple:
+    def _find_home(self, layer: int, states: torch.Tensor) -> tuple[Home, int]:
+        """The buffer of a layer and its place there: one that is not like the first of its device has its own."""
+        device = self._layer_devices[layer]
+        shared = self._buffers.get((device, None))
+        alike = shared is None or (shared.shape[1], *shared.shape[3::2]) == (len(states), *states.shape[2::2])
+        self._homes[layer] = ((device, None), self._places[layer]) if alike else ((device, layer), 0)
+        return self._homes[layer]
+
+    def _begin_pass(self, home: Home, states: torch.Tensor) -> tuple:
         """(B, n) slots to write, then for each layer where to, and its visible keys and values (B, heads, m, D)."""
-        buffer = self._buffers[device] if device in self._buffers else self._allocate(device, states)
-        keys, values = buffer[..., : self._visible, :].unbind(1)
-        return self.slots.to(device), buffer.unbind(), keys.unbind(), values.unbind()
+        buffer = self._buffers[home] if home in self._buffers else self._allocate(home, states)
+        visible = buffer[..., : self._visible, :].unbind(1)
+        return self.slots.to(home[0]), buffer.unbind(), visible[0].unbind(), visible[-1].unbind()
 
     def mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Additive attention mask of the reserved pass.
@@ -115,6 +136,19 @@ class TreeCache(Cache):
         column = (self._numbers[: self._visible] - self.lengths[:, None] + 1).clamp_(0, m + 1)
         return table.gather(2, column[:, None].expand(-1, n, -1))[:, None]
 
+    def places(self, ancestors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in the text the reserved pass's tokens (B, n) and all visible ones (B, visible) stand, from 0.
+
+        A tree's nodes lie in slots side by side, whatever their depth.
+
+        Args:
+            ancestors: (B, n, n), see `mask`, which has been called before.
+        """
+        depths = ancestors.sum(2) - 1
+        behind = self._numbers[: self._visible] - self.lengths[:, None]
+        inside = depths.gather(1, behind.clamp(0, depths.shape[1] - 1))
+        return self.lengths[:, None] + depths, self.lengths[:, None] + torch.where(behind < 0, behind, inside)
+
     def committed_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """(B, 1, visible) additive mask of the reserved passes: 0 at committed tokens, all else is hidden."""
         self._visible = self._aligned(self._visible)
@@ -136,7 +170,7 @@ class TreeCache(Cache):
         p = path.shape[1]
         lengths = self.lengths[:, None]
         sources, targets = lengths + path, lengths + self._numbers[1 : p + 1]
-        for device, buffer in self._buffers.items():
+        for (device, _), buffer in self._buffers.items():
             for row, source, target in zip(range(len(path)), sources.to(device), targets.to(device), strict=True):
                 # a third of the time of one gather and scatter with indices that are expanded to the buffer's shape
                 kept = buffer[:, :, row].index_select(3, source)
@@ -147,7 +181,7 @@ class TreeCache(Cache):
         part = copy.copy(self)
         part.lengths = self.lengths[start:stop]
         part._whole = self, slice(start, stop)
-        part._buffers = {device: buffer[:, :, start:stop] for device, buffer in self._buffers.items()}
+        part._buffers = {home: buffer[:, :, start:stop] for home, buffer in self._buffers.items()}
         return part
 
     def enlarged(self, capacity: int) -> "TreeCache":
@@ -155,8 +189,9 @@ class TreeCache(Cache):
         other = TreeCache(self._layer_devices, len(self.lengths), capacity)
         other.used = self.used
         other.lengths.copy_(self.lengths)
-        for device, buffer in self._buffers.items():
-            other._buffers[device] = F.pad(buffer, (0, 0, 0, other.capacity - self.capacity))
+        other._homes = list(self._homes)
+        for home, buffer in self._buffers.items():
+            other._buffers[home] = F.pad(buffer, (0, 0, 0, other.capacity - self.capacity))
         return other
 
     def restart(self) -> None:
@@ -193,17 +228,19 @@ class TreeCache(Cache):
     def _aligned(self, slots: int) -> int:
         return -(-slots // self._alignment) * self._alignment
 
-    def _allocate(self, device: torch.device, states: torch.Tensor) -> torch.Tensor:
+    def _allocate(self, home: Home, states: torch.Tensor) -> torch.Tensor:
         if self._whole is not None:
             whole, rows = self._whole
-            buffer = whole._buffers[device] if device in whole._buffers else whole._allocate(device, states)
-            self._buffers[device] = buffer[:, :, rows]
-            return self._buffers[device]
-        heads, head_dim = states.shape[2], states.shape[4]
-        shape = (self._layer_devices.count(device), 2, len(self.lengths), heads, self.capacity, head_dim)
+            buffer = whole._buffers[home] if home in whole._buffers else whole._allocate(home, states)
+            self._buffers[home] = buffer[:, :, rows]
+            return self._buffers[home]
+        device, alone = home
+        layers = self._layer_devices.count(device) if alone is None else 1
+        kinds, _, heads, _, width = states.shape
+        shape = (layers, kinds, len(self.lengths), heads, self.capacity, width)
         # zeros, not empty: slots that no token has written yet are masked, but a NaN there would survive the mask
-        self._buffers[device] = torch.zeros(shape, dtype=states.dtype, device=device)
-        return self._buffers[device]
+        self._buffers[home] = torch.zeros(shape, dtype=states.dtype, device=device)
+        return self._buffers[home]
 
 
 def _takes_layers() -> bool:

@@ -23,9 +23,10 @@ from vispec.model.drafts.base import Draft, Kept, Memory
 from vispec.model.graphs import CAPTURED_USE, Steps
 from vispec.model.policies import Policy
 from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
-from vispec.model.sampling import Sampling, accept
-from vispec.model.target import Prompt, Target
-from vispec.model.tree import Tree, TreeShape, grow
+from vispec.model.sampling import Choice, accept
+from vispec.model.shape import TreeShape
+from vispec.model.target import Target
+from vispec.model.tree import Tree, grow
 
 CAPACITY_AHEAD = 2048
 """New tokens for which a row has slots at first; where an answer needs more, its slots are doubled."""
@@ -86,7 +87,8 @@ class Seat:
         """Give all rows more slots; what was captured is void."""
         self.capacity, self._part = capacity, None
         self.rows.cache = self.rows.cache.enlarged(capacity)
-        self.rows.memory = self.rows.memory and self.rows.memory.enlarged(capacity)
+        if self.rows.memory is not None:
+            self.rows.memory = self.rows.memory.enlarged(capacity)
         self.steps = self.steps.fresh()
 
 
@@ -106,7 +108,7 @@ class Decoder:
         self.failed_captures = 0
 
     def rounds(
-        self, prompts: Prompts, stops: Sequence[Stop], sampling: Sampling, policy: Policy
+        self, prompts: Prompts, stops: Sequence[Stop], choice: Choice, policy: Policy
     ) -> Iterator[dict[int, Round]]:
         """Answer prompts; each item has the rows, counted as in `prompts`, that had not ended yet.
 
@@ -114,7 +116,7 @@ class Decoder:
         """
         seat = self._take_seat(prompts, stops, policy)
         try:
-            answers, step = self._read(seat, prompts, stops, sampling)
+            answers, step = self._read(seat, prompts, stops, choice)
             self._follow(seat)
             yield step
             while answers:
@@ -122,9 +124,9 @@ class Decoder:
                 rows, shape = seat.part(len(answers)), policy.shape()
                 with seat.steps.alone:
                     if shape is not None:
-                        outcome = self._round(seat, rows, answers, sampling, shape)
+                        outcome = self._round(seat, rows, answers, choice, shape)
                     else:
-                        outcome = self._plain_step(seat, rows, answers, sampling, bool(policy.shapes))
+                        outcome = self._plain_step(seat, rows, answers, choice, bool(policy.shapes))
                 # the only transfer of a round from the device
                 step = {
                     answer.row: answer.take(named[: accepted + 1], accepted, shape is not None)
@@ -140,7 +142,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _round(
-        self, seat: Seat, rows: Rows, answers: list[Answer], sampling: Sampling, shape: TreeShape
+        self, seat: Seat, rows: Rows, answers: list[Answer], choice: Choice, shape: TreeShape
     ) -> torch.Tensor:
         """Draft a tree, verify it in one pass, keep one path (paper, section 3.1); returns (B, 1 + D + 1)."""
         self._read_prompts(seat, rows, answers)
@@ -153,7 +155,7 @@ class Decoder:
         for answer in answers:
             answer.read += answer.waiting
         verified = run(("verify", size, shape, rows.cache.used), bound, self._verify, rows, tree)
-        chosen = seat.steps.hold(("choose", size, shape), sampling.choose(verified.logits))
+        chosen = seat.steps.hold(("choose", size, shape), choice.choose(verified.logits, answers, tree))
         return run(("keep", size, shape), bound, self._keep, rows, tree, verified.hidden, chosen)
 
     def _draft(self, rows: Rows, shape: TreeShape, waiting: int) -> Tree:
@@ -181,14 +183,14 @@ class Decoder:
         return torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
 
     @torch.inference_mode()
-    def _plain_step(self, seat: Seat, rows: Rows, answers: list[Answer], sampling: Sampling, drafts: bool):
+    def _plain_step(self, seat: Seat, rows: Rows, answers: list[Answer], choice: Choice, drafts: bool):
         """A tree of one node: (B, 2). Where rounds with a draft may follow, `drafts`, they are told of it."""
         if drafts and max(answer.waiting for answer in answers) >= seat.most:
             self._catch_up(seat, rows, answers)
         bound = self._set_bounds(rows, answers)
         run, size = seat.steps.run, len(answers)
         verified = run(("plain", size, None, rows.cache.used), bound, self._verify_root, rows)
-        chosen = seat.steps.hold(("choose", size, None), sampling.choose(verified.logits))
+        chosen = seat.steps.hold(("choose", size, None), choice.choose(verified.logits, answers))
         return run(("add", size, drafts), bound, self._add, rows, verified.hidden, chosen, drafts)
 
     def _verify_root(self, rows: Rows) -> Verified:
@@ -240,36 +242,36 @@ class Decoder:
                 self.output.expect([rows, rows * shape.top_k])
         nodes = [1, *(shape.total_token for shape in policy.shapes)]
         self.target.expect(rows * n for n in nodes)
-        for owner in filter(None, (seat.rows.cache, seat.rows.memory)):
-            owner.clear()
+        for store in seat.rows.stores:
+            store.clear()
         return seat
 
     def _read(
-        self, seat: Seat, prompts: Prompts, stops: Sequence[Stop], sampling: Sampling
+        self, seat: Seat, prompts: Prompts, stops: Sequence[Stop], choice: Choice
     ) -> tuple[list[Answer], dict[int, Round]]:
         """Read all prompts; answers that end with their first token do not become rows."""
         answers, step = [], {}
         for number, ((input_ids, inputs), stop) in enumerate(zip(prompts, stops, strict=True)):
             place = len(answers)
-            prompt, token = self._read_prompt(seat, seat.rows.part(place, place + 1), input_ids, inputs, sampling)
-            answer = Answer(number, stop, committed=input_ids.shape[1] - 1, prompt=prompt)
+            answer = Answer(number, stop, committed=input_ids.shape[1] - 1, prompt=None)
+            token = self._read_prompt(seat, seat.rows.part(place, place + 1), input_ids, inputs, choice, answer)
             step[number] = answer.take([token], accepted=0, drafted=False)
             if not answer.ended:
                 answers.append(answer)
         return answers, step
 
     @torch.inference_mode()
-    def _read_prompt(self, seat: Seat, row: Rows, input_ids, inputs, sampling: Sampling) -> tuple[Prompt, int]:
-        """Prefill; the last pair of a prompt waits for the draft with the first token."""
+    def _read_prompt(self, seat: Seat, row: Rows, input_ids, inputs, choice: Choice, answer: Answer) -> int:
+        """Prefill; returns the first token, with which the last pair of the prompt waits for the draft."""
         row.cache.restart()  # an answer that ended with its first token may have been there
-        prompt = self.target.prefill(row.cache, input_ids, inputs)
+        answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs)
         with seat.steps.alone:
-            row.root.copy_(sampling.choose(prompt.logits))
+            row.root.copy_(choice.choose(prompt.logits[:, None], [answer])[:, 0])
         row.offset.copy_(0 if prompt.rope_delta is None else prompt.rope_delta)
         row.kept.features[:, 0] = prompt.hidden[:, -1]
         row.kept.tokens[:, 0] = row.root
         row.kept.counts.fill_(1)
-        return prompt, int(row.root)
+        return int(row.root)
 
     def _read_prompts(self, seat: Seat, rows: Rows, answers: list[Answer]) -> None:
         """Let the draft read the prompts that it has not read."""
@@ -340,8 +342,8 @@ class Decoder:
                             self._rehearse(seat, rows, shape, committed, read, waiting)
                 if not self.target.can_capture:
                     break
-            for owner in filter(None, (seat.rows.cache, seat.rows.memory)):
-                owner.clear()
+            for store in seat.rows.stores:
+                store.clear()
         self.failed_captures += seat.steps.take_failures()
         if self.target.can_capture:
             self._idle.append(seat)
@@ -365,9 +367,9 @@ class Decoder:
             tensor.fill_(1)
         with seat.steps.alone:
             if shape is None:
-                self._plain_step(seat, rows, answers, Sampling(), drafts)
+                self._plain_step(seat, rows, answers, Choice(), drafts)
             else:
-                self._round(seat, rows, answers, Sampling(), shape)
+                self._round(seat, rows, answers, Choice(), shape)
 
     def free(self) -> None:
         """Give back the memory that waits for the next generation."""

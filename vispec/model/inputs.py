@@ -18,6 +18,7 @@ VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")
 
 DECODING_SETS = frozenset(
     ("self", "inputs_embeds", "position_ids", "cache_position", "past_key_values", "rope_deltas", "use_cache")
+    + ("mm_encoder_outputs",)  # images that generate() of transformers 5 has encoded
     + ("logits_to_keep", "num_logits_to_keep", "labels", "return_dict", "output_attentions", "output_hidden_states")
     + ("vision_feature_layer", "vision_feature_select_strategy")  # the config's: how many tokens an image has follows
 )

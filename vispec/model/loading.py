@@ -2,12 +2,13 @@
 
 import logging
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import transformers
 from packaging import version
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger("vispec")
 
@@ -30,20 +31,29 @@ def load_target(
         kwargs["attn_implementation"] = "sdpa"
     # the argument has a new name since transformers 4.56
     dtype_name = "dtype" if version.parse(transformers.__version__) >= version.parse("4.56") else "torch_dtype"
-    try:
+    with _one_line_errors(path):
         _refuse_draft_head(path, kwargs)
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, **{dtype_name: torch_dtype}, device_map=device_map, output_loading_info=True, **kwargs
         )
-    except (ValueError, OSError) as error:
-        # transformers explains over several lines and lists every model it knows; the beginning says what is wrong
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise ValueError(f"{path}: transformers cannot load it as a target ({reason})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         named = textwrap.shorten(", ".join(missing), 200, placeholder=" …")
         raise ValueError(f"{path}: the target's files lack {len(missing)} of its tensors ({named})")
     return model
+
+
+def load_outline(path: str) -> PreTrainedModel:
+    """A VLM as its config has it, on the meta device: no weight is read, and there is no memory for any.
+
+    Raises:
+        ValueError: transformers cannot build it.
+    """
+    with _one_line_errors(path):
+        _refuse_draft_head(path, {})
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
 
 
 def one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -57,6 +67,16 @@ def one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -
 def hub_options(options: Mapping, names: Sequence[str] = HUB_OPTIONS) -> dict:
     """Those arguments of a `from_pretrained` that say where the files of a model are."""
     return {name: options[name] for name in names if name in options}
+
+
+@contextmanager
+def _one_line_errors(path: str) -> Iterator[None]:
+    """transformers explains over several lines and lists every model it knows; the beginning says what is wrong."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise ValueError(f"{path}: transformers cannot load it as a target ({reason})") from error
 
 
 def _refuse_draft_head(path: str, kwargs: Mapping) -> None:

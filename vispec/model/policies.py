@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Protocol
 
 from vispec.model.rows import Round
-from vispec.model.tree import TreeShape
+from vispec.model.shape import TreeShape
 
 
 class Policy(Protocol):

@@ -3,6 +3,7 @@
 B rows, P pairs that the draft has not read, H hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +23,26 @@ class Round:
     """Draft tokens that verification accepted, before any cut."""
     drafted: bool
     """Whether there was a draft; a plain step counts for no τ."""
+    ended: bool
+    """Whether the answer ends with it."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """When an answer ends: after an end token, or at `max_new_tokens`."""
+    """When an answer ends: after an end token, at `max_new_tokens`, or when someone who is asked says so."""
 
     max_new_tokens: int
     eos_token_ids: frozenset[int]
+    asked: Callable[[int], bool] | None = None
+    """Told every token of the answer in order; whether it is the last one."""
 
     def cut(self, tokens: list[int], already: int) -> tuple[list[int], bool]:
         """The part of a round's tokens that belongs to the answer, and whether the answer ends with it."""
         tokens = tokens[: self.max_new_tokens - already]
-        end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
-        if end is not None:
-            return tokens[: end + 1], True
+        for place, token in enumerate(tokens):
+            # one that is asked hears of end tokens too
+            if (self.asked is not None and self.asked(token)) or token in self.eos_token_ids:
+                return tokens[: place + 1], True
         return tokens, already + len(tokens) >= self.max_new_tokens
 
 
@@ -65,7 +71,7 @@ class Answer:
         self.new += len(tokens)
         self.committed += accepted + 1
         self.waiting = accepted + 1 if drafted else self.waiting + 1
-        return Round(tokens, accepted, drafted)
+        return Round(tokens, accepted, drafted, self.ended)
 
 
 @dataclass
@@ -82,6 +88,11 @@ class Rows:
     memory: Memory | None
     """The draft's."""
 
+    @property
+    def stores(self) -> list[TreeCache | Memory]:
+        """What remembers texts; a cache without layers of its own counts as empty, so none is told by its truth."""
+        return [self.cache] if self.memory is None else [self.cache, self.memory]
+
     def part(self, start: int, stop: int) -> "Rows":
         """The rows [start, stop), in the same tensors."""
         rows, kept = slice(start, stop), self.kept
@@ -90,13 +101,13 @@ class Rows:
             self.offset[rows],
             self.root[rows],
             Kept(kept.features[rows], kept.tokens[rows], kept.counts[rows]),
-            self.memory and self.memory.part(start, stop),
+            None if self.memory is None else self.memory.part(start, stop),
         )
 
     def move(self, source: int, target: int) -> None:
         """Let a row take the place of another one."""
-        for owner in filter(None, (self.cache, self.memory)):
-            owner.move(source, target)
+        for store in self.stores:
+            store.move(source, target)
         for tensor in (self.offset, self.root, self.kept.features, self.kept.tokens, self.kept.counts):
             tensor[target] = tensor[source]
 

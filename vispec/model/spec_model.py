@@ -2,42 +2,30 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.batches import new_token_limits, single_prompts
+from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
+from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
+from vispec.model.fitting import check_pair, fitted
+from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
+from vispec.model.processors import text_options
 from vispec.model.rows import Round, Stop
-from vispec.model.sampling import Sampling
+from vispec.model.sampling import Choice, Sampling
+from vispec.model.shape import AUTO, TUNE, TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import TreeShape
 from vispec.model.tune import TOKENS, Tuning, tune
-from vispec.timing import now
 
 logger = logging.getLogger("vispec")
-
-AUTO, TUNE = "auto", "tune"
-"""What a tree may be called besides total_token/depth/top_k."""
-
-
-@dataclass
-class StreamedTokens:
-    """What one round of `SpecModel.stream` brings."""
-
-    token_ids: list[int]
-    drafted: list[bool]
-    """Which of them the draft head had right; the others are the target's own."""
-    accepted: int | None
-    """Draft tokens that verification accepted, before the answer's end cut any of them off; None without a draft."""
 
 
 class SpecModel:
@@ -70,6 +58,7 @@ class SpecModel:
         fast: bool = True,
     ):
         self.target = target if isinstance(target, Target) else Target(target, fast)
+        self._ignored = text_options(self.target.model.generation_config)
         self.draft: Draft | None = None
         self.shape = TreeShape(total_token, depth, top_k)
         self.tree: str | None = None
@@ -86,12 +75,12 @@ class SpecModel:
             self.tree, self._auto = tree, {}
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
-            self.tree, self.shape = None, shape if self.draft is None else _fitted(shape, self.draft)
+            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.draft)
 
     @classmethod
     def from_pretrained(
         cls,
-        base_model_path: str,
+        base_model_path: str | PreTrainedModel,
         spec_model_path: str | None = None,
         method: str | None = None,
         total_token: int = 30,
@@ -104,12 +93,15 @@ class SpecModel:
         dtype: str | torch.dtype | None = None,
         tree: str | TreeShape | None = None,
         fast: bool = True,
+        spec_revision: str | None = None,
+        spec_subfolder: str | None = None,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
 
         Args:
-            base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads.
+            base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads; or one that is
+                loaded.
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
             method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
@@ -117,6 +109,7 @@ class SpecModel:
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it. Of the kwargs token, cache_dir
                 and local_files_only hold for the download of both; revision and subfolder are the target's alone.
+            spec_revision, spec_subfolder: the head's: of its hub repository, or the subfolder of its folder.
             draft_vocab: False lets the head propose all tokens, though a draft vocabulary lies beside it.
             dtype: torch_dtype by its name in transformers 5.
 
@@ -131,10 +124,17 @@ class SpecModel:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}, lookup")
         if method == "lookup" and spec_model_path is not None:
             raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
-        hub = hub_options(kwargs, SHARED_HUB_OPTIONS)
+        place = {"revision": spec_revision, "subfolder": spec_subfolder}
+        if spec_model_path is None and any(place.values()):
+            raise ValueError("spec_revision and spec_subfolder say where a draft head is, expected spec_model_path too")
+        hub = hub_options(kwargs, SHARED_HUB_OPTIONS) | place
         if spec_model_path is not None:
             find_draft(spec_model_path, **hub)
-        target = load_target(base_model_path, one_dtype(torch_dtype, dtype), device_map, **kwargs)
+        target, dtype = base_model_path, one_dtype(torch_dtype, dtype)
+        if not isinstance(target, PreTrainedModel):
+            target = load_target(base_model_path, dtype, device_map, **kwargs)
+        elif dtype != "auto" or device_map is not None:
+            raise ValueError("dtype and device_map load a target, found one that is loaded")
         model = cls(target, None, total_token, depth, top_k, tree, fast)
         if method == "lookup":
             model._attach(PromptLookup())
@@ -142,23 +142,71 @@ class SpecModel:
             embedding = model.target.embed_tokens.weight
             draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab, **hub)
             if draft.draft_vocab is not None:
-                draft.draft_vocab.check_tokenizer(base_model_path, **hub_options(kwargs))
+                draft.draft_vocab.check_tokenizer(target.name_or_path, **hub_options(kwargs))
             model._attach(draft.to(model.target.device))
         return model
 
     def _attach(self, draft: Draft) -> None:
         if isinstance(draft, BaseHead):
-            _check_pair(self.target, draft)
+            check_pair(self.target, draft)
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft)
-        self.shape = _fitted(self.shape, draft)
+        self.shape = fitted(self.shape, draft)
         self.draft, self._auto = draft, {}
 
     @property
     def device(self) -> torch.device:
         """Where features and logits come out; inputs may be on any device."""
         return self.target.device
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        seed: int | Sequence[int] | None = None,
+        speculate: bool = True,
+        **options,
+    ) -> torch.Tensor | SpecOutput:
+        """Answer as the target's own generate() with the same arguments, faster.
+
+        Greedy answers are the same, token for token in float32; sampled ones have the same distribution. The defaults
+        are generate()'s too: what the target's generation config says, penalties and sampling among it, and 20 new
+        tokens where no length is given.
+
+        Args:
+            input_ids: (B, L) prompts with their image tokens expanded, padded on the left, as the family's processor
+                returns them.
+            seed: of the random numbers when sampling: a list with one entry for each row, or the first row's, from
+                which the others count up; None: drawn from torch's default generator. A seed gives one text, whatever
+                the tree, with and without a draft, alone and in a batch.
+            speculate: False decodes plainly.
+            options: whatever else the processor returned, and what generate() takes: generation_config, do_sample,
+                temperature, max_new_tokens, logits_processor, stopping_criteria, stop_strings with tokenizer, streamer,
+                return_dict_in_generate, output_scores, num_return_sequences, … A logits processor is called with the
+                text before each token of an answer, rows of a batch in groups of equal length.
+
+        Returns:
+            What generate() returns: (B, L + new) ids, padded behind answers that are shorter than the longest, or
+            with `return_dict_in_generate` a `SpecOutput`.
+
+        Raises:
+            TypeError: an argument is neither an option nor a processor's output that the target takes.
+            ValueError: an option asks for beams, contrastive search, assisted decoding, guidance or another way of
+                decoding that trees cannot follow; or generate() itself refuses it.
+        """
+        decode = partial(answer, self.target, self._rounds, seed=seed, speculate=speculate)
+        return generate_by(decode, self.target, input_ids, options, self.generate)
+
+    @property
+    def generate_with(self) -> Callable:
+        """For `target.generate(**inputs, custom_generate=spec_model.generate_with)`, from transformers 4.56 on.
+
+        There `generate` does all but the decoding, and this decodes; `seed` and `speculate` may be given to it too. It
+        does not hand over `streamer` and `tokenizer` in this case (seen in 5.23): a streamer gets the prompt alone, and
+        stop_strings are refused. `SpecModel.generate` has both.
+        """
+        return decoding_method(self.target, self._rounds)
 
     def specgenerate(
         self,
@@ -198,8 +246,8 @@ class SpecModel:
             ValueError: a prompt does not fit its images, its videos or the target's positions.
         """
         inputs = prompt_inputs(self.specgenerate, self.target.model, input_ids, inputs)
-        rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
-        return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length)
+        return collected(rounds, input_ids, self.target, log, return_acceptance_len, return_decode_time)
 
     def baseline_generate(
         self,
@@ -217,8 +265,8 @@ class SpecModel:
     ):
         """Answer by plain autoregressive decoding; arguments and returns are those of `specgenerate`."""
         inputs = prompt_inputs(self.baseline_generate, self.target.model, input_ids, inputs)
-        rounds = self._rounds(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
-        return self._collect(rounds, input_ids, log, return_acceptance_len, return_decode_time)
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=False)
+        return collected(rounds, input_ids, self.target, log, return_acceptance_len, return_decode_time)
 
     def stream(
         self,
@@ -230,23 +278,31 @@ class SpecModel:
         max_new_tokens: int = 512,
         max_length: int | None = None,
         speculate: bool = True,
+        own_config: bool = False,
         **inputs,
     ) -> Iterator[StreamedTokens]:
         """Yield the new tokens of one prompt after each round; arguments as for `specgenerate`.
 
-        `speculate=False` streams the baseline. Bad input raises here, not at the first token. Closing the iterator
-        early ends the generation.
+        `speculate=False` streams the baseline; with `own_config` all else that the target's generation config says
+        applies too, as in `generate`. Bad input raises here, not at the first token. Closing the iterator early ends
+        the generation.
         """
         inputs = prompt_inputs(self.stream, self.target.model, input_ids, inputs)
         if input_ids.dim() == 2 and len(input_ids) > 1:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
-        rounds = self._rounds(
+        if own_config:
+            if max_length is not None:
+                max_new_tokens = min(max_new_tokens, max_length - input_ids.shape[1])
+            options = Sampling(temperature, top_p, int(top_k)).options | {"max_new_tokens": max_new_tokens}
+            decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
+            return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
+        rounds = self._asked(
             input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
         )
-        return _streamed(rounds)
+        return streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
-        """Measure which draft tree brings the most tokens a second here, print why, and use it from now on.
+        """Measure which draft tree brings the most tokens a second here, log why, and use it from now on.
 
         Takes as long as some dozens of answers; see `vispec.model.tune`.
 
@@ -260,7 +316,7 @@ class SpecModel:
         self._require_draft()
         tuning = tune(self, prompts, max_new_tokens)
         self.set_tree(tuning.shape)
-        print(tuning.report())
+        logger.info("%s", tuning.report())
         return tuning
 
     def with_tree(self, tree: str | TreeShape, draft: Draft | None = None) -> "SpecModel":
@@ -299,19 +355,30 @@ class SpecModel:
         if self.draft is None:
             raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
 
-    def _rounds(
+    def _asked(
         self, input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=True
     ) -> Iterator[dict[int, Round]]:
+        """The rounds that answer a call of `specgenerate` or of its relatives."""
+        if self._ignored:
+            logger.warning(
+                "%s of the target's generation config is not applied; generate() does", ", ".join(self._ignored)
+            )
+            self._ignored.clear()  # said once, also for those that share the target by `with_tree`
         sampling = Sampling(temperature, top_p, int(top_k))
         prompts = single_prompts(self.target.model, input_ids, inputs)
         lengths, padded = [ids.shape[1] for ids, _ in prompts], input_ids.shape[1]
         limits = new_token_limits(lengths, padded, self.target.max_positions, max_new_tokens, max_length)
         stops = [Stop(limit, frozenset(self.target.eos_token_ids)) for limit in limits]
+        return self._rounds(prompts, stops, sampling.choice(len(prompts)), speculate)
+
+    def _rounds(
+        self, prompts: list[SinglePrompt], stops: list[Stop], choice: Choice, speculate: bool
+    ) -> Iterator[dict[int, Round]]:
         if speculate:
             self._require_draft()
             if self.tree == TUNE:
                 self.tune([{"input_ids": ids, **rest} for ids, rest in prompts[:1]])
-        return self._decoder.rounds(prompts, stops, sampling, self._policy(speculate, len(prompts)))
+        return self._decoder.rounds(prompts, stops, choice, self._policy(speculate, len(prompts)))
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
         if not speculate:
@@ -320,73 +387,3 @@ class SpecModel:
             return Always(self.shape)
         auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.draft.fit))
         return auto.answer()
-
-    def _collect(self, rounds: Iterator[dict[int, Round]], input_ids, log, return_acceptance_len, return_decode_time):
-        answers = [step.tokens for step in next(rounds).values()]
-        start = now(self.target.device)
-        acceptance_lengths: list[list[int]] = [[] for _ in answers]
-        last_rounds = [-1 for _ in answers]
-        for steps in rounds:
-            for row, step in steps.items():
-                answers[row] += step.tokens
-                last_rounds[row] += 1
-                if step.drafted:
-                    acceptance_lengths[row].append(step.accepted)
-        seconds = now(self.target.device) - start
-        result = [torch.cat([input_ids, self._padded(answers).to(input_ids)], dim=1)]
-        per_row = []
-        if log:
-            per_row += [[len(tokens) for tokens in answers], last_rounds]
-        if return_acceptance_len:
-            per_row.append(acceptance_lengths)
-        result += per_row if len(answers) > 1 else [values[0] for values in per_row]
-        if return_decode_time:
-            result.append(seconds)
-        return result[0] if len(result) == 1 else tuple(result)
-
-    def _padded(self, answers: list[list[int]]) -> torch.Tensor:
-        """(B, longest) answers, padded on the right by the target's padding token; by an end token if it has none."""
-        padding = self.target.model.generation_config.pad_token_id
-        if padding is None:
-            padding = (self.target.eos_token_ids or [0])[0]
-        longest = max(map(len, answers))
-        return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])
-
-
-def _streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
-    """The rounds of a single prompt; closing this closes them at once, whoever else may know them."""
-    with closing(rounds):
-        for step in rounds:
-            tokens, accepted = step[0].tokens, step[0].accepted
-            drafted = [i < accepted for i in range(len(tokens))]
-            yield StreamedTokens(tokens, drafted, accepted if step[0].drafted else None)
-
-
-def _fitted(shape: TreeShape, draft: Draft) -> TreeShape:
-    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
-    fitted = draft.fit(shape)
-    if (fitted.total_token, fitted.top_k) != (shape.total_token, shape.top_k):
-        logger.warning(
-            "a tree with total_token %d, depth %d and top_k %d cannot be filled, it is cut to total_token %d, top_k %d",
-            *(shape.total_token, fitted.depth, shape.top_k, fitted.total_token, fitted.top_k),
-        )
-    return fitted
-
-
-def _check_pair(target: Target, draft: BaseHead) -> None:
-    """A draft head reads the target's features and embeddings, so sizes have to agree."""
-    vocabulary, hidden = target.embed_tokens.weight.shape
-    found = draft.config.hidden_size, draft.config.vocab_size
-    if found != (hidden, vocabulary):
-        raise ValueError(
-            f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "
-            f"the target has {hidden} and {vocabulary}"
-        )
-    wanted = torch.empty(0, dtype=target.dtype, device=target.device)  # "cuda" becomes "cuda:0"
-    places = {(parameter.dtype, parameter.device) for parameter in draft.parameters()}
-    if places != {(wanted.dtype, wanted.device)}:
-        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
-        raise ValueError(
-            f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there by "
-            "draft.to(device, dtype)"
-        )

@@ -5,12 +5,11 @@ last hidden states) is seen by hooks on the text decoder, so no line here knows 
 After the prompt only the text decoder and the output head are called, with our cache, mask and positions.
 """
 
-import inspect
 import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -26,15 +25,18 @@ from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
+from vispec.model.refusals import refuse_decoder, refuse_layers
+from vispec.model.rescaling import find_rescaling
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
+from vispec.model.windows import KINDS, Windows
 
 logger = logging.getLogger("vispec")
 
 _PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 FAST = "VISPEC_FAST"
 """Environment variable; 0 lets all targets and drafts decode by their own layers alone."""
-DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
-"""What a text decoder is called with after the prompt."""
+LARGEST_PASS = 1024
+"""Tokens of a pass behind the prompt, where it matters how many they may be."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Prompt:
     images: list[list[Span]]
     """Token spans of each row's images, and of the frames of its videos."""
     rope_delta: torch.Tensor | None
-    """(B, 1) what M-RoPE adds to positions after the prompt; None for 1-D rotary families."""
+    """(B, 1) what is added to positions after the prompt: M-RoPE's delta, 1 where a family counts from 1; None: 0."""
 
 
 class Target:
@@ -74,11 +76,10 @@ class Target:
         self.decoder = _find_decoder(model)
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
-        text_config = model.config.get_text_config()
-        _refuse_unsupported(model, text_config)
-        _refuse_decoder(model, self.decoder, self.lm_head)
-        self.text_config = text_config
-        self.max_positions: int = text_config.max_position_embeddings
+        refuse_layers(model, KINDS)
+        refuse_decoder(model, self.decoder, self.lm_head)
+        self.text_config = model.config.get_text_config()
+        self.max_positions = _max_positions(self.text_config)
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
         self.eos_token_ids = _eos_token_ids(model)
         self._input_device = _execution_device(self.embed_tokens)
@@ -86,14 +87,16 @@ class Target:
         # hooks sit on modules that all threads share, so a model reads only one prompt at a time
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
         _use_maskable_attention(model)
+        self._windows = Windows(model, self.decoder)
+        self.rescale = find_rescaling(model, self.lm_head)
+        """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
-        self._stock = StockDecoder(self.decoder, axes=1 if self._rope_owner is None else 3)
+        self._stock = StockDecoder(self.decoder, _position_axes(self.decoder, self.text_config))
         self._products: Products | None = None
         self._text: StockDecoder | LeanDecoder = self._stock
         if self.fast:
             with self._prefill_lock:
                 self._make_lean()
-        _report_ignored_processors(model)
 
     def _make_lean(self) -> None:
         """Decode by the lean pass where that is possible; says once why it is not."""
@@ -114,6 +117,10 @@ class Target:
             reason = "the target is spread over devices"
         elif has_hooks(self.decoder):
             reason = "the text decoder has hooks"
+        elif self._windows:
+            reason = "some layers see a part of the text only"
+        elif self._stock.reads_ids:
+            reason = "its layers have tables of tokens"
         if reason is not None:
             raise UnknownLayer(reason)
 
@@ -193,21 +200,11 @@ class Target:
                 logits = self.model(
                     input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
                 ).logits
-            self._go_on_behind_last(seen["positions"], length)
-            rope_delta = None
+            remembered = None
             if self._rope_owner is not None:
-                rope_delta, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
-        positions = seen["positions"]
-        if self._rope_owner is None and positions is not None and (positions[:, -1] != length - 1).any():
-            raise ValueError(
-                f"{type(self.model).__name__} does not count the positions of a prompt from 0; what follows the prompt "
-                "would stand elsewhere than in its own generate()"
-            )
+                remembered, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
+        offset = self._offset(seen["positions"], remembered, batch, length)
         cache.commit(torch.full_like(cache.lengths, length))
-        if rope_delta is not None:
-            rope_delta = rope_delta.reshape(batch, 1).to(self.device)
-        elif self._rope_owner is not None:
-            rope_delta = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         return Prompt(
             input_ids.to(self.device),
             inputs,
@@ -215,17 +212,32 @@ class Target:
             seen["embeds"].to(self.device),
             logits[:, -1].to(self.device),
             spans,
-            rope_delta,
+            offset if offset is None else offset.to(self.device),
         )
 
-    def _go_on_behind_last(self, positions: torch.Tensor | None, length: int) -> None:
-        """Let M-RoPE count on from the last token's position, as transformers 5 does: a video may reach further."""
-        if self._rope_owner is None or positions is None or positions.dim() != 3:
-            return
-        last = positions[..., -1:]
-        if (last != last[0]).any():
-            raise ValueError("the prompt ends within an image or a video: put text behind it")
-        self._rope_owner.rope_deltas = last[0] + 1 - length
+    def _offset(
+        self, positions: torch.Tensor | None, remembered: torch.Tensor | None, batch: int, length: int
+    ) -> torch.Tensor | None:
+        """(B, 1) what is added to positions after a prompt: they count on from its last one; None for nothing.
+
+        Args:
+            positions: of the prompt, as the decoder was given them: (B, L), or M-RoPE's (axes, B, L).
+            remembered: what M-RoPE's owner has noted, for a decoder that was given none.
+        """
+        if positions is None:
+            return remembered if remembered is None else remembered.reshape(batch, 1)
+        offset = positions[..., -1:] + 1 - length
+        if positions.dim() == 3 and self._rope_owner is not None:
+            if (offset != offset[0]).any():
+                raise ValueError("the prompt ends within an image or a video: put text behind it")
+            return offset[0]
+        numbers = torch.arange(length, device=positions.device)
+        if positions.dim() != 2 or (positions != numbers + offset).any():
+            raise ValueError(
+                f"{type(self.model).__name__} does not count the positions of a prompt one by one; what follows the "
+                "prompt would stand elsewhere than in its own generate()"
+            )
+        return offset.expand(batch, 1)
 
     def forward(
         self, cache: TreeCache, tokens: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None = None
@@ -242,15 +254,21 @@ class Target:
             (B, n, H) features.
         """
         cache.reserve(tokens.shape[1])
+        if ancestors is None and self._windows:
+            ancestors = torch.ones_like(tokens, dtype=torch.bool)[:, None]
         mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
-        embeds = self.embed_tokens(self._place(tokens))
-        return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
+        tokens = self._place(tokens)
+        embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
+        with self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
+            return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
         if self._products is None:
-            return self.lm_head(hidden).to(self.device)
-        return self._products.linear(self.lm_head, hidden)
+            logits = self.lm_head(hidden).to(self.device)
+        else:
+            logits = self._products.linear(self.lm_head, hidden)
+        return logits if self.rescale is None else self.rescale(logits)
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value
@@ -302,41 +320,22 @@ def _find_rope_owner(model: PreTrainedModel) -> nn.Module | None:
     return next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
 
 
-def _refuse_unsupported(model: PreTrainedModel, text_config) -> None:
-    name = type(model).__name__
-    scaled = getattr(text_config, "logits_scaling", 1.0) != 1.0
-    if scaled or getattr(text_config, "final_logit_softcapping", None) or getattr(text_config, "logit_scale", None):
-        raise ValueError(f"{name} rescales logits after its output head, which tree decoding does not do yet")
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        raise ValueError(f"{name} has {', '.join(sorted(kinds))} layers; tree decoding needs full attention in all")
-    window = getattr(text_config, "sliding_window", None)
-    if window and getattr(text_config, "use_sliding_window", True):
-        raise ValueError(f"{name} attends to a sliding window of {window} tokens; tree decoding needs full attention")
-    if getattr(text_config, "max_position_embeddings", None) is None:
-        raise ValueError(f"{name} does not say how many positions it has: no max_position_embeddings in its config")
+def _max_positions(text_config) -> int:
+    if not getattr(text_config, "attn_temperature_tuning", False):
+        return text_config.max_position_embeddings
+    # Llama 4 scales queries from a place on, and counts places by slots: a tree's nodes are not where it thinks
+    return max(0, min(text_config.max_position_embeddings, text_config.floor_scale - 1 - LARGEST_PASS))
 
 
-def _refuse_decoder(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Module | None) -> None:
-    """After the prompt the text decoder is called alone, with embeddings: images must have become rows among them."""
-    name, kind = type(model).__name__, type(decoder).__name__
-    takes = inspect.signature(type(decoder).forward).parameters
-    if getattr(model.config.get_text_config(), "cross_attention_layers", None) or "cross_attention_states" in takes:
-        raise ValueError(f"{name} reads its images through cross-attention layers, which tree decoding does not do yet")
-    if "pixel_values" in takes:
-        raise ValueError(f"{name} merges images inside its text decoder {kind}, which tree decoding does not do yet")
-    missing = [part for part in DECODER_INPUTS if part not in takes]
-    if missing:
-        raise ValueError(f"{name}: its text decoder {kind} does not take {', '.join(missing)}")
-    if lm_head is None:
-        raise ValueError(f"{name} has no output head (get_output_embeddings() is None)")
+def _position_axes(decoder: nn.Module, text_config) -> int:
+    """Rows of the positions that a decoder takes: one for each section of M-RoPE's angles, else one."""
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    sections = getattr(getattr(decoder, "rotary_emb", None), "mrope_section", None) or rope.get("mrope_section")
+    return len(sections) if sections else 1
 
 
 def _use_maskable_attention(model: PreTrainedModel) -> None:
     """Trees need a 4-D mask: sdpa and eager attention take one, others do not."""
-    attention = type(getattr(_find_decoder(model).layers[0], "self_attn", None)).__name__
-    if "Flash" in attention:  # older transformers choose the class of a layer when the model is built
-        raise ValueError(f"{attention} cannot take a tree mask: load the target with attn_implementation='sdpa'")
     text_config = model.config.get_text_config()
     chosen = getattr(text_config, "_attn_implementation", "sdpa")
     if chosen not in ("sdpa", "eager"):
@@ -345,17 +344,6 @@ def _use_maskable_attention(model: PreTrainedModel) -> None:
             config = getattr(module, "config", None)
             if config is text_config:
                 config._attn_implementation = "sdpa"
-
-
-def _report_ignored_processors(model: PreTrainedModel) -> None:
-    generation = model.generation_config
-    ignored = [
-        f"{name}={getattr(generation, name)}"
-        for name, off in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0))
-        if getattr(generation, name, None) not in (None, off)
-    ]
-    if ignored:
-        logger.warning("%s of the target's generation config is not applied", ", ".join(ignored))
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

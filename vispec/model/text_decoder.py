@@ -7,6 +7,7 @@ run their layers by the same `LeanLayers`.
 B rows, n tokens of a pass, R = B n, H hidden size, T = query + key + value heads, D head size, m visible tokens.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -204,11 +205,13 @@ class StockDecoder:
     """A target's text decoder, as transformers runs it.
 
     Args:
-        axes: of the positions that it takes, 3 for M-RoPE.
+        axes: of the positions that it takes, more than one for M-RoPE.
     """
 
     def __init__(self, decoder: nn.Module, axes: int):
         self.decoder, self._axes = decoder, axes
+        self.reads_ids = "per_layer_inputs" in inspect.signature(type(decoder).forward).parameters
+        """Whether it is called with tokens, since layers look them up in tables of their own (Gemma 3n and 4)."""
 
     def refresh(self) -> None:
         """Nothing: the modules are asked themselves."""
@@ -223,12 +226,12 @@ class StockDecoder:
         """Features (B, n, H) of new tokens, whose keys stay provisional.
 
         Args:
-            embeds: (B, n, H).
+            embeds: (B, n, H); where it `reads_ids` the tokens (B, n).
             positions: (B, n).
             mask: (B, 1, n, m), added to the scores; None where nothing is hidden.
         """
         return self.decoder(
-            inputs_embeds=embeds,
+            **{"input_ids" if self.reads_ids else "inputs_embeds": embeds},
             attention_mask=mask,
             position_ids=self.places(positions),
             past_key_values=cache,

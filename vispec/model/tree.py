@@ -4,54 +4,15 @@ B rows, k = top_k, N = total_token nodes with the root, M = k + depth * k² cand
 root. Everything is a tensor of fixed shape, so that a round makes no decision on the host.
 """
 
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
+from vispec.model.shape import TreeShape
+
 EMPTY = -1
 """The token of a node that drafts nothing; it is never accepted."""
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """How large a tree is: N nodes with the root, `depth` expansions, `top_k` nodes a level."""
-
-    total_token: int = 30
-    depth: int = 3
-    top_k: int = 8
-
-    def __post_init__(self):
-        for name, least in (("total_token", 2), ("depth", 0), ("top_k", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
-
-    @classmethod
-    def parse(cls, text: str) -> "TreeShape":
-        """total_token/depth/top_k, as in "30/3/8"; raises ValueError where the text says something else."""
-        if not re.fullmatch(r"[0-9]+/[0-9]+/[0-9]+", text):
-            raise ValueError(f"a tree is total_token/depth/top_k such as 30/3/8, found {text!r}")
-        return cls(*map(int, text.split("/")))
-
-    def __str__(self) -> str:
-        return f"{self.total_token}/{self.depth}/{self.top_k}"
-
-    @property
-    def candidates(self) -> int:
-        return self.top_k + self.depth * self.top_k**2
-
-    @property
-    def levels(self) -> int:
-        """Levels below the root: at most so many draft tokens are accepted in a round."""
-        return self.depth + 1
-
-    def fitted(self, vocabulary: int, depth: int | None = None) -> "TreeShape":
-        """The largest tree not above this one that a vocabulary of that size can fill; `depth` replaces its own."""
-        depth = self.depth if depth is None else depth
-        shape = TreeShape(self.total_token, depth, min(self.top_k, vocabulary))
-        return TreeShape(min(self.total_token, shape.candidates + 1), shape.depth, shape.top_k)
 
 
 class Tree(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from vispec.model.tree import TreeShape
+from vispec.model.shape import TreeShape
 from vispec.timing import turns
 
 DEFAULT = TreeShape()

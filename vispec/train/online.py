@@ -16,7 +16,8 @@ from vispec.ge_data.sample_file import Sample, Tokens, read_tokens
 from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER
 from vispec.model.loading import load_target
 from vispec.model.target import Target
-from vispec.prompts import UNREADABLE, build_inputs, image_file, user_turn
+from vispec.pictures import UnreadableImage
+from vispec.prompts import build_inputs, image_file, user_turn
 from vispec.train.samples import Batch, Noise, collate
 
 PIXEL_LIMIT_NAMES = ("min_pixels", "max_pixels")
@@ -62,10 +63,9 @@ class Pictures:
         processor = self._processors[_pixel_limits(self._arguments[folder])]
         try:
             return image_inputs(build_inputs(processor, [user_turn(image_file(path))]))
-        except UNREADABLE as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        except UnreadableImage as error:
             raise ValueError(
-                f"{tokens.name}: its image {path} cannot be read ({reason}); --data-folder says where the images are"
+                f"{tokens.name}: its image {path} cannot be read ({error}); --data-folder says where the images are"
             ) from None
 
     def _image_folder(self, folder: Path) -> Path:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vispec.cli import UserError
+from vispec.cli import UserError, one_line
+from vispec.pictures import UnreadableImage, in_rgb, read_picture
 from vispec.prompts import ImageSource, Turn
 
 if TYPE_CHECKING:
@@ -153,14 +154,22 @@ def hub_image(data: "Dataset", row: int) -> ImageSource:
     return partial(_decode, data, row)
 
 
+def benchmark_image(path: Path) -> ImageSource:
+    """The picture in a file of a benchmark; what is transparent keeps its colour, as in the authors' code."""
+    return partial(read_picture, path, on_white=False)
+
+
 def _decode(data: "Dataset", row: int) -> "Image.Image":
+    """Raises UnreadableImage."""
     try:
         picture = data[row]["image"]
-    except ValueError as error:  # some decoders say it so
-        raise OSError(f"row {row} of the data set: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a decoder trips over
+        raise UnreadableImage(f"row {row} of the data set: {one_line(error)}") from None
     if picture is None:
-        raise OSError(f"row {row} of the data set has no image")
-    return picture.convert("RGB")
+        raise UnreadableImage(f"row {row} of the data set has no image")
+    return in_rgb(picture, on_white=False)
 
 
 def _read(path: Path, benchmark: str, source: str) -> str:

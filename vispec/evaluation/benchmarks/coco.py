@@ -3,8 +3,16 @@
 from pathlib import Path
 
 from vispec.cli import UserError
-from vispec.evaluation.benchmarks.base import MALFORMED, Benchmark, Question, hub_image, load_from_hub, read_json
-from vispec.prompts import ImageSource, image_file, user_turn
+from vispec.evaluation.benchmarks.base import (
+    MALFORMED,
+    Benchmark,
+    Question,
+    benchmark_image,
+    hub_image,
+    load_from_hub,
+    read_json,
+)
+from vispec.prompts import ImageSource, user_turn
 
 HUB = "HuggingFaceM4/COCO"
 SOURCE = (
@@ -26,7 +34,7 @@ def _local_rows(folder: Path) -> list[tuple[int, ImageSource]]:
     data = read_json(path, "coco_caption", SOURCE)
     try:
         return [
-            (row["imgid"], image_file(folder / row.get("filepath", "") / row["filename"]))
+            (row["imgid"], benchmark_image(folder / row.get("filepath", "") / row["filename"]))
             for row in data["images"]
             if row["split"] == "test"
         ]

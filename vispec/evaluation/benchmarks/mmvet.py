@@ -13,12 +13,13 @@ from vispec.evaluation.benchmarks.base import (
     MALFORMED,
     Benchmark,
     Question,
+    benchmark_image,
     hub_image,
     load_from_hub,
     read_json,
     text_of,
 )
-from vispec.prompts import EXPLAIN, image_file, user_turn
+from vispec.prompts import EXPLAIN, user_turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +37,7 @@ def _load(folder: Path | None, suffix: str) -> list[Question]:
     rows = read_json(path, "mmvet", SOURCE)
     try:
         return [
-            Question(name, (user_turn(text_of(row, "question"), suffix, image_file(folder / "images" / file)),))
+            Question(name, (user_turn(text_of(row, "question"), suffix, benchmark_image(folder / "images" / file)),))
             for name, row in rows.items()
             for file in [text_of(row, "imagename")]
         ]

@@ -9,11 +9,12 @@ from vispec.evaluation.benchmarks.base import (
     MALFORMED,
     Benchmark,
     Question,
+    benchmark_image,
     read_json,
     read_json_lines,
     text_of,
 )
-from vispec.prompts import EXPLAIN, image_file, user_turn
+from vispec.prompts import EXPLAIN, user_turn
 
 LLAVA_FILES = "eval.zip of https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 
@@ -46,7 +47,7 @@ class RowFile:
         for number, row in enumerate(self._rows(path), start=1):
             try:
                 if self.keep(row):
-                    image = image_file(folder / self.image.format_map(row))
+                    image = benchmark_image(folder / self.image.format_map(row))
                     turn = user_turn(self.question(row), suffix, image)
                     questions.append(Question(self.question_id(row), (turn,)))
             except MALFORMED as error:

@@ -16,12 +16,13 @@ from vispec.evaluation.benchmarks.base import (
     SHUFFLE_SEED,
     Benchmark,
     Question,
+    benchmark_image,
     hub_image,
     load_from_hub,
     read_json,
     text_of,
 )
-from vispec.prompts import ImageSource, Turn, image_file, user_turn
+from vispec.prompts import ImageSource, Turn, user_turn
 
 IMAGES_HUB = "derek-thomas/ScienceQA"
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -203,7 +204,7 @@ def _shots(problems: Problems, stream: random.Random, count: int, names: list[st
 def _images(folder: Path, problems: Problems, names: list[str]) -> Callable[[str], ImageSource]:
     """How the pictures of the named problems are found."""
     if (folder / "images").is_dir():
-        return lambda name: image_file(folder / "images" / problems.home(name)[0] / name / "image.png")
+        return lambda name: benchmark_image(folder / "images" / problems.home(name)[0] / name / "image.png")
     rows = {}
     for split in sorted({problems.home(name)[0] for name in names}):
         rows[split] = load_from_hub("sqa", IMAGES_HUB, HUB_SPLITS[split], f"{SOURCE}: there is no {folder / 'images'}")

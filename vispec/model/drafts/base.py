@@ -21,8 +21,9 @@ from vispec.model.drafts.hub import CARD, model_card, upload_head
 from vispec.model.drafts.vocabulary import VOCABULARY_FILE, DraftVocabulary
 from vispec.model.loading import hub_options
 from vispec.model.products import Products, obstacle
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Candidates, DraftOutput, TreeShape
+from vispec.model.tree import Candidates, DraftOutput
 
 
 @dataclass
@@ -250,7 +251,8 @@ def load_draft(
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
         draft_vocab: False leaves a draft vocabulary beside the weights alone.
-        hub: for a hub id: revision, token, cache_dir, local_files_only, as huggingface_hub takes them.
+        hub: subfolder, of a folder too; for a hub id revision, token, cache_dir, local_files_only, as huggingface_hub
+            takes them.
 
     Raises:
         TypeError: `hub` holds something else.

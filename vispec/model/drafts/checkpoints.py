@@ -49,9 +49,13 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     """Config and weights file of a draft head in a folder or a hub repository; `hub` as for `find_file`.
 
     Raises:
-        ValueError: one of them is missing, or the config is wrong.
+        ValueError: one of them is missing, or the config is wrong; or a revision of a folder was asked for.
     """
-    place = "there" if Path(path).is_dir() else "in that hub repository"
+    local = Path(path).is_dir()
+    if local and hub.get("revision"):
+        raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
+    place = "there" if local else "in that hub repository"
+    place += "".join(f", {name} {hub[name]}" for name in ("revision", "subfolder") if hub.get(name))
     config = find_file(path, CONFIG, **hub)
     if config is None:
         raise ValueError(f"{path}: no {CONFIG} {place}")
@@ -66,21 +70,35 @@ def find_file(
     name: str,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path | None:
     """A file of a folder or of a hub repository, from the hub cache where it is there; None if they have no such file.
 
+    Args:
+        path, name: where, and the file's name.
+        revision: branch, tag or commit of a hub repository; a local folder has none.
+        subfolder: of the folder or repository.
+
     Raises:
         ValueError: there is no such folder or repository.
     """
     if Path(path).is_dir():
-        return Path(path, name) if Path(path, name).is_file() else None
+        file = Path(path, subfolder or "", name)
+        return file if file.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+    options["local_files_only"] = local_files_only
     try:
         return Path(hf_hub_download(path, name, **options))
     except HFValidationError:
@@ -92,6 +110,8 @@ def find_file(
         raise ValueError(f"{path}: no such folder, and {unreachable}") from None
     except EntryNotFoundError:
         return None
+    except RevisionNotFoundError:
+        raise ValueError(f"{path}: that hub repository has no revision {revision}") from None
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{path}: neither a folder nor a hub repository ({type(error).__name__})") from None
 

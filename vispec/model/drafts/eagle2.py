@@ -28,9 +28,10 @@ from vispec.model.drafts.base import BaseHead, Kept
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.layer import DraftLayer, rotary_angles
 from vispec.model.pairs import PairLayout, Span, plan_pairs
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
 from vispec.model.text_decoder import LeanLayers, UnknownLayer
-from vispec.model.tree import Candidates, DraftOutput, TreeShape, expand_levels
+from vispec.model.tree import Candidates, DraftOutput, expand_levels
 
 
 @dataclass

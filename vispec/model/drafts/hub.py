@@ -11,6 +11,24 @@ from vispec.model.drafts.vocabulary import with_vocabulary_section
 CARD = "README.md"
 THIS_HEAD = "<this folder or its hub id>"
 """Stands in a model card for the place of the head, until it is pushed and has one."""
+GENERATE = "custom_generate/generate.py"
+"""Where transformers looks for a decoding method in a repository."""
+DECODING = '''"""Decode with this head: target.generate(**inputs, custom_generate="{head}", trust_remote_code=True)."""
+
+from vispec import SpecModel
+
+HEAD = "{head}"
+
+
+def generate(model, inputs=None, **options):
+    pairs = vars(model).setdefault("_vispec_pairs", {{}})
+    if HEAD not in pairs:
+        pairs[HEAD] = SpecModel.from_pretrained(model, HEAD)
+    if inputs is not None:
+        options["input_ids"] = inputs
+    return pairs[HEAD].generate(**options)
+'''
+"""What stands there."""
 NAMES = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "medusa": "Medusa"}
 MEASURES = {
     "loss": "loss",
@@ -33,6 +51,8 @@ def upload_head(
 ) -> str:
     """Upload the files of a head to a model repository, which is made where it is missing.
 
+    A decoding method for transformers' generate() goes with them, see `DECODING`.
+
     Args:
         save: writes them into a folder.
         repo_id: "owner/name".
@@ -50,6 +70,9 @@ def upload_head(
         save(folder)
         card = Path(folder, CARD)
         card.write_text(card.read_text(encoding="utf-8").replace(THIS_HEAD, repo_id), encoding="utf-8")
+        method = Path(folder, GENERATE)
+        method.parent.mkdir()
+        method.write_text(DECODING.format(head=repo_id), encoding="utf-8")
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -95,8 +118,10 @@ def model_card(
         "are the target's own; the head only makes them come faster.\n",
         "## Use\n\n```python\nfrom vispec import SpecModel\n\n"
         f'model = SpecModel.from_pretrained("{base_model if on_hub else "<the target>"}", "{THIS_HEAD}")\n'
-        "output_ids = model.specgenerate(**inputs, max_new_tokens=512)  # inputs: what the target's processor returns\n"
-        "```\n",
+        "output_ids = model.generate(**inputs, max_new_tokens=512)  # inputs: what the target's processor returns\n"
+        "```\n\n"
+        "Or, from transformers 4.56 on, by the target itself, wherever ViSpec is installed: "
+        f'`target.generate(**inputs, custom_generate="{THIS_HEAD}", trust_remote_code=True)`.\n',
     ]
     if data or settings:
         rows = {"data": ", ".join(map(_name, data))} if data else {}

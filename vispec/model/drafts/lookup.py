@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from vispec.model.drafts.base import Kept
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import EMPTY, Candidates, DraftOutput, TreeShape
+from vispec.model.tree import EMPTY, Candidates, DraftOutput
 
 LONGEST_MATCH = 8
 """Tokens of a match that count; matches of more tokens are equally good."""

@@ -14,8 +14,9 @@ from torch import nn
 
 from vispec.model.drafts.base import BaseHead, Kept
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Candidates, DraftOutput, TreeShape, expand_levels
+from vispec.model.tree import Candidates, DraftOutput, expand_levels
 
 HEADS = 5
 

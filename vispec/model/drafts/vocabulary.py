@@ -127,25 +127,24 @@ class DraftVocabulary:
         with torch.inference_mode(False):  # products ask tensors for their versions
             for name, parameter in lm_head.named_parameters():
                 setattr(rows, name, nn.Parameter(parameter.detach()[kept].to(target.device), requires_grad=False))
-        head = _Rows(rows, target.fast)
+        head = _Rows(rows, target)
         return DraftOutput(head, head.expect, self.token_ids.to(target.device))
 
 
 class _Rows:
     """The rows of an output head as a function (…, H) -> (…, V')."""
 
-    def __init__(self, rows: nn.Linear, fast: bool):
-        self.rows = rows
-        self.products = Products() if fast else None
+    def __init__(self, rows: nn.Linear, target: Target):
+        self.rows, self.rescale = rows, target.rescale
+        self.products = Products() if target.fast else None
 
     def expect(self, rows: Iterable[int]) -> None:
         if self.products is not None:
             self.products.expect(rows, self.rows)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.products is None:
-            return self.rows(hidden)
-        return self.products.linear(self.rows, hidden)
+        logits = self.rows(hidden) if self.products is None else self.products.linear(self.rows, hidden)
+        return logits if self.rescale is None else self.rescale(logits)
 
 
 def fingerprint(tokenizer, token_ids: torch.Tensor) -> str:

@@ -1,0 +1,130 @@
+"""Text decoders with windows, scaled logits, latent attention and positions of their own answer as generate()."""
+
+import threading
+
+import pytest
+import torch
+from decoder_kinds import LATENT, SCALES, VOCABULARY, WINDOWS, batch_of, gemma3, paligemma, prompt, target_over
+from oracle import oracle
+from tiny_models import generate
+
+from vispec import SpecModel
+from vispec.model.drafts import PromptLookup
+from vispec.model.target import LARGEST_PASS, Target
+
+NEW = 24
+LENGTHS = (21, 9, 30)
+TREES = [(12, 3, 4), (6, 4, 1)]
+
+
+def check(target, monkeypatch, prompts: list[dict]) -> None:
+    """Every arm and tree gives each prompt, alone and among the others, what the model's own generate() gives it."""
+    expected = [generate(target, inputs, max_new_tokens=NEW)[0] for inputs in prompts]
+    with monkeypatch.context() as patch:
+        for number, tree in enumerate([None, TREES[0], *TREES]):
+            if number == 2:
+                oracle(patch, expected, VOCABULARY)
+            model = SpecModel(target, PromptLookup(), *(tree or TREES[0]))
+            arm = model.specgenerate if tree else model.baseline_generate
+            out, new, rounds = arm(**prompts[0], max_new_tokens=NEW, log=True)
+            assert torch.equal(out, expected[0][None])
+            out = arm(**batch_of(prompts), max_new_tokens=NEW)
+            assert [row[-NEW:].tolist() for row in out] == [text[-NEW:].tolist() for text in expected]
+        assert rounds < new / 2  # the oracle's tokens are accepted
+
+
+def prompts_of(target) -> list[dict]:
+    return [prompt(target, length, seed, images=seed % 2) for seed, length in enumerate(LENGTHS, start=1)]
+
+
+@pytest.mark.parametrize("kind", [*WINDOWS, *SCALES, *LATENT])
+def test_greedy_answers_are_those_of_generate(kind, monkeypatch):
+    target = target_over(kind, 0)
+    check(target, monkeypatch, prompts_of(target))
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_change_the_answers(kind):
+    """The tests above would not notice a window that is longer than the text."""
+    inputs = prompt(target_over(kind, 0), LENGTHS[0], seed=1)
+    wide = {name: 512 for name in ("sliding_window", "attention_chunk_size") if name in WINDOWS[kind]}
+    targets = target_over(kind, 0), target_over(kind, 0, **wide)
+    assert not torch.equal(*(generate(target, inputs, max_new_tokens=NEW) for target in targets))
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_text_that_outgrows_the_window(kind, monkeypatch):
+    """Here the caches of transformers 4 for windows put an empty key in place of one, so generate() goes without."""
+    target = target_over(kind, 0)
+    inputs = prompt(target, 5, seed=2, images=0)
+    expected = generate(target, inputs, max_new_tokens=NEW, use_cache=False)
+    model = SpecModel(target, oracle(monkeypatch, list(expected), VOCABULARY), *TREES[0])
+    assert torch.equal(model.baseline_generate(**inputs, max_new_tokens=NEW), expected)
+    assert torch.equal(model.specgenerate(**inputs, max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_positions_that_begin_with_one(kind, monkeypatch):
+    target = paligemma(0, kind)
+    check(target, monkeypatch, [prompt(target, length, seed) for seed, length in enumerate(LENGTHS)])
+
+
+def test_images_that_see_themselves_to_both_sides(monkeypatch):
+    target = gemma3(0)
+    check(target, monkeypatch, [prompt(target, 26, 0, images=2), *prompts_of(target)])
+
+
+# --- logits behind the head ---
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Gemma3Text", "Cohere2", *SCALES])
+def test_logits_are_those_of_the_model(kind):
+    """Which classes apply their config's numbers differs between versions of transformers."""
+    model = target_over(kind, 0)
+    target, inputs = Target(model), prompt(model, 12, 0)
+    expected = model(**inputs).logits
+    read = target.prefill(target.new_cache(1, 64), inputs.pop("input_ids"), inputs)
+    torch.testing.assert_close(target.logits(read.hidden), expected)
+    torch.testing.assert_close(read.logits, expected[:, -1])
+
+
+def test_logits_that_change_in_an_unknown_way_are_refused():
+    model = target_over("Cohere", 0)
+    forward = type(model).forward
+
+    def cubed(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits**3
+        return out
+
+    model.__class__ = type("Odd", (type(model),), {"forward": cubed})
+    with pytest.raises(ValueError, match="^Odd changes logits after its output head in a way that is not known here"):
+        Target(model)
+
+
+def test_places_of_late_queries_that_depend_on_slots():
+    """Llama 4 scales them by their number in the pass, which for a tree is not their place: texts end before that."""
+    assert Target(target_over("Llama4Text", 0, max_position_embeddings=9000)).max_positions == 8192 - 1 - LARGEST_PASS
+
+
+# --- windows and their users ---
+
+
+def test_threads_share_a_target_with_windows():
+    """The attention modules, which are given masks for the time of a pass, are those of all threads."""
+    target = target_over("Mistral", 0)
+    prompts = [prompt(target, length, seed) for seed, length in enumerate((21, 13, 30, 17))]
+    expected = [generate(target, inputs, max_new_tokens=NEW) for inputs in prompts]
+    model, found = SpecModel(target, PromptLookup(), 12, 3, 4), {}
+
+    def answer(number: int) -> None:
+        found[number] = [model.specgenerate(**prompts[number], max_new_tokens=NEW) for _ in range(3)]
+
+    threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, text in enumerate(expected):
+        assert len(found[number]) == 3 and all(torch.equal(out, text) for out in found[number])
+    assert not any(module._forward_pre_hooks for module in target.modules())

@@ -1,0 +1,48 @@
+"""What `import vispec` costs and shows, and what is packaged."""
+
+import runpy
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import setuptools
+
+import vispec
+from vispec.model.spec_model import SpecModel
+
+ROOT = Path(__file__).parents[1]
+
+DECODE = """
+import sys, vispec
+assert "SpecModel" in dir(vispec), dir(vispec)
+assert not {"torch", "transformers"} & sys.modules.keys()
+pair = ("tests/golden/llava_next/target", "tests/golden/llava_next/draft_vispec")
+model = vispec.SpecModel.from_pretrained(*pair, tree=vispec.TreeShape(12, 3, 4))
+import torch
+assert model.specgenerate(torch.tensor([[5, 6, 7]]), max_new_tokens=4).shape[1] > 3
+print(sorted({"datasets", "fastchat", "matplotlib", "ray"} & sys.modules.keys()))
+"""
+
+
+def test_decoding_imports_what_it_needs():
+    done = subprocess.run([sys.executable, "-c", DECODE], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_type_checkers_see_is_what_there_is(monkeypatch):
+    monkeypatch.setattr(typing, "TYPE_CHECKING", True)
+    seen = runpy.run_path(str(ROOT / "vispec" / "__init__.py"))
+    assert {name: seen[name] for name in vispec.__all__} == {name: getattr(vispec, name) for name in vispec.__all__}
+    assert vispec.SpecModel is SpecModel
+
+
+def test_what_is_packaged_beside_the_code(monkeypatch):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    packaged = given["package_data"]
+    assert "py.typed" in packaged["vispec"]
+    for package, patterns in packaged.items():
+        for pattern in patterns:
+            assert any(path.is_file() for path in ROOT.joinpath(*package.split(".")).glob(pattern)), pattern

@@ -1,0 +1,72 @@
+"""From rounds to what `specgenerate`, `baseline_generate` and `stream` return."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from vispec.model.rows import Round
+from vispec.model.target import Target
+from vispec.timing import now
+
+
+@dataclass
+class StreamedTokens:
+    """What one round of `SpecModel.stream` brings."""
+
+    token_ids: list[int]
+    drafted: list[bool]
+    """Which of them the draft head had right; the others are the target's own."""
+    accepted: int | None
+    """Draft tokens that verification accepted, before the answer's end cut any of them off; None without a draft."""
+
+
+def streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
+    """The rounds of a single prompt; closing this closes them at once, whoever else may know them."""
+    with closing(rounds):
+        for step in rounds:
+            tokens, accepted = step[0].tokens, step[0].accepted
+            drafted = [i < accepted for i in range(len(tokens))]
+            yield StreamedTokens(tokens, drafted, accepted if step[0].drafted else None)
+
+
+def collected(
+    rounds: Iterator[dict[int, Round]],
+    input_ids: torch.Tensor,
+    target: Target,
+    log: bool,
+    return_acceptance_len: bool,
+    return_decode_time: bool,
+):
+    """Run the rounds of a batch; returns what `SpecModel.specgenerate` says."""
+    answers = [step.tokens for step in next(rounds).values()]
+    start = now(target.device)
+    acceptance_lengths: list[list[int]] = [[] for _ in answers]
+    last_rounds = [-1 for _ in answers]
+    for steps in rounds:
+        for row, step in steps.items():
+            answers[row] += step.tokens
+            last_rounds[row] += 1
+            if step.drafted:
+                acceptance_lengths[row].append(step.accepted)
+    seconds = now(target.device) - start
+    result = [torch.cat([input_ids, _padded(answers, target).to(input_ids)], dim=1)]
+    per_row = []
+    if log:
+        per_row += [[len(tokens) for tokens in answers], last_rounds]
+    if return_acceptance_len:
+        per_row.append(acceptance_lengths)
+    result += per_row if len(answers) > 1 else [values[0] for values in per_row]
+    if return_decode_time:
+        result.append(seconds)
+    return result[0] if len(result) == 1 else tuple(result)
+
+
+def _padded(answers: list[list[int]], target: Target) -> torch.Tensor:
+    """(B, longest) answers, padded on the right by the target's padding token; by an end token if it has none."""
+    padding = target.model.generation_config.pad_token_id
+    if padding is None:
+        padding = (target.eos_token_ids or [0])[0]
+    longest = max(map(len, answers))
+    return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])

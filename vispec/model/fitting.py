@@ -1,0 +1,41 @@
+"""What has to fit: a draft head its target, a tree its draft."""
+
+import logging
+
+import torch
+
+from vispec.model.drafts import BaseHead, Draft
+from vispec.model.shape import TreeShape
+from vispec.model.target import Target
+
+logger = logging.getLogger("vispec")
+
+
+def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
+    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
+    largest = draft.fit(shape)
+    if (largest.total_token, largest.top_k) != (shape.total_token, shape.top_k):
+        logger.warning(
+            "a tree with total_token %d, depth %d and top_k %d cannot be filled, it is cut to total_token %d, top_k %d",
+            *(shape.total_token, largest.depth, shape.top_k, largest.total_token, largest.top_k),
+        )
+    return largest
+
+
+def check_pair(target: Target, draft: BaseHead) -> None:
+    """A draft head reads the target's features and embeddings, so sizes have to agree."""
+    vocabulary, hidden = target.embed_tokens.weight.shape
+    found = draft.config.hidden_size, draft.config.vocab_size
+    if found != (hidden, vocabulary):
+        raise ValueError(
+            f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "
+            f"the target has {hidden} and {vocabulary}"
+        )
+    wanted = torch.empty(0, dtype=target.dtype, device=target.device)  # "cuda" becomes "cuda:0"
+    places = {(parameter.dtype, parameter.device) for parameter in draft.parameters()}
+    if places != {(wanted.dtype, wanted.device)}:
+        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
+        raise ValueError(
+            f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there by "
+            "draft.to(device, dtype)"
+        )

@@ -1,0 +1,79 @@
+"""How a picture is opened: one place for files, downloads and the rows of data sets."""
+
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, ImageOps
+
+from vispec.cli import one_line
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+"""What is read: pictures alone. Others that Pillow knows start programs (EPS) or read scientific data."""
+MOST_PIXELS = "VISPEC_MAX_PIXELS"
+"""Environment variable: a picture with more pixels is not decoded."""
+MOST_PIXELS_DEFAULT = 80_000_000
+
+
+class UnreadableImage(OSError):
+    """A picture cannot be read: missing, none of the formats, broken, or too large; the message says which."""
+
+
+def read_picture(file: str | Path | BinaryIO, on_white: bool = True) -> Image.Image:
+    """The picture in a file, in RGB, turned as its EXIF says.
+
+    Args:
+        on_white: what is transparent becomes white; False keeps whatever colour lies below, as `convert("RGB")` does.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's warnings of a size above which we refuse, and of broken notes
+            with Image.open(file, formats=_known_formats()) as image:
+                _check_size(image)
+                image.load()
+                return in_rgb(_turned(image), on_white)
+    except (UnreadableImage, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UnreadableImage("no such file") from None
+    except Image.UnidentifiedImageError:
+        raise UnreadableImage(f"no picture, or none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise whatever their code trips over
+        raise UnreadableImage(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+@cache
+def _known_formats() -> list[str]:
+    """Those of FORMATS that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def in_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:
+    """A picture of any mode in RGB: 16 bits scaled to 8; see `read_picture` for `on_white`."""
+    if image.mode.startswith("I"):  # convert() would cut values off at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if not on_white or not (image.has_transparency_data if image.mode != "RGB" else "transparency" in image.info):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _check_size(image: Image.Image) -> None:
+    most = int(os.environ.get(MOST_PIXELS) or MOST_PIXELS_DEFAULT)
+    width, height = image.size
+    if width * height > most:
+        raise UnreadableImage(f"{width} x {height} pixels are more than {most} ({MOST_PIXELS} sets the limit)")
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Photographs may be stored lying down, with a note that says how to turn them; a broken note says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
