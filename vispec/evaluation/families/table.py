@@ -1,0 +1,105 @@
+"""docs/models.md: a section for each version of transformers, of which a run writes its own and keeps the others."""
+
+import re
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from vispec.cli import one_line
+from vispec.evaluation.families.registry import FAMILIES
+from vispec.evaluation.families.trial import COLUMNS, NEW_TOKENS, NOT_TRIED, TREE, WORKS, Outcome
+from vispec.model.target import Target
+
+COMMAND = "python -m vispec.evaluation.families --out docs/models.md"
+HEAD = f"""# Which models?
+
+What decoding does with the classes behind `AutoModelForImageTextToText` of transformers. A family needs no code of its
+own as long as its prompt becomes rows of embeddings and its text decoder takes a mask; where it does not, it is refused
+with a line that says why.
+
+`{COMMAND}` writes the section of the installed version anew, on tiny models with random weights and prompts built by
+hand: no processor and no published weights are used.
+
+- {WORKS}: plain decoding and trees ({TREE}: nodes, depth, width) give the model's own greedy `generate()` token for token
+  in float32, {NEW_TOKENS} tokens, with prompt lookup and with a draft that knows the answer on changing branches.
+- heads: random ViSpec and EAGLE-2 heads, two images. batch: three rows with two images, none and one, padded on the
+  left, each answered as alone. video: a video alone, and after an image.
+- {NOT_TRIED}: not tried here, or the family does not have it.
+"""
+
+Row = dict[str, Outcome]
+
+
+def section(rows: dict[str, Row]) -> str:
+    """What the file says of the installed version.
+
+    Args:
+        rows: outcomes by family and column.
+    """
+    lines = [_title(), "", f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [table_row(name, row) for name, row in rows.items() if not _reason_alone(row)]
+    notes = [f"- {name}: {FAMILIES[name].remark}." for name in rows if FAMILIES[name].remark]
+    notes += [note for name, row in rows.items() if not _reason_alone(row) for note in _notes(name, row)]
+    refused = {name: reason for name, row in rows.items() if (reason := _reason_alone(row))}
+    more, untried = by_default_config({FAMILIES[name].model_type for name in rows})
+    if notes:
+        lines += ["", "What the tiny models have, and what is refused:", "", *notes]
+    lines += ["", "Refused when they are handed over:", ""]
+    lines += [f"- {name}: {reason}" for name, reason in sorted({**more, **refused}.items())]
+    return "\n".join([*lines, "", f"Not tried: {', '.join(untried) or 'none'}.", ""])
+
+
+def table_row(name: str, row: Row) -> str:
+    return f"| {name} | {' | '.join(row[column].verdict for column in COLUMNS)} |"
+
+
+def _reason_alone(row: Row) -> str | None:
+    """Why a family is not taken at all; None where it is."""
+    outcomes = set(row.values())
+    first = next(iter(outcomes))
+    return f"{first.verdict}: {first.reason}" if len(outcomes) == 1 and first.reason else None
+
+
+def _notes(name: str, row: Row) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for column, outcome in row.items():
+        if outcome.reason:
+            by_reason.setdefault(f"{outcome.verdict}: {outcome.reason}", []).append(column)
+    return [f"- {name}, {', '.join(columns)}: {reason}" for reason, columns in by_reason.items()]
+
+
+def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Of the other families of the installed version: why their default config is refused, and those not tried.
+
+    Models are built without memory for their weights.
+    """
+    refused, untried = {}, []
+    for made in AutoModelForImageTextToText._model_mapping:
+        name = made.model_type
+        if name in tried:
+            continue
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name]())
+        except Exception:  # a default config that builds no model says nothing about decoding
+            untried.append(name)
+            continue
+        try:
+            Target(model, fast=False)
+        except ValueError as error:
+            refused[name] = f"refused: {one_line(error)}"
+        else:
+            untried.append(name)
+    return refused, sorted(untried)
+
+
+def with_section(document: str, text: str) -> str:
+    """The document with this text in the place of its version's section; sections in the order of their versions."""
+    _, *sections = re.split(r"^(?=## )", document, flags=re.MULTILINE)
+    kept = [old for old in sections if old.splitlines()[0] != text.splitlines()[0]]
+    return "\n".join(part.strip() + "\n" for part in [HEAD, *sorted([*kept, text])])
+
+
+def _title() -> str:
+    return f"## transformers {transformers.__version__}"
