@@ -13,7 +13,8 @@ from vispec.cli import Parser, UserError, run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m vispec.evaluation.families", description="What decoding does with families of VLMs.")
+    prog = "python -m vispec.evaluation.families"
+    parser = Parser(prog=prog, description="What decoding does with families of VLMs.")
     parser.add_argument("--out", metavar="FILE", help="write the section of this version of transformers there")
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="try these alone; without --out")
     args = parser.parse_args(argv)

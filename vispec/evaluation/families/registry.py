@@ -1,6 +1,6 @@
 """All families that are tried, by the name of their row."""
 
-from vispec.evaluation.families import squares
+from vispec.evaluation.families import grids, squares, tiles
 from vispec.evaluation.families.family import Family
 
-FAMILIES: dict[str, Family] = {**squares.FAMILIES}
+FAMILIES: dict[str, Family] = {**squares.FAMILIES, **tiles.FAMILIES, **grids.FAMILIES}

@@ -44,6 +44,9 @@ _EVERY_OTHER = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sli
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}
 
 
+GRANITE = {"model_type": "granite", "logits_scaling": 4.0, "embedding_multiplier": 2.0}
+
+
 def _llava(text: dict) -> dict:
     return {"text_config": text, "vision_config": CLIP, **MARKS}
 
@@ -51,9 +54,7 @@ def _llava(text: dict) -> dict:
 FAMILIES = {
     "llava": Family("llava", _llava(LLAMA), squares(16)),
     "llava (Mistral with a window)": Family("llava", _llava({**MISTRAL, "sliding_window": WINDOW}), squares(16)),
-    "llava (Granite)": Family(
-        "llava", _llava({**TEXT, "model_type": "granite", "logits_scaling": 4.0, "embedding_multiplier": 2.0}), squares(16)
-    ),
+    "llava (Granite)": Family("llava", _llava({**TEXT, **GRANITE}), squares(16), remark="scaled logits"),
     "vipllava": Family("vipllava", {**_llava(LLAMA), "vision_feature_layers": [-1, -2]}, squares(16)),
     "video_llava": Family(
         "video_llava",

@@ -9,7 +9,9 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from vispec.cli import one_line
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.evaluation.families.trial import COLUMNS, NEW_TOKENS, NOT_TRIED, TREE, WORKS, Outcome
-from vispec.model.target import Target
+from vispec.model.refusals import refuse_decoder, refuse_layers
+from vispec.model.target import find_decoder
+from vispec.model.windows import KINDS
 
 COMMAND = "python -m vispec.evaluation.families --out docs/models.md"
 HEAD = f"""# Which models?
@@ -21,8 +23,8 @@ with a line that says why.
 `{COMMAND}` writes the section of the installed version anew, on tiny models with random weights and prompts built by
 hand: no processor and no published weights are used.
 
-- {WORKS}: plain decoding and trees ({TREE}: nodes, depth, width) give the model's own greedy `generate()` token for token
-  in float32, {NEW_TOKENS} tokens, with prompt lookup and with a draft that knows the answer on changing branches.
+- {WORKS}: plain decoding and trees ({TREE}: nodes, depth, width) give the model's own greedy `generate()` token for
+  token in float32, {NEW_TOKENS} tokens, with prompt lookup and with a draft that knows the answer on changing branches.
 - heads: random ViSpec and EAGLE-2 heads, two images. batch: three rows with two images, none and one, padded on the
   left, each answered as alone. video: a video alone, and after an image.
 - {NOT_TRIED}: not tried here, or the family does not have it.
@@ -86,7 +88,9 @@ def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str]]:
             untried.append(name)
             continue
         try:
-            Target(model, fast=False)
+            decoder = find_decoder(model)
+            refuse_layers(model, KINDS)
+            refuse_decoder(model, decoder, model.get_output_embeddings())
         except ValueError as error:
             refused[name] = f"refused: {one_line(error)}"
         else:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from vispec import SpecModel
 from vispec.cli import one_line
-from vispec.evaluation.families.family import PADDING, Family, Inputs, tiny_model
+from vispec.evaluation.families.family import Family, Inputs, tiny_model
 from vispec.evaluation.families.oracle import Oracle
 from vispec.evaluation.families.prompts import batch_of, prompt_of
 from vispec.evaluation.random_pairs import randomize
@@ -35,12 +35,16 @@ class Outcome:
     """What came of one column."""
 
     verdict: str
-    """WORKS, REFUSED (a ValueError or TypeError, which is a line), FAILED (any other error), DIFFERS or NOT_TRIED."""
+    """WORKS, REFUSED (a ValueError, which is a line), FAILED (any other error), DIFFERS or NOT_TRIED."""
     reason: str = ""
 
 
 class OtherTokens(Exception):
     """An answer is not the model's own."""
+
+
+class OwnFailure(Exception):
+    """The model's own generate() does not answer, so there is nothing to compare with."""
 
 
 def try_family(family: Family, seed: int = 0) -> dict[str, Outcome] | None:
@@ -74,7 +78,9 @@ def _try_column(family: Family, model: PreTrainedModel, column: str, seed: int) 
 def _outcome(error: Exception) -> Outcome:
     if isinstance(error, OtherTokens):
         return Outcome(DIFFERS, one_line(error))
-    if isinstance(error, ValueError | TypeError):
+    if isinstance(error, OwnFailure):
+        return Outcome(NOT_TRIED, f"its own generate() fails: {one_line(error)}")
+    if isinstance(error, ValueError):
         return Outcome(REFUSED, one_line(error))
     return Outcome(FAILED, f"{type(error).__name__}: {one_line(error)}")
 
@@ -120,9 +126,10 @@ def _drafts(model: PreTrainedModel, texts: list[torch.Tensor]) -> Iterator[tuple
 @torch.inference_mode()
 def own_answer(model: PreTrainedModel, prompt: Inputs) -> torch.Tensor:
     """(1, L + NEW_TOKENS) what the model's own generate() says."""
-    return model.generate(
-        **prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=NEW_TOKENS, pad_token_id=PADDING
-    )
+    try:
+        return model.generate(**prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=NEW_TOKENS)
+    except Exception as error:
+        raise OwnFailure(one_line(error)) from error
 
 
 def _require(found: torch.Tensor, expected: torch.Tensor, arm: str) -> None:
