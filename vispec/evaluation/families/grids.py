@@ -65,8 +65,8 @@ _GLM_MARKS = {
 }
 _GLM_MARKS |= {"video_start_token_id": START, "video_end_token_id": END}
 _SIDES = {"patch_size": 7, "temporal_patch_size": 2, "spatial_merge_size": 2}
-_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, **_SIDES}
-_QWEN3_TOWER = {**_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, **_SIDES}
+QWEN3_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 _FLAT = 3 * 2 * 7 * 7
 """Values of a patch of two frames."""
 _STILL = 3 * 7 * 7
@@ -75,7 +75,7 @@ _GLM_MOE = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per
 _GLM_MOE |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _INTERLEAVED = {"head_dim": 16, **mrope(2, 3, 3, mrope_interleaved=True)}
 _GLM_ROPE = {"head_dim": 16, **mrope(2, 3, 3, partial_rotary_factor=1.0)}
-_GLM_TOWER = {**_TOWER, "image_size": 28, "intermediate_size": 48}
+_GLM_TOWER = {**TOWER, "image_size": 28, "intermediate_size": 48}
 _QWEN_ROPE = {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]}
 
 
@@ -93,19 +93,19 @@ FAMILIES = {
     ),
     "qwen2_5_vl": Family(
         "qwen2_5_vl",
-        _qwen2({**_TOWER, "window_size": 28, "fullatt_block_indexes": [1], "tokens_per_second": 2}),
+        _qwen2({**TOWER, "window_size": 28, "fullatt_block_indexes": [1], "tokens_per_second": 2}),
         grids((_FLAT,)),
         grid_clips((_FLAT,), second_per_grid_ts=1.0),
     ),
     "qwen3_vl": Family(
         "qwen3_vl",
-        {"text_config": {**TEXT, **_INTERLEAVED}, "vision_config": _QWEN3_TOWER, **MARKS},
+        {"text_config": {**TEXT, **_INTERLEAVED}, "vision_config": QWEN3_TOWER, **MARKS},
         grids((_FLAT,)),
         grid_clips((_FLAT,), stamped=True),
     ),
     "qwen3_vl_moe": Family(
         "qwen3_vl_moe",
-        {"text_config": {**TEXT, **_INTERLEAVED, **_MOE}, "vision_config": _QWEN3_TOWER, **MARKS},
+        {"text_config": {**TEXT, **_INTERLEAVED, **_MOE}, "vision_config": QWEN3_TOWER, **MARKS},
         grids((_FLAT,)),
         grid_clips((_FLAT,), stamped=True),
     ),
@@ -154,7 +154,7 @@ FAMILIES = {
                 "moe_num_shared_experts": 1,
                 "mlp_layer_types": ["dense", "sparse"],
             },
-            "vision_config": {key: _TOWER[key] for key in ("depth", "hidden_size", "intermediate_size", "num_heads")}
+            "vision_config": {key: TOWER[key] for key in ("depth", "hidden_size", "intermediate_size", "num_heads")}
             | {"patch_size": 7},
             **_GLM_MARKS,
         },

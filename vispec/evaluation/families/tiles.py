@@ -63,7 +63,7 @@ def packed(lengths: tuple[int, int]) -> Layout:
 
 
 def alone_or_not(sizes: list[int]) -> Shown:
-    """LLaVA-OneVision: an image alone has tiles; several have none, only a token that ends each, under transformers 5."""
+    """LLaVA-OneVision under transformers 5: an image alone has tiles; several have only a token that ends each."""
     if "batch_num_images" not in signature(LlavaOnevisionForConditionalGeneration.forward).parameters:
         return packed((70, 72))(sizes)
     lengths = (70, 72) if len(sizes) == 1 else (17, 17)
