@@ -43,7 +43,7 @@ class Family:
     """As transformers calls it."""
     config: Mapping
     images: Layout | None = None
-    """None: only whether it is refused when it is handed over is tried."""
+    """None: text alone is tried."""
     videos: Layout | None = None
     kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Inputs of the shape of input_ids, and the ids where they are 1."""

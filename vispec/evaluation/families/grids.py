@@ -10,19 +10,28 @@ CLIPS = ((2, 4, 4), (3, 2, 4))
 """Of videos, after two frames have become one."""
 
 
-def grids(patch: tuple[int, ...], around: bool = True, merge: int = 2, **more) -> Layout:
-    """Images of patches of this shape, `merge` ** 2 to a token; `more` is given to every image alike."""
+def grids(patch: tuple[int, ...], around: bool = True, lined: bool = False, **more) -> Layout:
+    """Images of patches of this shape, 2 x 2 to a token.
+
+    Args:
+        around: tokens start and end an image.
+        lined: HunYuan's: a token ends every row, and one stands at either end, all of them image tokens.
+        more: given to every image alike.
+    """
 
     def layout(sizes: list[int]) -> Shown:
         table = torch.tensor([GRIDS[size] for size in sizes]).reshape(-1, 3)
-        ids = [[IMAGE] * (count // merge**2) for count in table.prod(dim=1).tolist()]
+        ids = []
+        for _, height, width in table.tolist():
+            tokens = height // 2 * (width // 2 + 1) + 2 if lined else height * width // 4
+            ids.append([START, *[IMAGE] * tokens, END] if around else [IMAGE] * tokens)
 
         def inputs(noise: torch.Generator) -> Inputs:
             pixels = torch.randn(int(table.prod(dim=1).sum()), *patch, generator=noise)
             every = {name: torch.tensor([value] * len(sizes)) for name, value in more.items()}
             return {"pixel_values": pixels, "image_grid_thw": table, **every}
 
-        return Shown([[START, *own, END] for own in ids] if around else ids, inputs)
+        return Shown(ids, inputs)
 
     return layout
 
@@ -66,6 +75,7 @@ _GLM_MARKS = {
 _GLM_MARKS |= {"video_start_token_id": START, "video_end_token_id": END}
 _SIDES = {"patch_size": 7, "temporal_patch_size": 2, "spatial_merge_size": 2}
 TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, **_SIDES}
+QWEN25_TOWER = {**TOWER, "window_size": 28, "fullatt_block_indexes": [1], "tokens_per_second": 2}
 QWEN3_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 _FLAT = 3 * 2 * 7 * 7
 """Values of a patch of two frames."""
@@ -93,7 +103,7 @@ FAMILIES = {
     ),
     "qwen2_5_vl": Family(
         "qwen2_5_vl",
-        _qwen2({**TOWER, "window_size": 28, "fullatt_block_indexes": [1], "tokens_per_second": 2}),
+        _qwen2(QWEN25_TOWER),
         grids((_FLAT,)),
         grid_clips((_FLAT,), second_per_grid_ts=1.0),
     ),

@@ -1,7 +1,7 @@
 """Families that fit none of the other layouts, and those that are refused when they are handed over."""
 
-from vispec.evaluation.families.family import END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, VOCABULARY, Family
-from vispec.evaluation.families.grids import MARKS, QWEN3_TOWER, TOWER, grid_clips, grids, mrope
+from vispec.evaluation.families.family import BREAK, END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, VOCABULARY, Family
+from vispec.evaluation.families.grids import MARKS, QWEN3_TOWER, QWEN25_TOWER, grid_clips, grids, mrope
 from vispec.evaluation.families.squares import LLAMA, QWEN2, SIGLIP, squares
 from vispec.evaluation.families.tiles import broken, tiles
 
@@ -10,11 +10,33 @@ _SAM |= {"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_inde
 _INTERN_TOWER = {**SQUARE, "image_size": [28, 28], "patch_size": [7, 7]}
 _TEXT4 = {**TEXT, "model_type": "qwen3", "head_dim": 16}
 
+_ARIA_EXPERTS = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+_HUNYUAN_TOWER = {**VISION, "num_key_value_heads": 4, "out_hidden_size": 64, "text_hidden_size": 64, "patch_size": 7}
+
 FAMILIES = {
+    "hunyuan_vl": Family(
+        "hunyuan_vl",
+        {
+            "text_config": {**TEXT, "head_dim": 16, **mrope(2, 2, 2, 2)},
+            "vision_config": _HUNYUAN_TOWER,
+            "image_token_id": IMAGE,
+            "im_start_id": START,
+            "im_end_id": END,
+            "im_newline_id": BREAK,
+        },
+        grids((3 * 7 * 7,), lined=True),
+    ),
     "aria": Family(
         "aria",
         {
-            "text_config": {**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "head_dim": 16},
+            "text_config": {
+                **TEXT,
+                "model_type": "aria_text",
+                "moe_num_experts": 4,
+                "moe_topk": 2,
+                "moe_num_shared_experts": 1,
+                "head_dim": 16,
+            },
             "vision_config": {**SQUARE, "model_type": "idefics3_vision"},
             "projector_patch_to_query_dict": {16: 4},
             "image_token_index": IMAGE,
@@ -87,13 +109,8 @@ FAMILIES = {
     "hyperclovax_vision_v2": Family(
         "hyperclovax_vision_v2",
         {
-            "text_config": {**TEXT, "model_type": "llama"},
-            "vision_config": {
-                **TOWER,
-                "window_size": 28,
-                "fullatt_block_indexes": [1],
-                "model_type": "qwen2_5_vl_vision",
-            },
+            "text_config": {**TEXT, "model_type": "hyperclovax"},
+            "vision_config": {**QWEN25_TOWER, "model_type": "qwen2_5_vl_vision"},
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
         },

@@ -19,25 +19,23 @@ def prompt_of(family: Family, model: PreTrainedModel, layout: str, seed: int) ->
         layout: "." is a few tokens of text, a letter an image by its size, a capital letter a video.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = family.images([ord(piece) - ord("a") for piece in layout if piece.islower()])
-    shown = {"image": images, "video": None}
-    if any(map(str.isupper, layout)):
-        shown["video"] = family.videos([ord(piece) - ord("A") for piece in layout if piece.isupper()])
-    queues = {name: iter(of.ids) for name, of in shown.items() if of is not None}
+    images = [ord(piece) - ord("a") for piece in layout if piece.islower()]
+    videos = [ord(piece) - ord("A") for piece in layout if piece.isupper()]
+    shown = [family.images(images) if images else None, family.videos(videos) if videos else None]
+    of_images, of_videos = (iter(of.ids if of else ()) for of in shown)
     ids = []
     for piece in layout:
         if piece == ".":
             ids += torch.randint(TEXT_FROM, BREAK, (WORDS,), generator=generator).tolist()
         else:
-            ids += next(queues["image" if piece.islower() else "video"])
+            ids += next(of_images if piece.islower() else of_videos)
     input_ids = torch.tensor([ids])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     inputs |= {name: torch.isin(input_ids, torch.tensor(marks)).long() for name, marks in family.kinds.items()}
     if "mm_token_type_ids" in forward_parameters(model) and "mm_token_type_ids" not in inputs:
         inputs["mm_token_type_ids"] = token_kinds(model.config, input_ids)
-    for of in shown.values():
-        if of is not None and of.ids:
-            inputs |= of.inputs(generator)
+    for of in filter(None, shown):
+        inputs |= of.inputs(generator)
     return inputs
 
 

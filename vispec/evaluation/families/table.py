@@ -39,31 +39,36 @@ def section(rows: dict[str, Row]) -> str:
     Args:
         rows: outcomes by family and column.
     """
-    lines = [_title(), "", f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [table_row(name, row) for name, row in rows.items() if not _reason_alone(row)]
-    notes = [f"- {name}: {FAMILIES[name].remark}." for name in rows if FAMILIES[name].remark]
-    notes += [note for name, row in rows.items() if not _reason_alone(row) for note in _notes(name, row)]
-    refused = {name: reason for name, row in rows.items() if (reason := _reason_alone(row))}
+    refused = {name: reason for name, row in rows.items() if (reason := reason_alone(row))}
+    taken = {name: row for name, row in rows.items() if name not in refused}
     more, untried = by_default_config({FAMILIES[name].model_type for name in rows})
-    if notes:
-        lines += ["", "What the tiny models have, and what is refused:", "", *notes]
-    lines += ["", "Refused when they are handed over:", ""]
+    lines = [_title(), "", f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [table_row(name, row) for name, row in taken.items()]
+    lines += ["", "What the tiny models have, and why something is not answered:", ""]
+    lines += [f"- {name}: {FAMILIES[name].remark}." for name in taken if FAMILIES[name].remark]
+    lines += [note for name, row in taken.items() for note in notes(name, row)]
+    lines += ["", "Refused when they are handed over, by the tiny model or by the default config:", ""]
     lines += [f"- {name}: {reason}" for name, reason in sorted({**more, **refused}.items())]
     return "\n".join([*lines, "", f"Not tried: {', '.join(untried) or 'none'}.", ""])
+
+
+def said_of(name: str, row: Row) -> list[str]:
+    """The lines that a section has about what came of a family's trial."""
+    reason = reason_alone(row)
+    return [f"- {name}: {reason}"] if reason else [table_row(name, row), *notes(name, row)]
 
 
 def table_row(name: str, row: Row) -> str:
     return f"| {name} | {' | '.join(row[column].verdict for column in COLUMNS)} |"
 
 
-def _reason_alone(row: Row) -> str | None:
+def reason_alone(row: Row) -> str | None:
     """Why a family is not taken at all; None where it is."""
-    outcomes = set(row.values())
-    first = next(iter(outcomes))
-    return f"{first.verdict}: {first.reason}" if len(outcomes) == 1 and first.reason else None
+    first = next(iter(row.values()))
+    return first.reason if all(outcome == first for outcome in row.values()) and first.reason else None
 
 
-def _notes(name: str, row: Row) -> list[str]:
+def notes(name: str, row: Row) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for column, outcome in row.items():
         if outcome.reason:
@@ -92,17 +97,25 @@ def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str]]:
             refuse_layers(model, KINDS)
             refuse_decoder(model, decoder, model.get_output_embeddings())
         except ValueError as error:
-            refused[name] = f"refused: {one_line(error)}"
+            refused[name] = one_line(error)
         else:
             untried.append(name)
     return refused, sorted(untried)
 
 
+def section_of(document: str) -> str:
+    """What the document says of the installed version; "" where it has no such section."""
+    return next((text for text in _sections(document) if text.splitlines()[0] == _title()), "")
+
+
 def with_section(document: str, text: str) -> str:
     """The document with this text in the place of its version's section; sections in the order of their versions."""
-    _, *sections = re.split(r"^(?=## )", document, flags=re.MULTILINE)
-    kept = [old for old in sections if old.splitlines()[0] != text.splitlines()[0]]
+    kept = [old for old in _sections(document) if old.splitlines()[0] != text.splitlines()[0]]
     return "\n".join(part.strip() + "\n" for part in [HEAD, *sorted([*kept, text])])
+
+
+def _sections(document: str) -> list[str]:
+    return re.split(r"^(?=## )", document, flags=re.MULTILINE)[1:]
 
 
 def _title() -> str:

@@ -60,7 +60,8 @@ def try_family(family: Family, seed: int = 0) -> dict[str, Outcome] | None:
 
 
 def _try_column(family: Family, model: PreTrainedModel, column: str, seed: int) -> Outcome:
-    if family.images is None or (column == "video" and family.videos is None):
+    shown = family.videos if column == "video" else family.images
+    if shown is None and column != "text":
         return Outcome(NOT_TRIED)
     try:
         if column == "batch":

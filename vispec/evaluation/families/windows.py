@@ -1,8 +1,10 @@
 """Families whose text decoders are of kinds of their own: windows, chunks, scaled logits, latent attention, experts."""
 
-from vispec.evaluation.families.family import IMAGE, SQUARE, TEXT, VIDEO, VISION, Family
+import torch
+
+from vispec.evaluation.families.family import END, IMAGE, START, TEXT, VIDEO, VISION, Family, Inputs, Shown
 from vispec.evaluation.families.grids import grids
-from vispec.evaluation.families.squares import LAYERS, WINDOW, squares
+from vispec.evaluation.families.squares import LAYERS, SIGLIP, WINDOW, squares
 
 _WINDOWED = "layers with a window of 8 tokens"
 _EVERY_OTHER = {**LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
@@ -21,9 +23,20 @@ _GEMMA4 |= {"hidden_size_per_layer_input": 8}
 _TOWER = {"depth": 1, "hidden_size": 32, "num_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
 _TOWER |= {"out_hidden_size": 64, "patch_size": 7, "spatial_merge_size": 2, "fullatt_block_indexes": [0]}
 _CHUNKS = {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 96, "num_local_experts": 2}
-_CHUNKS |= {"interleave_moe_layer_step": 2, "attn_temperature_tuning": True, "floor_scale": WINDOW, "head_dim": 16}
+_CHUNKS |= {"interleave_moe_layer_step": 2, "head_dim": 16}
 _LLAMA4_TOWER = {**VISION, "intermediate_size": 128, "vision_output_dim": 32, "image_size": 28, "patch_size": 7}
 _LLAMA4_TOWER |= {"projector_input_dim": 32, "projector_output_dim": 32}
+
+
+def placed(sizes: list[int]) -> Shown:
+    """Gemma 4: 4 x 4 patches with their places, 2 x 2 to a token."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        pixels = torch.rand(len(sizes), 16, 3 * 4 * 4, generator=noise)
+        return {"pixel_values": pixels, "image_position_ids": places.repeat(len(sizes), 1, 1)}
+
+    return Shown([[START, *[IMAGE] * 4, END] for _ in sizes], inputs)
 
 
 FAMILIES = {
@@ -31,7 +44,7 @@ FAMILIES = {
         "aya_vision",
         {
             "text_config": _COHERE,
-            "vision_config": SQUARE | {"model_type": "siglip_vision_model"},
+            "vision_config": SIGLIP,
             "downsample_factor": 2,
         }
         | {"image_token_index": IMAGE, "image_token_id": IMAGE},
@@ -42,7 +55,7 @@ FAMILIES = {
         "cohere2_vision",
         {
             "text_config": _COHERE,
-            "vision_config": SQUARE | {"model_type": "siglip_vision_model"},
+            "vision_config": SIGLIP,
             "downsample_factor": 2,
         }
         | {"alignment_intermediate_size": 96, "image_token_id": IMAGE},
@@ -53,12 +66,14 @@ FAMILIES = {
         "gemma4",
         {
             "text_config": _GEMMA4,
-            "vision_config": {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4},
+            "vision_config": {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4}
+            | {"pooling_kernel_size": 2},
             "audio_config": None,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
             "audio_token_id": 3,
         },
+        placed,
         remark=f"{_WINDOWED}, embeddings by layer, capped logits",
     ),
     "llama4": Family(
@@ -84,7 +99,7 @@ FAMILIES = {
         {
             "text_config": {**TEXT, **_LATENT, **_EXPERTS, "model_type": "deepseek_v3"},
             "vision_config": {**VISION, "patch_size": 7},
-            "projection_hidden_size": 64,
+            "projection_hidden_size": 32,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
             "tie_word_embeddings": False,
