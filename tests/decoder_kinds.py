@@ -40,6 +40,31 @@ SCALES = {
 }
 LATENT = {"DeepseekV3": {"num_key_value_heads": 4, "first_k_dense_replace": 1, **_LATENT, **_EXPERTS}}
 
+_TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+_TWO_WIDTHS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "global_head_dim": 16}
+_TWO_WIDTHS |= {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "sliding_window": WINDOW, "head_dim": 8}
+_TABLES = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 5.0}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+FAMILIES = {
+    "Gemma4": (
+        _TWO_WIDTHS | _TABLES,
+        {"num_key_value_heads": 2, "head_dim": 8},
+        {"audio_config": None, "video_token_id": IMAGE - 1, "audio_token_id": 1},
+    ),
+    "HunYuanVL": ({"head_dim": 8, "rope_parameters": _ROPE}, {}, {}),
+    "Exaone4_5_": (
+        WINDOWS["Exaone4"] | {"model_type": "exaone4"},
+        {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
+        {},
+    ),
+    "Kimi_K25": (
+        LATENT["DeepseekV3"] | {"model_type": "deepseek_v3"},
+        {},
+        {"video_token_id": IMAGE - 1, "tie_word_embeddings": False},
+    ),
+}
+"""What a family's text config, its vision config and the whole have beside the sizes."""
+
 
 def target_over(kind: str, seed: int, **changes) -> PreTrainedModel:
     """A LLaVA over a kind of text decoder; skips the test where transformers has none that works."""
@@ -71,6 +96,16 @@ def gemma3(seed: int) -> PreTrainedModel:
         text_config=text, vision_config=vision, mm_tokens_per_image=PATCHES, image_token_index=IMAGE
     )
     return _made(transformers.Gemma3ForConditionalGeneration(config), seed)
+
+
+def of_family(name: str, seed: int) -> PreTrainedModel:
+    """A whole family that transformers 5 alone has, for prompts of text; its model may say what stands for images."""
+    config_class = getattr(transformers, f"{name}Config", None)
+    if config_class is None:
+        pytest.skip(f"this version of transformers has no {name}")
+    text, vision, further = FAMILIES[name]
+    config = config_class(text_config=_SIZES | text, vision_config=_TOWER | vision, image_token_id=IMAGE, **further)
+    return _made(getattr(transformers, f"{name}ForConditionalGeneration")(config), seed)
 
 
 def prompt(target: PreTrainedModel, length: int, seed: int, images: int = 1) -> dict[str, torch.Tensor]:

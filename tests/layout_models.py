@@ -42,9 +42,9 @@ class Layout(NamedTuple):
     """The image inputs of a batch from those of its prompts; None concatenates."""
 
 
-def layout_model(name: str, seed: int = 1) -> PreTrainedModel:
+def layout_model(name: str | Layout, seed: int = 1) -> PreTrainedModel:
     """A random model; skips where this transformers does not have the family."""
-    model = LAYOUTS[name].build().eval()
+    model = _known(name).build().eval()
     randomize(model, seed, 0.2)
     with torch.no_grad():  # some of these models would look for the image of an image token that they said themselves
         model.get_output_embeddings().weight[IMAGE:] = 0
@@ -52,24 +52,24 @@ def layout_model(name: str, seed: int = 1) -> PreTrainedModel:
     return model
 
 
-def layout_prompt(name: str, seed: int, layout: str) -> dict[str, torch.Tensor]:
+def layout_prompt(name: str | Layout, seed: int, layout: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sizes = ["ab".index(piece) for piece in layout if piece != "."]
-    images = LAYOUTS[name].images(sizes)
+    images = _known(name).images(sizes)
     queue, ids = iter(images.ids), []
     for piece in layout:
         ids += torch.randint(TEXT_FROM, IMAGE, (4,), generator=generator).tolist() if piece == "." else next(queue)
     input_ids = torch.tensor([ids])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     marked = {"mm_token_type_ids": [IMAGE], "moe_mm_token_type_ids": [IMAGE, START, END]}
-    for kinds in LAYOUTS[name].kinds:
+    for kinds in _known(name).kinds:
         inputs[kinds] = torch.isin(input_ids, torch.tensor(marked[kinds])).long()
     return {**inputs, **(images.inputs(generator) if sizes else {})}
 
 
-def layout_batch(name: str, prompts: list[dict], padding: int) -> dict[str, torch.Tensor]:
+def layout_batch(name: str | Layout, prompts: list[dict], padding: int) -> dict[str, torch.Tensor]:
     """What the processor would return for all of these prompts: padded on the left."""
-    layout, longest = LAYOUTS[name], max(prompt["input_ids"].shape[1] for prompt in prompts)
+    layout, longest = _known(name), max(prompt["input_ids"].shape[1] for prompt in prompts)
     tokens = {"input_ids": padding, "attention_mask": 0, **dict.fromkeys(layout.kinds, 0)}
     parts = [{key: value for key, value in prompt.items() if key not in tokens} for prompt in prompts]
     batch = {
@@ -82,11 +82,10 @@ def layout_batch(name: str, prompts: list[dict], padding: int) -> dict[str, torc
     return {**batch, **{key: torch.cat([part[key] for part in parts if key in part]) for key in names}}
 
 
-def _model(name: str, **config) -> PreTrainedModel:
-    if not hasattr(transformers, f"{name}Config"):
-        pytest.skip(f"this transformers has no {name}")
-    built = getattr(transformers, f"{name}Config")(**config)
-    return getattr(transformers, f"{name}ForConditionalGeneration")(built)
+def family(name: str, **config) -> PreTrainedModel:
+    """Of transformers' class of this name; skips where this version does not have it."""
+    made = getattr(transformers, f"{name}Config", None) or pytest.skip(f"this transformers has no {name}")
+    return getattr(transformers, f"{name}ForConditionalGeneration")(made(**config))
 
 
 # --- images of one size in one tensor ---
@@ -95,10 +94,10 @@ def _model(name: str, **config) -> PreTrainedModel:
 def _vipllava() -> PreTrainedModel:
     text, vision = {**_TEXT, "model_type": "llama"}, {**_SQUARE, "model_type": "clip_vision_model"}
     layers = {"vision_feature_layers": [-1, -2]}
-    return _model("VipLlava", text_config=text, vision_config=vision, image_token_index=IMAGE, **layers)
+    return family("VipLlava", text_config=text, vision_config=vision, image_token_index=IMAGE, **layers)
 
 
-def _squares(tokens: int, name: str = "pixel_values", around: bool = False) -> Callable[[list[int]], Images]:
+def squares(tokens: int, name: str = "pixel_values", around: bool = False) -> Callable[[list[int]], Images]:
     one = [IMAGE] * tokens
     ids = [START, *one, END] if around else one
     return lambda sizes: Images(
@@ -109,7 +108,7 @@ def _squares(tokens: int, name: str = "pixel_values", around: bool = False) -> C
 def _video_llava() -> PreTrainedModel:
     text, vision = {**_TEXT, "model_type": "llama"}, {**_SQUARE, "model_type": "clip_vision_model"}
     marks = {"image_token_index": IMAGE, "video_token_index": BREAK}
-    return _model("VideoLlava", text_config=text, vision_config=vision, **marks)
+    return family("VideoLlava", text_config=text, vision_config=vision, **marks)
 
 
 # --- tiles ---
@@ -118,14 +117,14 @@ def _video_llava() -> PreTrainedModel:
 def _internvl() -> PreTrainedModel:
     vision = {**_SQUARE, "image_size": [28, 28], "patch_size": [7, 7], "model_type": "internvl_vision"}
     text = {**_TEXT, "model_type": "qwen2"}
-    return _model("InternVL", text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=4)
+    return family("InternVL", text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=4)
 
 
 def _got_ocr2() -> PreTrainedModel:
     sides = {"image_size": 64, "patch_size": 8, "window_size": 4, "global_attn_indexes": [1]}
     vision = {**_VISION, **sides, "output_channels": 16, "mlp_dim": 48}
     text = {**_TEXT, "model_type": "qwen2"}
-    return _model("GotOcr2", text_config=text, vision_config=vision, image_token_index=IMAGE, image_token_id=IMAGE)
+    return family("GotOcr2", text_config=text, vision_config=vision, image_token_index=IMAGE, image_token_id=IMAGE)
 
 
 def _tiles(side: int) -> Callable[[list[int]], Images]:
@@ -160,7 +159,7 @@ def _perception() -> PreTrainedModel:
         choose = lambda config, **_: Tower(config) if "timm" in config.model_type else from_config(config)  # noqa: E731
         patch.setattr(module.AutoModel, "from_config", choose)
         marks = {"image_token_id": IMAGE, "video_token_id": BREAK, "vision_use_cls_token": False}
-        return _model("PerceptionLM", text_config=text, vision_config=sides, **marks)
+        return family("PerceptionLM", text_config=text, vision_config=sides, **marks)
 
 
 def _thumbs_and_tiles(sizes: list[int]) -> Images:
@@ -190,12 +189,12 @@ def _patches(sizes: list[int]) -> Images:
 
 def _idefics3() -> PreTrainedModel:
     text = {**_TEXT, "model_type": "llama"}
-    return _model("Idefics3", text_config=text, vision_config=_SQUARE, image_token_id=IMAGE, scale_factor=2)
+    return family("Idefics3", text_config=text, vision_config=_SQUARE, image_token_id=IMAGE, scale_factor=2)
 
 
 def _smolvlm() -> PreTrainedModel:
     text = {**_TEXT, "model_type": "llama"}
-    return _model("SmolVLM", text_config=text, vision_config=_SQUARE, image_token_id=IMAGE, scale_factor=2)
+    return family("SmolVLM", text_config=text, vision_config=_SQUARE, image_token_id=IMAGE, scale_factor=2)
 
 
 def _idefics2() -> PreTrainedModel:
@@ -203,7 +202,7 @@ def _idefics2() -> PreTrainedModel:
     perceiver |= {"resampler_head_dim": 16, "num_key_value_heads": 1}
     text = {**_TEXT, "model_type": "mistral"}
     parts = {"text_config": text, "vision_config": _SQUARE, "perceiver_config": perceiver}
-    return _model("Idefics2", **parts, image_token_id=IMAGE)
+    return family("Idefics2", **parts, image_token_id=IMAGE)
 
 
 def _rows(sizes: list[int]) -> Images:
@@ -236,17 +235,17 @@ _SIZES = ((28, 42), (14, 28))
 def _pixtral() -> PreTrainedModel:
     vision = {**_VISION, "image_size": 56, "patch_size": 7, "model_type": "pixtral"}
     options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": IMAGE}
-    return _model("Llava", text_config={**_TEXT, "model_type": "mistral"}, vision_config=vision, **options)
+    return family("Llava", text_config={**_TEXT, "model_type": "mistral"}, vision_config=vision, **options)
 
 
 def _mistral3() -> PreTrainedModel:
     vision = {**_VISION, "image_size": 56, "patch_size": 7, "model_type": "pixtral"}
     text = {**_TEXT, "model_type": "mistral", "head_dim": 16}
     options = {"spatial_merge_size": 2, "vision_feature_layer": -1, "image_token_index": IMAGE}
-    return _model("Mistral3", text_config=text, vision_config=vision, **options)
+    return family("Mistral3", text_config=text, vision_config=vision, **options)
 
 
-def _broken(side: int) -> Callable[[list[int]], Images]:
+def broken(side: int) -> Callable[[list[int]], Images]:
     def images(sizes: list[int]) -> Images:
         ids = []
         for height, width in (_SIZES[size] for size in sizes):
@@ -273,8 +272,7 @@ def _paddleocr() -> PreTrainedModel:
     text = {**_TEXT, "head_dim": 16, "rope_parameters": _mrope(2, 3, 3)}
     vision = {**_SQUARE, "spatial_merge_size": 2}
     marks = {"vision_start_token_id": START, "vision_end_token_id": END, "image_token_id": IMAGE}
-    model = _model("PaddleOCRVL", text_config=text, vision_config=vision, video_token_id=BREAK, **marks)
-    return model
+    return family("PaddleOCRVL", text_config=text, vision_config=vision, video_token_id=BREAK, **marks)
 
 
 def _ernie() -> PreTrainedModel:
@@ -282,20 +280,20 @@ def _ernie() -> PreTrainedModel:
     text |= {"mlp_layer_types": ["dense", "sparse"], "rope_parameters": _mrope(3, 3, 2)}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 7}
     marks = {"image_start_token_id": START, "image_end_token_id": END, "image_token_id": IMAGE}
-    return _model("Ernie4_5_VLMoe", text_config=text, vision_config=vision, video_token_id=BREAK, **marks)
+    return family("Ernie4_5_VLMoe", text_config=text, vision_config=vision, video_token_id=BREAK, **marks)
 
 
 def _video_llama3() -> PreTrainedModel:
     vision = {**_VISION, "patch_size": 7}
     text = {**_TEXT, "model_type": "qwen2"}
-    return _model("VideoLlama3", text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=BREAK)
+    return family("VideoLlama3", text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=BREAK)
 
 
 def _mrope(*sections: int) -> dict:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
 
 
-def _grids(patch: tuple[int, ...], around: bool = True, **more) -> Callable[[list[int]], Images]:
+def patch_grids(patch: tuple[int, ...], around: bool = True, **more) -> Callable[[list[int]], Images]:
     """A patch has this shape; `more` is given to every image alike."""
 
     def images(sizes: list[int]) -> Images:
@@ -323,7 +321,7 @@ def _molmo2() -> PreTrainedModel:
     text = {**_TEXT, "vocab_size": VOCABULARY - 4, "additional_vocab_size": 4, "head_dim": 16}
     parts = {"text_config": text, "vision_config": vision, "adapter_config": adapter}
     marks = {"image_start_token_id": START, "low_res_image_start_token_id": START, "image_end_token_id": END}
-    return _model("Molmo2", **parts, **marks, image_patch_id=IMAGE)
+    return family("Molmo2", **parts, **marks, image_patch_id=IMAGE)
 
 
 def _crops(sizes: list[int]) -> Images:
@@ -358,7 +356,7 @@ def _onevision() -> PreTrainedModel:
     text, vision = {**_TEXT, "model_type": "qwen2"}, {**_SQUARE, "model_type": "siglip_vision_model"}
     pinpoints = [[28, 56], [56, 28], [56, 56]]
     marks = {"image_token_index": IMAGE, "video_token_index": BREAK, "image_grid_pinpoints": pinpoints}
-    model = _model("LlavaOnevision", text_config=text, vision_config=vision, **marks)
+    model = family("LlavaOnevision", text_config=text, vision_config=vision, **marks)
     if "batch_num_images" not in inspect.signature(model.forward).parameters:
         pytest.skip("this transformers gives all images tiles")
     return model
@@ -377,9 +375,13 @@ def _one_or_more(sizes: list[int]) -> Images:
     return Images([[IMAGE] * lengths[size] for size in sizes], inputs)
 
 
+def _known(name: str | Layout) -> Layout:
+    return LAYOUTS[name] if isinstance(name, str) else name
+
+
 LAYOUTS = {
-    "vipllava": Layout(_vipllava, _squares(16)),
-    "video_llava": Layout(_video_llava, _squares(16, "pixel_values_images")),
+    "vipllava": Layout(_vipllava, squares(16)),
+    "video_llava": Layout(_video_llava, squares(16, "pixel_values_images")),
     "internvl": Layout(_internvl, _tiles(28)),
     "got_ocr2": Layout(_got_ocr2, _tiles(64)),
     "perception_lm": Layout(_perception, _thumbs_and_tiles),
@@ -387,11 +389,11 @@ LAYOUTS = {
     "idefics2": Layout(_idefics2, _rows, join=_fill_rows),
     "idefics3": Layout(_idefics3, _rows, join=_fill_rows),
     "smolvlm": Layout(_smolvlm, _rows, join=_fill_rows),
-    "pixtral": Layout(_pixtral, _broken(7)),
-    "mistral3": Layout(_mistral3, _broken(14)),
-    "paddleocr_vl": Layout(_paddleocr, _grids((3, 7, 7)), ("mm_token_type_ids",)),
-    "ernie4_5_vl_moe": Layout(_ernie, _grids((3 * 7 * 7,)), ("mm_token_type_ids", "moe_mm_token_type_ids")),
-    "video_llama_3": Layout(_video_llama3, _grids((3 * 7 * 7,), around=False, image_merge_sizes=2)),
+    "pixtral": Layout(_pixtral, broken(7)),
+    "mistral3": Layout(_mistral3, broken(14)),
+    "paddleocr_vl": Layout(_paddleocr, patch_grids((3, 7, 7)), ("mm_token_type_ids",)),
+    "ernie4_5_vl_moe": Layout(_ernie, patch_grids((3 * 7 * 7,)), ("mm_token_type_ids", "moe_mm_token_type_ids")),
+    "video_llama_3": Layout(_video_llama3, patch_grids((3 * 7 * 7,), around=False, image_merge_sizes=2)),
     "molmo2": Layout(_molmo2, _crops, join=_rebase),
     "llava_onevision": Layout(_onevision, _one_or_more),
 }

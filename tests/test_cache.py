@@ -134,10 +134,6 @@ def test_a_pass_looks_at_the_slots_in_use_and_no_others():
     assert mask.shape == (1, 1, 4, 7) and keys.shape == values.shape == (1, 2, 7, 8)
 
 
-def test_an_empty_cache_is_no_missing_one():
-    assert TreeCache([torch.device("cpu")], 1, capacity=1)
-
-
 def test_layers_of_different_widths():
     """Layers with other heads, and keys and values of different widths, beside each other; a path is kept in all."""
     shapes = [((2, 4), (2, 4)), ((1, 8), (1, 8)), ((2, 4), (2, 4)), ((1, 6), (1, 2))]  # heads, size: of keys, of values

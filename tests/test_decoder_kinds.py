@@ -4,13 +4,26 @@ import threading
 
 import pytest
 import torch
-from decoder_kinds import LATENT, SCALES, VOCABULARY, WINDOWS, batch_of, gemma3, paligemma, prompt, target_over
+from decoder_kinds import (
+    FAMILIES,
+    LATENT,
+    SCALES,
+    VOCABULARY,
+    WINDOWS,
+    batch_of,
+    gemma3,
+    of_family,
+    paligemma,
+    prompt,
+    target_over,
+)
 from oracle import oracle
 from tiny_models import generate
 
 from vispec import SpecModel
 from vispec.model.drafts import PromptLookup
 from vispec.model.target import LARGEST_PASS, Target
+from vispec.model.windows import READS_LAYER_TYPES, Windows
 
 NEW = 24
 LENGTHS = (21, 9, 30)
@@ -52,6 +65,13 @@ def test_windows_change_the_answers(kind):
     assert not torch.equal(*(generate(target, inputs, max_new_tokens=NEW) for target in targets))
 
 
+def test_a_window_that_no_layer_uses(monkeypatch):
+    unused = {"layer_types": ["full_attention"] * 4} if READS_LAYER_TYPES else {"sliding_window_pattern": 1}
+    target = target_over("Cohere2", 0, **unused)
+    assert not Windows(target, Target(target).decoder)
+    check(target, monkeypatch, prompts_of(target))
+
+
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_a_text_that_outgrows_the_window(kind, monkeypatch):
     """Here the caches of transformers 4 for windows put an empty key in place of one, so generate() goes without."""
@@ -72,6 +92,17 @@ def test_positions_that_begin_with_one(kind, monkeypatch):
 def test_images_that_see_themselves_to_both_sides(monkeypatch):
     target = gemma3(0)
     check(target, monkeypatch, [prompt(target, 26, 0, images=2), *prompts_of(target)])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_with_positions_caches_and_tables_of_their_own(name, monkeypatch):
+    """Positions in four rows, or in one beside M-RoPE's offset; layers of two widths; tables of tokens in layers.
+
+    Some of the answers hold what stands for an image.
+    """
+    for seed in range(2):
+        target = of_family(name, seed)
+        check(target, monkeypatch, [prompt(target, length, length, images=0) for length in LENGTHS])
 
 
 # --- logits behind the head ---

@@ -78,7 +78,7 @@ def new_ids(answer: torch.Tensor, prompt: dict) -> list[int]:
 
 def target_with(lm_head: torch.nn.Module) -> SimpleNamespace:
     """Stands in for a target whose output head alone is asked for."""
-    return SimpleNamespace(lm_head=lm_head, device=torch.device("cpu"), fast=True)
+    return SimpleNamespace(lm_head=lm_head, device=torch.device("cpu"), fast=True, rescale=None)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -93,6 +93,9 @@ def test_logits_are_rows_of_the_targets(bias):
         output.expect([6])
         torch.testing.assert_close(output.logits(hidden), target.lm_head(hidden)[..., ids])
         assert output.token_ids.tolist() == ids.tolist()
+    target.rescale = torch.tanh
+    output = DraftVocabulary(ids, 9, "").output(target)
+    torch.testing.assert_close(output.logits(hidden), target.lm_head(hidden)[..., ids].tanh())
 
 
 @pytest.mark.parametrize("method", ["vispec", "medusa"])

@@ -9,7 +9,7 @@ import test_evaluation
 import torch
 from test_evaluation import TARGET, coco, read, run_baseline, run_spec  # noqa: F401
 
-from vispec import SpecModel
+from vispec import SpecModel, generate
 from vispec.evaluation import answering
 from vispec.evaluation.measure import Generation, answer_question
 from vispec.prompts import build_inputs, load_processor, user_turn
@@ -41,7 +41,7 @@ def test_answers_with_the_targets_own_config(penalised, coco, tmp_path, capsys):
     plain = run_baseline(coco, tmp_path / "with", "--generation-config")
     ours = run_spec(coco, tmp_path / "with", "--generation-config=True")
     assert ids(plain) == ids(ours) and ids(plain) != ids(without)
-    assert "identical to those of" in capsys.readouterr().out or read(ours)[0]["choices"][0]["acceptance_length"]
+    assert "5 of 5 questions (100.0 %) with the output ids of" in capsys.readouterr().out
     assert meta(plain)["generation_config"] is meta(ours)["generation_config"] is True
     assert "generation_config" not in meta(without)
 
@@ -73,3 +73,14 @@ def test_an_answer_is_that_of_generate(penalised, temperature):
         assert own == ours.output_ids == streamed == answer_question(model, inputs, "generate", generation).output_ids
     else:
         assert len(streamed) > 0
+
+
+def test_a_streamed_answer_with_the_targets_own_config(penalised, capsys):
+    flags = ["--base-model-path", str(penalised), "--spec-model-path", test_evaluation.VISPEC, "--tree", "30/3/8"]
+    printed = []
+    for more in ([], ["--generation-config"]):
+        assert generate.main([*flags, *more, "--compare", "--max-new-tokens", "12", "What is this?"]) == 0
+        printed.append(capsys.readouterr().out)
+        assert "outputs identical: yes" in printed[-1]
+    answers = [text.splitlines()[0] for text in printed]
+    assert answers[0] != answers[1]

@@ -96,6 +96,13 @@ def test_a_seed_draws_the_same_text_with_any_tree_and_without_a_draft(capsys):
     assert text in texts and "over our own plain loop, outputs identical: yes" in rest and "generate()" not in rest
 
 
+def test_a_seed_holds_with_the_targets_own_config_too(capsys):
+    own = ["--seed", "7", "--generation-config"]
+    texts = {drawn(capsys, *own, "--tree", tree)[0] for tree in ("30/3/8", "4/2/1")}
+    text, rest = drawn(capsys, *own, "--compare")
+    assert texts == {text} and "over our own plain loop, outputs identical: yes" in rest
+
+
 def test_without_a_seed_two_samples_are_not_compared(capsys):
     _, rest = drawn(capsys, "--compare")
     assert "outputs identical: not compared, both are sampled without --seed" in rest
@@ -117,7 +124,7 @@ def test_a_picture_from_the_web_is_that_of_the_file(server, picture, capsys):  #
     [
         ("/gone.png", r"cannot be fetched \(HTTP Error 404: Not Found\)$"),
         ("/large", r"cannot be fetched \(larger than 9,000 bytes\)$"),
-        ("/text", r"cannot be read as a picture \(UnidentifiedImageError: "),
+        ("/text", r"cannot be read as a picture \(no picture, or none of "),
     ],
 )
 def test_a_picture_that_cannot_be_had_is_one_line(server, path, message, monkeypatch):  # noqa: F811

@@ -82,7 +82,7 @@ def test_each_option(name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_combinations(family, seed):
     chance = random.Random(seed)
     model = model_of(family, seed, chance.choice(("vispec", "eagle2", "medusa"))).with_tree(
@@ -168,6 +168,19 @@ def test_a_processor_that_looks_at_the_place_of_a_row_is_refused():
     both(model, prompts[0], logits_processor=[ByPlace()])
     with pytest.raises(ValueError, match="ByPlace does not treat a row of a batch as it treats the row alone"):
         model.generate(**batch_of(prompts), logits_processor=[ByPlace()])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_processors_between_captured_steps(rows, request):
+    model = model_of("llava_1.5")
+    inputs = batch_of(prompts_of(model.target.model)[:rows])
+    options = {"max_new_tokens": NEW, "eos_token_id": END, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    expected = both(model, inputs, **options)
+    captures = request.getfixturevalue("captures")
+    captured = SpecModel(model.target.model, model.draft, tree="12/3/4")
+    for _ in range(2):
+        assert captured.generate(**inputs, **options).tolist() == expected
+    assert {kind for kind, *_ in captures} == {"draft", "verify", "keep"} and set(captures.values()) == {1}
 
 
 # --- stopping ---

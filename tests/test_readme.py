@@ -39,8 +39,7 @@ def test_the_python_example_runs(tmp_path, capsys):
         assert f'"{shown}"' in code
         code = code.replace(f'"{shown}"', repr(local))
     exec(compile(code, "README.md", "exec"), {})
-    answer, tau = capsys.readouterr().out.strip().rsplit(" ", 1)
-    assert answer.endswith("</s>") and float(tau) > 1
+    assert capsys.readouterr().out.strip().endswith("</s>")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base, spec, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())
-    generation = Generation(args.temperature, args.max_new_tokens, args.top_p)
+    generation = Generation(args.temperature, args.max_new_tokens, args.top_p, args.generation_config)
     if args.compare:
         _warm_up(model, inputs, generation)
     while True:
@@ -115,6 +115,9 @@ def _make_parser() -> Parser:
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
     add("--seed", type=whole, help="when sampling: the same seed draws the same text, with and without a draft")
     add("--max-new-tokens", type=count, default=512, help="most tokens of the answer")
+    parser.add_bool(
+        "--generation-config", "apply what else the target's generation config says, such as penalties and top_k"
+    )
     add_tree_flags(parser, AUTO)
     parser.add_hardware(dtype=None)
     return parser
@@ -194,10 +197,7 @@ def _answer(
     on_round: Callable[[list[int], list[bool]], None],
 ) -> Streamed:
     """Stream an answer; only the time until each round's tokens are there counts."""
-    import torch
-
-    if seed is not None:
-        torch.manual_seed(seed)
+    _seed_choices(seed)
     rounds = model.stream(**inputs, **asdict(generation))
     answer = Streamed([], [], 0, 0.0)
     first = True
@@ -216,6 +216,14 @@ def _answer(
         on_round(step.token_ids, step.drafted)
 
 
+def _seed_choices(seed: int | None) -> None:
+    """An answer's random choices follow from torch's default generator, whichever way it is made."""
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
 def _baselines(generation: Generation) -> dict[Kind, str]:
     """What an answer is compared with, and how that is called: transformers' generate() where decoding is greedy."""
     greedy = is_greedy(generation.temperature)
@@ -232,7 +240,8 @@ def _compare(model: "SpecModel", inputs: Mapping, generation: Generation, seed: 
     """Answer once more without a draft; print how much faster `answer` came, and whether it is the same."""
     comparable = is_greedy(generation.temperature) or seed is not None
     for kind, name in _baselines(generation).items():
-        found = answer_question(model, inputs, kind, generation, seed)
+        _seed_choices(seed)
+        found = answer_question(model, inputs, kind, generation, seed=None)
         plain = Streamed(found.output_ids, [], 0, found.wall_time)
         print(f"{kind} {_speed(plain)}: {name}")
         same = "yes" if answer.token_ids == plain.token_ids else "no"

@@ -78,7 +78,8 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
     text = processor.apply_chat_template(chat_messages(turns, system), add_generation_prompt=True, tokenize=False)
-    return processor(images=images or None, text=[text], return_tensors="pt", **videos)
+    inputs = processor(images=images or None, text=[text], return_tensors="pt", **videos)
+    return inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
 
 
 def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":

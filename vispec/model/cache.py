@@ -52,10 +52,6 @@ class TreeCache(Cache):
         self._reserved = 0
         self._whole: tuple[TreeCache, slice] | None = None  # of a part: whose rows it has
 
-    def __bool__(self) -> bool:
-        """Caches of transformers 5 have a length, that of a list which is empty here."""
-        return True
-
     def reserve(self, n: int, offset: int = 0) -> None:
         """Announce a pass over n tokens a row, to be written `offset` slots after the committed ones.
 

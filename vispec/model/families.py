@@ -8,7 +8,7 @@ A run is what a draft head may compress as one: an image, or a frame of a video.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -56,6 +56,27 @@ def token_kinds(config, input_ids: torch.Tensor) -> torch.Tensor:
         if token is not None:
             kinds[input_ids == token] = kind
     return kinds
+
+
+def embedded_ids(config, vocabulary: int) -> torch.Tensor | None:
+    """(V,) the id whose embedding a family takes for each id of an answer; None: its own.
+
+    Some families embed what stands for an image as padding, also where the model itself has said it.
+    """
+    if config.model_type not in PLACEHOLDERS_AS:
+        return None
+    ids, stand_in = torch.arange(vocabulary), PLACEHOLDERS_AS[config.model_type](config)
+    for kind in ("image", "video", "audio"):
+        ids[ids == getattr(config, f"{kind}_token_id", None)] = stand_in
+    return ids
+
+
+def _padding(config) -> int:
+    return config.get_text_config().pad_token_id
+
+
+PLACEHOLDERS_AS: dict[str, Callable] = {"gemma4": _padding, "gemma4_unified": _padding, "kimi_k25": lambda config: 0}
+"""The id that placeholders of images, videos and sounds are embedded as, by `model_type`: config -> id."""
 
 
 def image_spans(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[list[Span]]:

@@ -48,8 +48,6 @@ TEXT_OPTIONS = {
     "watermarking_config": None, "stop_strings": None, "guidance_scale": 1,
 }  # fmt: skip
 """Options of a generation config that change greedy answers, and what is off."""
-UNSAID = -2
-"""Chosen at nodes that the path does not reach; no token, and no empty node either."""
 
 
 def text_options(config: GenerationConfig) -> list[str]:
@@ -119,7 +117,8 @@ class TextChoice(Choice):
         """For each row and token, those before it included, logits (V,) and scores (V,)."""
 
     def choose(self, logits: torch.Tensor, answers: Sequence[Answer], tree: Tree | None = None) -> torch.Tensor:
-        chosen = torch.full(logits.shape[:2], UNSAID, device=logits.device)
+        # at nodes that are not reached some token of the vocabulary, since steps on a GPU look up surplus ones too
+        chosen = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
         children = [{} for _ in answers] if tree is None else _children(tree)
         reached, depth = [(place, 0) for place in range(len(answers))], 0
         while reached:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
-from vispec.model.families import image_spans, token_kinds
+from vispec.model.families import embedded_ids, image_spans, token_kinds
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
@@ -73,7 +73,7 @@ class Target:
     def __init__(self, model: PreTrainedModel, fast: bool = True):
         self.model = model.eval()
         self.config = model.config
-        self.decoder = _find_decoder(model)
+        self.decoder = find_decoder(model)
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
         refuse_layers(model, KINDS)
@@ -88,6 +88,9 @@ class Target:
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
         _use_maskable_attention(model)
         self._windows = Windows(model, self.decoder)
+        self._embedded = embedded_ids(model.config, len(self.embed_tokens.weight))
+        if self._embedded is not None:
+            self._embedded = self._embedded.to(self._input_device)
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
@@ -189,7 +192,8 @@ class Target:
         batch, length = input_ids.shape
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
-        if "mm_token_type_ids" in forward_parameters(self.model) and "mm_token_type_ids" not in inputs:
+        wants_kinds = self._rope_owner is not None and "mm_token_type_ids" in forward_parameters(self.model)
+        if wants_kinds and "mm_token_type_ids" not in inputs:  # others answer without them, and otherwise with them
             inputs["mm_token_type_ids"] = self._place(token_kinds(self.config, input_ids))
         cache.reserve(length)
         with self._prefill_lock:
@@ -258,6 +262,8 @@ class Target:
             ancestors = torch.ones_like(tokens, dtype=torch.bool)[:, None]
         mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
         tokens = self._place(tokens)
+        if self._embedded is not None:
+            tokens = self._embedded[tokens]
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
         with self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
             return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
@@ -304,7 +310,7 @@ class Target:
                 handle.remove()
 
 
-def _find_decoder(model: PreTrainedModel) -> nn.Module:
+def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module with the decoder layers and the token embedding, wherever the family hangs it."""
     module = model
     while not (hasattr(module, "layers") and hasattr(module, "embed_tokens")):

@@ -210,7 +210,10 @@ class StockDecoder:
 
     def __init__(self, decoder: nn.Module, axes: int):
         self.decoder, self._axes = decoder, axes
-        self.reads_ids = "per_layer_inputs" in inspect.signature(type(decoder).forward).parameters
+        takes = inspect.signature(type(decoder).forward).parameters
+        # decoders with windows ask the device for it, to cut a mask by it that is ours; no longer in transformers 5
+        self._further = {"last_cache_position": 0} if "last_cache_position" in takes else {}
+        self.reads_ids = "per_layer_inputs" in takes
         """Whether it is called with tokens, since layers look them up in tables of their own (Gemma 3n and 4)."""
 
     def refresh(self) -> None:
@@ -236,6 +239,7 @@ class StockDecoder:
             position_ids=self.places(positions),
             past_key_values=cache,
             use_cache=True,
+            **self._further,
         ).last_hidden_state
 
 

@@ -9,6 +9,7 @@ B rows, n tokens of a pass, m visible slots.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from vispec.model.cache import TreeCache
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 KINDS = frozenset((FULL, SLIDING, CHUNKED))
 """Of layers, as configs name them."""
+
+READS_LAYER_TYPES = find_spec("transformers.masking_utils") is not None
+"""Older transformers keep a config's `layer_types` without a look at it."""
 
 
 class Window(NamedTuple):
@@ -102,7 +106,7 @@ def _layer_windows(model: PreTrainedModel, decoder: nn.Module) -> list[Window | 
     name, config = type(model).__name__, model.config.get_text_config()
     layers = decoder.layers
     size = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) if READS_LAYER_TYPES else None
     if kinds is None:
         if getattr(config, "attention_chunk_size", None) is not None:
             raise ValueError(f"{name} attends in chunks, which needs transformers 5 here")
