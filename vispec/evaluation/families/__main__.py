@@ -6,6 +6,7 @@ Tries every family on tiny random models, and writes the section of the installe
 other versions stay. A token that differs from the model's own ends the command with exit code 1. No download.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.only and args.out:
         raise UserError("--only: expected no --out beside it, a section says everything of its version")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("vispec").setLevel(logging.ERROR)  # which pass decodes, for every model anew
     rows = {}
     for name in args.only or FAMILIES:
         outcomes = try_family(FAMILIES[name])
