@@ -46,6 +46,8 @@ def refuse_decoder(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Modul
             f"{name} merges images inside its text decoder {kind} (which takes {own}), which tree decoding does not "
             "do yet"
         )
+    if not getattr(model, "_supports_cache_class", True):  # Fuyu under transformers 4
+        raise ValueError(f"{name} takes its keys and values as tuples, which tree decoding does not do")
     missing = [part for part in DECODER_INPUTS if part not in takes]
     if missing:
         raise ValueError(f"{name}: its text decoder {kind} does not take {', '.join(missing)}")

@@ -3,7 +3,8 @@
     python -m vispec.evaluation.families --out docs/models.md
 
 Tries every family on tiny random models, and writes the section of the installed version of transformers; those of
-other versions stay. A token that differs from the model's own ends the command with exit code 1. No download.
+other versions stay. A token that differs from the model's own, or an error that is no line, ends the command with exit
+code 1. Nothing is downloaded.
 """
 
 import logging
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from vispec.evaluation.families import table
     from vispec.evaluation.families.registry import FAMILIES
-    from vispec.evaluation.families.trial import DIFFERS, try_family
+    from vispec.evaluation.families.trial import DIFFERS, FAILED, try_family
     from vispec.files import write_atomic
 
     unknown = [name for name in args.only or () if name not in FAMILIES]
@@ -49,10 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         before = file.read_text(encoding="utf-8") if file.exists() else ""
         text = table.with_section(before, table.section(rows))
         write_atomic(file, lambda part: part.write(text.encode()))
-    differs = [name for name, row in rows.items() if any(outcome.verdict == DIFFERS for outcome in row.values())]
-    if differs:
-        print(f"other tokens than generate(): {', '.join(differs)}", file=sys.stderr)
-    return 1 if differs else 0
+    wrong = {DIFFERS: "other tokens than generate()", FAILED: "an error that is no line"}
+    found = {kind: [name for name, row in rows.items() if kind in {o.verdict for o in row.values()}] for kind in wrong}
+    for kind, names in found.items():
+        if names:
+            print(f"{wrong[kind]}: {', '.join(names)}", file=sys.stderr)
+    return 1 if any(found.values()) else 0
 
 
 if __name__ == "__main__":

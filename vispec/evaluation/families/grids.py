@@ -80,7 +80,7 @@ QWEN3_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes
 _FLAT = 3 * 2 * 7 * 7
 """Values of a patch of two frames."""
 _STILL = 3 * 7 * 7
-_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
 _GLM_MOE = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _GLM_MOE |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _INTERLEAVED = {"head_dim": 16, **mrope(2, 3, 3, mrope_interleaved=True)}
@@ -115,7 +115,7 @@ FAMILIES = {
     ),
     "qwen3_vl_moe": Family(
         "qwen3_vl_moe",
-        {"text_config": {**TEXT, **_INTERLEAVED, **_MOE}, "vision_config": QWEN3_TOWER, **MARKS},
+        {"text_config": {**TEXT, **_INTERLEAVED, **EXPERTS}, "vision_config": QWEN3_TOWER, **MARKS},
         grids((_FLAT,)),
         grid_clips((_FLAT,), stamped=True),
     ),

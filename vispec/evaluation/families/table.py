@@ -4,7 +4,7 @@ import re
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from vispec.cli import one_line
 from vispec.evaluation.families.registry import FAMILIES
@@ -41,7 +41,7 @@ def section(rows: dict[str, Row]) -> str:
     """
     refused = {name: reason for name, row in rows.items() if (reason := reason_alone(row))}
     taken = {name: row for name, row in rows.items() if name not in refused}
-    more, untried = by_default_config({FAMILIES[name].model_type for name in rows})
+    more, same, untried = by_default_config({FAMILIES[name].model_type for name in rows})
     lines = [_title(), "", f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [table_row(name, row) for name, row in taken.items()]
     lines += ["", "What the tiny models have, and why something is not answered:", ""]
@@ -49,7 +49,8 @@ def section(rows: dict[str, Row]) -> str:
     lines += [note for name, row in taken.items() for note in notes(name, row)]
     lines += ["", "Refused when they are handed over, by the tiny model or by the default config:", ""]
     lines += [f"- {name}: {reason}" for name, reason in sorted({**more, **refused}.items())]
-    return "\n".join([*lines, "", f"Not tried: {', '.join(untried) or 'none'}.", ""])
+    lines += ["", f"Other names of classes that were tried: {', '.join(same) or 'none'}.", ""]
+    return "\n".join([*lines, f"Not tried: {', '.join(untried) or 'none'}.", ""])
 
 
 def said_of(name: str, row: Row) -> list[str]:
@@ -76,19 +77,24 @@ def notes(name: str, row: Row) -> list[str]:
     return [f"- {name}, {', '.join(columns)}: {reason}" for reason, columns in by_reason.items()]
 
 
-def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Of the other families of the installed version: why their default config is refused, and those not tried.
+def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Of the other families of the installed version: why their default config is refused, whose class was tried under
+    another name, and those not tried.
 
     Models are built without memory for their weights.
     """
+    classes = AutoModelForImageTextToText._model_mapping
+    known = {classes[made] for made in classes if made.model_type in tried}
+    others = [made for made in classes if made.model_type not in tried]
+    same = sorted(made.model_type for made in others if classes[made] in known)
     refused, untried = {}, []
-    for made in AutoModelForImageTextToText._model_mapping:
+    for made in others:
         name = made.model_type
-        if name in tried:
+        if name in same:
             continue
         try:
             with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name]())
+                model = AutoModelForImageTextToText.from_config(made())
         except Exception:  # a default config that builds no model says nothing about decoding
             untried.append(name)
             continue
@@ -100,7 +106,7 @@ def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str]]:
             refused[name] = one_line(error)
         else:
             untried.append(name)
-    return refused, sorted(untried)
+    return refused, same, sorted(untried)
 
 
 def section_of(document: str) -> str:

@@ -71,7 +71,7 @@ FAMILIES = {
             "audio_config": None,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
-            "audio_token_id": 3,
+            "audio_token_id": 1,
         },
         placed,
         remark=f"{_WINDOWED}, embeddings by layer, capped logits",
