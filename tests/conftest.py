@@ -14,10 +14,12 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vispec-tests-")
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
 from recorded_steps import record
+from tiny_models import recorded_model
 
 from vispec.model import decoding, graphs, products, target
 from vispec.model.cache import CUDA_ALIGNMENT, TreeCache
@@ -48,7 +50,7 @@ def aligned(monkeypatch):
 
 
 @pytest.fixture
-def captures(monkeypatch) -> Counter:
+def captures(monkeypatch) -> Iterator[Counter]:
     """Steps are captured on the CPU, in small buckets; counts how often each key was."""
     found = Counter()
     run = Steps.run
@@ -63,7 +65,9 @@ def captures(monkeypatch) -> Counter:
     monkeypatch.setattr(graphs, "cuda_capture", lambda device: record)
     monkeypatch.setattr(Steps, "run", count)
     monkeypatch.setattr(decoding, "BUCKET", CAPTURED_BUCKET)
-    return found
+    recorded_model.cache_clear()  # a target remembers whether it can be captured
+    yield found
+    recorded_model.cache_clear()
 
 
 @pytest.fixture
