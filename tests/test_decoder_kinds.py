@@ -17,10 +17,10 @@ from decoder_kinds import (
     prompt,
     target_over,
 )
-from oracle import oracle
 from tiny_models import generate
 
 from vispec import SpecModel
+from vispec.evaluation.families.oracle import Oracle
 from vispec.model.drafts import PromptLookup
 from vispec.model.target import LARGEST_PASS, Target
 from vispec.model.windows import READS_LAYER_TYPES, Windows
@@ -30,20 +30,18 @@ LENGTHS = (21, 9, 30)
 TREES = [(12, 3, 4), (6, 4, 1)]
 
 
-def check(target, monkeypatch, prompts: list[dict]) -> None:
+def check(target, prompts: list[dict]) -> None:
     """Every arm and tree gives each prompt, alone and among the others, what the model's own generate() gives it."""
     expected = [generate(target, inputs, max_new_tokens=NEW)[0] for inputs in prompts]
-    with monkeypatch.context() as patch:
-        for number, tree in enumerate([None, TREES[0], *TREES]):
-            if number == 2:
-                oracle(patch, expected, VOCABULARY)
-            model = SpecModel(target, PromptLookup(), *(tree or TREES[0]))
-            arm = model.specgenerate if tree else model.baseline_generate
-            out, new, rounds = arm(**prompts[0], max_new_tokens=NEW, log=True)
-            assert torch.equal(out, expected[0][None])
-            out = arm(**batch_of(prompts), max_new_tokens=NEW)
-            assert [row[-NEW:].tolist() for row in out] == [text[-NEW:].tolist() for text in expected]
-        assert rounds < new / 2  # the oracle's tokens are accepted
+    oracle = Oracle(expected, VOCABULARY)
+    for tree, draft in [(None, PromptLookup()), (TREES[0], PromptLookup()), *((tree, oracle) for tree in TREES)]:
+        model = SpecModel(target, draft, *(tree or TREES[0]))
+        arm = model.specgenerate if tree else model.baseline_generate
+        out, new, rounds = arm(**prompts[0], max_new_tokens=NEW, log=True)
+        assert torch.equal(out, expected[0][None])
+        out = arm(**batch_of(prompts), max_new_tokens=NEW)
+        assert [row[-NEW:].tolist() for row in out] == [text[-NEW:].tolist() for text in expected]
+    assert rounds < new / 2  # the oracle's tokens are accepted
 
 
 def prompts_of(target) -> list[dict]:
@@ -51,9 +49,9 @@ def prompts_of(target) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", [*WINDOWS, *SCALES, *LATENT])
-def test_greedy_answers_are_those_of_generate(kind, monkeypatch):
+def test_greedy_answers_are_those_of_generate(kind):
     target = target_over(kind, 0)
-    check(target, monkeypatch, prompts_of(target))
+    check(target, prompts_of(target))
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
@@ -65,44 +63,44 @@ def test_windows_change_the_answers(kind):
     assert not torch.equal(*(generate(target, inputs, max_new_tokens=NEW) for target in targets))
 
 
-def test_a_window_that_no_layer_uses(monkeypatch):
+def test_a_window_that_no_layer_uses():
     unused = {"layer_types": ["full_attention"] * 4} if READS_LAYER_TYPES else {"sliding_window_pattern": 1}
     target = target_over("Cohere2", 0, **unused)
     assert not Windows(target, Target(target).decoder)
-    check(target, monkeypatch, prompts_of(target))
+    check(target, prompts_of(target))
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
-def test_a_text_that_outgrows_the_window(kind, monkeypatch):
+def test_a_text_that_outgrows_the_window(kind):
     """Here the caches of transformers 4 for windows put an empty key in place of one, so generate() goes without."""
     target = target_over(kind, 0)
     inputs = prompt(target, 5, seed=2, images=0)
     expected = generate(target, inputs, max_new_tokens=NEW, use_cache=False)
-    model = SpecModel(target, oracle(monkeypatch, list(expected), VOCABULARY), *TREES[0])
+    model = SpecModel(target, Oracle(list(expected), VOCABULARY), *TREES[0])
     assert torch.equal(model.baseline_generate(**inputs, max_new_tokens=NEW), expected)
     assert torch.equal(model.specgenerate(**inputs, max_new_tokens=NEW), expected)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
-def test_positions_that_begin_with_one(kind, monkeypatch):
+def test_positions_that_begin_with_one(kind):
     target = paligemma(0, kind)
-    check(target, monkeypatch, [prompt(target, length, seed) for seed, length in enumerate(LENGTHS)])
+    check(target, [prompt(target, length, seed) for seed, length in enumerate(LENGTHS)])
 
 
-def test_images_that_see_themselves_to_both_sides(monkeypatch):
+def test_images_that_see_themselves_to_both_sides():
     target = gemma3(0)
-    check(target, monkeypatch, [prompt(target, 26, 0, images=2), *prompts_of(target)])
+    check(target, [prompt(target, 26, 0, images=2), *prompts_of(target)])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_with_positions_caches_and_tables_of_their_own(name, monkeypatch):
+def test_families_with_positions_caches_and_tables_of_their_own(name):
     """Positions in four rows, or in one beside M-RoPE's offset; layers of two widths; tables of tokens in layers.
 
     Some of the answers hold what stands for an image.
     """
     for seed in range(2):
         target = of_family(name, seed)
-        check(target, monkeypatch, [prompt(target, length, length, images=0) for length in LENGTHS])
+        check(target, [prompt(target, length, length, images=0) for length in LENGTHS])
 
 
 # --- logits behind the head ---

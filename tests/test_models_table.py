@@ -1,35 +1,79 @@
-"""docs/models.md says what decoding does: some rows under transformers 4, all of them under transformers 5."""
+"""docs/models.md says what decoding does with the families of the installed transformers."""
 
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from transformers import AutoModelForImageTextToText
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from vispec.evaluation.families import table, trial
+from vispec.evaluation.families.__main__ import main
+from vispec.evaluation.families.registry import FAMILIES
+from vispec.evaluation.families.trial import DIFFERS, FAILED, try_family
 
-import models_table
-
-ROOT = Path(__file__).resolve().parent.parent
-
-REPRESENTATIVE = ("llava_onevision", "smolvlm", "mistral3", "gemma3", "mllama")
-NAMES = REPRESENTATIVE if transformers.__version__ < "5" else tuple(models_table.families())
-TITLE = f"## transformers {transformers.__version__}\n"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_row_of_a_family(name):
-    _, found, section = (ROOT / "docs" / "models.md").read_text().partition(TITLE)
-    if not found:
-        pytest.skip(f"the table does not tell of transformers {transformers.__version__}")
-    cells = models_table.row(name, models_table.families()[name])
-    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith(f"| {name} |")]
-    assert rows == ([] if cells is None else [models_table.line(cells)])
+SECTION = table.section_of((Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8"))
+FEW = ("llava (Pixtral)", "qwen2_5_vl", "gemma3", "idefics2", "aya_vision", "mllama")
+"""Of layouts and text decoders that differ: what is tried beside the other tests. With transformers 5 it is all."""
+OF_5 = int(transformers.__version__.split(".")[0]) >= 5
+TRIED = FAMILIES if OF_5 else FEW
 
 
-def test_sections_are_replaced_in_place():
-    document = "# Title\n\nText.\n\n## transformers 1\n\nold\n\n## transformers 2\n\nkept\n"
-    found = models_table.with_section(document, "## transformers 1\n\nnew\n")
-    assert found == document.replace("old", "new")
-    first = "## transformers 3\n\nnew\n"
-    assert models_table.with_section("# Title\n", first) == f"# Title\n\n{first}"
+@pytest.mark.parametrize("name", TRIED)
+def test_the_table_says_what_decoding_does(name):
+    row = try_family(FAMILIES[name])
+    if row is None:
+        assert f"\n| {name} |" not in SECTION
+        return
+    assert not {outcome.verdict for outcome in row.values()} & {DIFFERS, FAILED}, row
+    missing = [line for line in table.said_of(name, row) if line not in SECTION.splitlines()]
+    assert not missing, f"docs/models.md is to be made anew: {table.COMMAND}"
+
+
+def test_every_class_has_its_place():
+    names = {made.model_type for made in AutoModelForImageTextToText._model_mapping}
+    tried = {family.model_type for family in FAMILIES.values()}
+    listed = SECTION.partition("Refused when they are handed over")[2]
+    missing = [name for name in names - tried if f"- {name}: " not in listed and f" {name}" not in listed]
+    assert SECTION and not missing
+
+
+def test_other_tokens_end_the_command(monkeypatch, capsys):
+    own_answer = trial.own_answer
+
+    def another(model, prompt):
+        answer = own_answer(model, prompt).clone()
+        answer[:, -1] += 1
+        return answer
+
+    monkeypatch.setattr(trial, "own_answer", another)
+    assert main(["--only", "llava"]) == 1
+    out, err = capsys.readouterr()
+    assert "DIFFERS: plain decoding: row 0 parts from generate() at new token 23" in out
+    assert err == "other tokens than generate(): llava\n"
+
+
+def test_a_run_writes_its_own_section_and_keeps_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "FAMILIES", {})
+    monkeypatch.setattr(table, "by_default_config", lambda tried: ({}, [], ["everything"]))
+    text = table.with_section("# Old\n\n## transformers 99.0\n\nkept\n", table.section({}))
+    assert text.startswith(table.HEAD) and text.endswith("## transformers 99.0\n\nkept\n")
+    assert table.section_of(text).endswith("Not tried: everything.\n\n")
+    assert table.with_section(text, table.section({})) == text
+
+
+def test_flags(tmp_path):
+    with pytest.raises(ValueError, match="--only nothing: unknown, expected one of llava"):
+        main(["--only", "nothing"])
+    with pytest.raises(ValueError, match="--only: expected no --out beside it"):
+        main(["--only", "llava", "--out", str(tmp_path / "models.md")])
+
+
+def test_prompts_are_padded_on_the_left_and_keep_their_images():
+    family = FAMILIES["idefics3"]
+    model = trial.tiny_model(family)
+    prompts = [trial.prompt_of(family, model, layout, 0) for layout in trial.BATCH]
+    batch = trial.batch_of(family, prompts)
+    assert batch["attention_mask"].sum(1).tolist() == [prompt["input_ids"].shape[1] for prompt in prompts]
+    assert batch["pixel_values"].shape[:2] == (3, 2)
+    assert torch.equal(batch["pixel_values"][0], prompts[0]["pixel_values"][0])

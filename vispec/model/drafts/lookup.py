@@ -98,7 +98,7 @@ class PromptLookup:
     ) -> Candidates:
         """Branches below the root; they do not depend on `total_token`."""
         k, levels = shape.top_k, shape.levels
-        tokens = continuations(memory.ids[:, : max(memory.used, k)], memory.lengths, k, levels)
+        tokens = self.branches(memory, k, levels)
         first = first_alike(tokens)
         branch = torch.arange(k, device=root.device)[:, None]
         level = torch.arange(levels, device=root.device)
@@ -111,6 +111,10 @@ class PromptLookup:
             tokens.masked_fill(~fresh, EMPTY).flatten(1),
             parents.masked_fill(~fresh, -1).flatten(1),
         )
+
+    def branches(self, memory: LookupMemory, k: int, levels: int) -> torch.Tensor:
+        """(B, k, D) tokens of the branches, best first; EMPTY where there is no token."""
+        return continuations(memory.ids[:, : max(memory.used, k)], memory.lengths, k, levels)
 
 
 def continuations(ids: torch.Tensor, lengths: torch.Tensor, k: int, levels: int) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""Families that read more than images: audio, two towers; and one that is refused when it is handed over."""
+
+import torch
+
+from vispec.evaluation.families.family import END, IMAGE, START, TEXT, VIDEO, Family, Inputs, Shown
+from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, QWEN25_TOWER, grids, mrope
+from vispec.evaluation.families.squares import LLAMA, SIGLIP
+
+_PATCH = (3 * 2 * 7 * 7,)
+_AUDIO = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16}
+_AUDIO |= {"max_source_positions": 16, "output_dim": 64, "downsample_hidden_size": 8}
+_OMNI = {"audio_config": _AUDIO, "image_token_index": IMAGE, "video_token_index": VIDEO, "audio_token_index": 1}
+_OMNI |= {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 1, "vision_start_token_id": START}
+_OMNI |= {"vision_end_token_id": END, "audio_start_token_id": 2, "audio_end_token_id": 2}
+_SAM = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48}
+_SAM |= {"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1]}
+
+
+def twice(sizes: list[int]) -> Shown:
+    """DeepSeek-VL's hybrid: every image in two resolutions."""
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        low, high = (torch.randn(len(sizes), 3, side, side, generator=noise) for side in (28, 64))
+        return {"pixel_values": low, "high_res_pixel_values": high}
+
+    return Shown([[IMAGE] * 16 for _ in sizes], inputs)
+
+
+FAMILIES = {
+    "cohere_compass": Family(
+        "cohere_compass",
+        {
+            "text_config": {
+                **TEXT,
+                "head_dim": 16,
+                "rope_parameters": {"full_attention": mrope(2, 3, 3)["rope_parameters"]},
+            },
+            "vision_config": QWEN3_TOWER,
+            **MARKS,
+        },
+        grids(_PATCH),
+    ),
+    "qwen2_5_omni_thinker": Family(
+        "qwen2_5_omni_thinker",
+        {"text_config": {**TEXT, **mrope(2, 3, 3)}, "vision_config": QWEN25_TOWER, **_OMNI},
+        grids(_PATCH),
+        remark="no sound",
+    ),
+    "qwen3_omni_moe_thinker": Family(
+        "qwen3_omni_moe_thinker",
+        {
+            "text_config": {**TEXT, **EXPERTS, "head_dim": 16, **mrope(2, 3, 3, mrope_interleaved=True)},
+            "vision_config": QWEN3_TOWER,
+            **_OMNI,
+        },
+        grids(_PATCH),
+        remark="no sound",
+    ),
+    "deepseek_vl_hybrid": Family(
+        "deepseek_vl_hybrid",
+        {"text_config": LLAMA, "vision_config": SIGLIP, "high_res_vision_config": _SAM, "image_token_id": IMAGE},
+        twice,
+    ),
+    "mllama": Family(
+        "mllama",
+        {
+            "text_config": {**TEXT, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "intermediate_size": 16,
+                "vision_output_dim": 32,
+                "image_size": 28,
+                "patch_size": 14,
+                "intermediate_layers_indices": [0],
+                "max_num_tiles": 1,
+                "supported_aspect_ratios": [[1, 1]],
+            },
+        },
+    ),
+}
