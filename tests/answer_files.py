@@ -14,10 +14,11 @@ def choice(ids, wall, decode, accepted=None, plain_steps=0) -> dict:
     return fields if accepted is None else fields | {"acceptance_length": accepted}
 
 
-def write(path: Path, answers: dict, **settings) -> Path:
-    """An answer file of {question: choices} with its settings beside it."""
+def write(path: Path, answers: dict, provenance: dict | None = None, **settings) -> Path:
+    """An answer file of {question: choices} with its settings, and what made it, beside it."""
     lines = [{"question_id": name, "choices": choices} for name, choices in answers.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path.with_name(path.name + ".meta.json").write_text(json.dumps({"settings": SETTINGS | settings}))
+    meta = {"settings": SETTINGS | settings, "provenance": provenance or {}, "left_out": []}
+    path.with_name(path.name + ".meta.json").write_text(json.dumps(meta))
     return path

@@ -1,5 +1,6 @@
 """Answer files while they are filled."""
 
+import shutil
 from pathlib import Path
 
 import answer_files
@@ -92,3 +93,18 @@ def test_a_choice_says_whether_its_steps_were_captured(tmp_path):
         (1, ["b"], "some"),
     ]
     assert answers_of(line, tmp_path) == answers
+
+
+def test_a_retrained_target_does_not_go_on_with_the_answers_of_the_old_one(tmp_path, data, monkeypatch):
+    target = Path(shutil.copytree(TARGET, tmp_path / "target"))
+    flags = ["--base-model-path", str(target), "--data-folder", str(data), "--answer-file", str(tmp_path / "a")]
+    flags += ["--temperature", "0", "--max-new-token", "2"]
+    assert gen_baseline_answer_gqa.main(flags) == 0
+    settings = read_meta(tmp_path / "a")["settings"]
+    assert settings["base_model_revision"].startswith("files-sha256:") and settings["layers"] == "lean"
+    content = bytearray((target / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (target / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    with pytest.raises(ValueError, match="a was made with base_model_revision 'files-sha256:.*, found 'files-sha256:"):
+        gen_baseline_answer_gqa.main(flags)

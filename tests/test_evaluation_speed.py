@@ -148,3 +148,30 @@ def test_plain_steps_are_no_rounds(files, capsys):
 def test_drafted_flags():
     answer = Answer([1, 2, 3, 4, 5, 6], last_round=1, wall_time=1, decode_time=1, acceptance_lengths=[2, 0, 4])
     assert drafted_flags(answer) == [False, True, True, False, False, True]
+
+
+def test_arms_of_two_targets_in_one_folder_are_refused(tmp_path):
+    answers = {1: [choice([5, 6], wall=2.0, decode=1.5)]}
+    baseline = write(tmp_path / "b.jsonl", answers, method="baseline", base_model="t", base_model_revision="old")
+    spec = write(tmp_path / "s.jsonl", answers, method="vispec", base_model="t", base_model_revision="new")
+    with pytest.raises(ValueError, match=r"compared: base_model_revision is 'old' in \S*b.jsonl and 'new' in"):
+        speed.main(["--baseline", str(baseline), "--spec", str(spec)])
+
+
+def test_arms_that_ran_otherwise_are_told(tmp_path, capsys):
+    def made_by(torch: str, revision: str | None = None) -> dict:
+        return {"versions": {"torch": torch, "transformers": "4.51.3"}, "git_revision": revision}
+
+    plain = [choice([5, 6], wall=2.0, decode=1.5) | {"captured": "all"}]
+    ours = [choice([5, 6], wall=1.0, decode=0.5, accepted=[0]) | {"captured": "none"}]
+    baseline = write(tmp_path / "b.jsonl", {1: plain}, made_by("2.6", "abc"), method="baseline", layers="lean")
+    spec = write(tmp_path / "s.jsonl", {1: ours}, made_by("2.7"), method="vispec", layers="stock")
+    assert speed.main(["--baseline", str(baseline), "--spec", str(spec)]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"notice: the arms differ in {name}: {there} in {baseline}, {here} in {spec}"
+        for name, there, here in (
+            ("torch", "2.6", "2.7"),
+            ("decoder layers", "lean", "stock"),
+            ("captured steps", "all", "none"),
+        )
+    ]

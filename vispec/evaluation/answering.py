@@ -31,6 +31,7 @@ from vispec.evaluation.text import answer_text
 from vispec.pictures import UnreadableImage
 from vispec.prompts import build_inputs, load_processor
 from vispec.timing import in_turn
+from vispec.weights_digest import target_revision
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -115,7 +116,8 @@ class AnswersQuestions(Protocol):
 
 
 UNKNOWN_BEFORE_LOADING = (
-    "dtype", "device", "device_type", "devices", "tree", "draft_vocab", "spec_model_sha256",
+    "base_model_revision", "dtype", "device", "device_type", "devices", "layers", "tree", "draft_vocab",
+    "spec_model_sha256",
 )  # fmt: skip
 
 
@@ -130,11 +132,7 @@ class Answerer:
         self._warm: set[Series] = set()
 
     def loaded_settings(self) -> dict[str, dict]:
-        asked = self._asked
-        return {
-            name: loaded_settings(model, asked.drafts.get(name), asked.place_of(name))
-            for name, model in self._models.items()
-        }
+        return {name: loaded_settings(model, self._asked, name) for name, model in self._models.items()}
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, list[Answered | LeftOut]]]:
         for ask in asks:
@@ -265,6 +263,8 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
         "max_new_tokens": series.generation.max_new_tokens,
         "num_choices": series.num_choices,
     }
+    if Path(models.base_model_path).is_dir():  # a retrained target shows before minutes of loading
+        settings["base_model_revision"] = target_revision(models.base_model_path)
     if series.generation.own_config:
         settings["generation_config"] = True
     if options:
@@ -278,7 +278,7 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
             place = models.place_of(series.method)
             settings["spec_model"] = _absolute(draft)
             settings |= {f"spec_{name}": value for name, value in place.items()}
-            if Path(draft).is_dir():  # a retrained head shows before minutes of loading
+            if Path(draft).is_dir():  # a retrained head as well
                 settings["spec_model_sha256"] = weights_sha256(draft, place)
     return settings
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,6 +195,32 @@ def read_answers(path: Path) -> dict[int | str, list[Answer]]:
         if not found or any(not answer.output_ids or answer.wall_time <= 0 for answer in found):
             raise UserError(f"{path}, question {question}: an answer without tokens or without a time")
     return answers
+
+
+def conditions(path: Path) -> dict[str, set[str]]:
+    """What answers do not say but their speed may depend on: each with the values of all runs that filled the file."""
+    lines, _ = read_lines(path)
+    meta = read_meta(path) or {"settings": {}}
+    found = defaultdict(set)
+    for run in (meta.get("provenance", {}), *meta.get("resumed", [])):
+        versions = run.get("versions", {})
+        found["torch"].add(versions.get("torch"))
+        found["transformers"].add(versions.get("transformers"))
+        found["git revision"].add(run.get("git_revision"))
+    found["decoder layers"].add(meta["settings"].get("layers"))
+    found["captured steps"].update(choice.get("captured") for line in lines.values() for choice in line["choices"])
+    return {name: values for name, all_values in found.items() if (values := all_values - {None})}
+
+
+def condition_notices(baseline: Path, spec: Path) -> list[str]:
+    """One line for each of the conditions that differ between two arms, as far as both files say them."""
+    ours, theirs = conditions(spec), conditions(baseline)
+    told = [(name, sorted(theirs[name]), sorted(ours[name])) for name in theirs if name in ours]
+    return [
+        f"the arms differ in {name}: {', '.join(there)} in {baseline}, {', '.join(here)} in {spec}"
+        for name, there, here in told
+        if there != here
+    ]
 
 
 def left_out_notice(path: Path, left_out: Sequence[Mapping]) -> list[str]:

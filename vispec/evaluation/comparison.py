@@ -16,8 +16,8 @@ from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
 
 COMPARABLE = (
-    "benchmark", "data", "benchmark_options", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype",
-    "device", "device_type", "devices", "generation_config",
+    "benchmark", "data", "benchmark_options", "base_model", "base_model_revision", "temperature", "max_new_tokens",
+    "num_choices", "dtype", "device", "device_type", "devices", "generation_config",
 )  # fmt: skip
 """Settings that two arms must share."""
 
