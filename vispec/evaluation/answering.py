@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from vispec.cli import DONE, ERROR, WITH_FAILURES, UserError, one_line
-from vispec.evaluation.answers import AnswerFile, answer_line
+from vispec.evaluation.answer_lines import answer_line
+from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import (
     Models,

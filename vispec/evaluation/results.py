@@ -12,14 +12,8 @@ from statistics import fmean
 
 from vispec.cli import UserError
 from vispec.embedded import TARGET
-from vispec.evaluation.answers import (
-    condition_notices,
-    left_out_notice,
-    left_out_of,
-    meta_path,
-    read_answers,
-    read_meta,
-)
+from vispec.evaluation.answer_lines import read_answers
+from vispec.evaluation.answers import condition_notices, left_out_notice, left_out_of, meta_path, read_meta
 from vispec.evaluation.bootstrap import Estimate, average, estimates
 from vispec.evaluation.comparison import (
     COMPARABLE,
