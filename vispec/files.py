@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,14 @@ def write_json_atomic(path: str | os.PathLike, value) -> None:
 
 
 def write_atomic(path: str | os.PathLike, write: Callable) -> None:
-    """Let `write(file)` fill a binary file beside `path`, then put it in place."""
+    """Let `write(file)` fill a binary file beside `path`, then put it in place; devices and pipes are written to."""
     path = Path(path)
+    special = _special(path)
+    if special is not None:
+        sys.stdout.flush()  # it may be where this goes
+        with open(special, "wb", closefd=special == path) as file:
+            write(file)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -27,3 +35,11 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _special(path: Path) -> Path | int | None:
+    """What to open where a path names something that is there to be written to: a device, a pipe, or an open file."""
+    opened = re.fullmatch(r"/proc/self/fd/(\d+)", os.readlink(path)) if path.is_symlink() else None
+    if opened:  # /dev/stdout, whatever it leads to
+        return int(opened[1])
+    return path if path.exists() and not (path.is_file() or path.is_dir()) else None

@@ -4,9 +4,7 @@ What a line holds, `vispec.evaluation.answer_lines` says. The file beside has th
 provenance and, of later runs, `resumed`; left_out, and what else was found out.
 """
 
-import fcntl
 import json
-import os
 import reprlib
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 from vispec.cli import UserError
 from vispec.evaluation.answer_lines import read_lines
 from vispec.files import write_atomic, write_json_atomic
+from vispec.locks import held
 
 FORMAT = 2
 """Of the file beside the answers; the first one said neither its number nor which weights the target had."""
@@ -44,23 +43,16 @@ class AnswerFile:
     def alone(self) -> Iterator[None]:
         """Keep other runs from the file while this one fills it, and read what it holds by now.
 
-        The answer file itself is replaced when it is sorted, so a file beside it is locked. The system frees it when
-        a run is killed.
+        The answer file itself is replaced when it is sorted, so a file beside it is locked, see `vispec.locks.held`.
 
         Raises:
-            UserError: another run has it.
+            ValueError: another run has it.
         """
         lock = self.path.with_name(f".{self.path.name}.lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(lock)
-        if handle is None:
-            raise UserError(f"{self.path} is being filled by another run; wait for it or give another --answer-file")
-        try:
+        refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
+        with held(lock, refusal):
             self._read()
             yield
-        finally:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
 
     def check(self, settings: dict, unknown: tuple[str, ...] = ()) -> None:
         """Refuse a file that is not ours, and settings that differ from those of its answers.
@@ -216,26 +208,6 @@ def left_out_notice(path: Path, left_out: Sequence[Mapping]) -> list[str]:
         return []
     first = "question {question_id}: {reason}".format_map(left_out[0])
     return [f"{path}: {len(left_out)} question(s) left out, the first one is {first}"]
-
-
-def _locked(lock: Path) -> int | None:
-    """The handle of a lock file that this process alone has now; None if another one has it."""
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # who had it takes it away in the end, and a lock on what is gone keeps nobody out
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:  # it is gone
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
 
 
 def _question_order(question_id: int | str) -> tuple[bool, int | str]:
