@@ -7,6 +7,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
+from vispec.acceptance import accepted_within
 from vispec.timing import now, turns
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ class Answer:
     decode_time: float
     """Seconds after the target's prefill, in both arms: every draft that is grown counts, the first one too."""
     acceptance_lengths: list[int]
-    """Draft tokens accepted in each round; empty for the baseline."""
+    """Draft tokens accepted in each round, as they were verified; empty for the baseline."""
+
+    @property
+    def accepted(self) -> list[int]:
+        """The same without those behind the answer's end; τ is their mean."""
+        return accepted_within(self.acceptance_lengths, self.last_round, len(self.output_ids))
 
 
 @dataclass(frozen=True)

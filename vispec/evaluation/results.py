@@ -254,7 +254,7 @@ def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str])
         comparison,
         estimates(comparison, plain, ours, stream),
         round_in_steps(all_plain, all_ours),
-        Counter(length for answer in all_ours for length in answer.acceptance_lengths),
+        Counter(length for answer in all_ours for length in answer.accepted),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from vispec.acceptance import accepted_within
 from vispec.model.shape import TreeShape
 from vispec.timing import turns
 
@@ -129,8 +130,8 @@ def _run(
 
 
 def _answer(generate: Callable, inputs: Mapping, max_new_tokens: int) -> tuple[int, list[int], float]:
-    """New tokens, acceptance lengths, and seconds without the prompt's pass."""
-    _, new, _, accepted, seconds = generate(
+    """New tokens, accepted draft tokens of each round, and seconds without the prompt's pass."""
+    _, new, last_step, accepted, seconds = generate(
         **inputs, max_new_tokens=max_new_tokens, log=True, return_acceptance_len=True, return_decode_time=True
     )
-    return new, accepted, seconds
+    return new, accepted_within(accepted, last_step, new), seconds
