@@ -105,7 +105,9 @@ def tune(model, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tun
     shapes = list(dict.fromkeys([default, *map(model.draft.fit, SHAPES)]))
     arms = {shape: model.with_tree(shape) for shape in shapes}
     measured = {shape: Measured() for shape in shapes}
+    lengths = [inputs["input_ids"].shape[1] for inputs in told]
     for arm in arms.values():
+        arm.warmup(min(lengths), max(lengths) - min(lengths) + max_new_tokens)
         _answer(arm.specgenerate, told[0], WARM_UP_TOKENS)
     while len(shapes) > FINALISTS:
         _run(arms, shapes, told, max_new_tokens, 1, measured)
