@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,6 +11,14 @@ from pathlib import Path
 def write_json_atomic(path: str | os.PathLike, value) -> None:
     """The file appears whole or not at all."""
     write_atomic(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"))
+
+
+def _special(path: Path) -> Path | int | None:
+    """What to open where a path names something that is there to be written to: a device, a pipe, or an open file."""
+    opened = Path(os.readlink(path)) if path.is_symlink() else path
+    if opened.parent == Path("/proc/self/fd"):  # /dev/stdout, whatever it leads to
+        return int(opened.name)
+    return path if path.exists() and not (path.is_file() or path.is_dir()) else None
 
 
 def write_atomic(path: str | os.PathLike, write: Callable) -> None:
@@ -35,11 +42,3 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _special(path: Path) -> Path | int | None:
-    """What to open where a path names something that is there to be written to: a device, a pipe, or an open file."""
-    opened = re.fullmatch(r"/proc/self/fd/(\d+)", os.readlink(path)) if path.is_symlink() else None
-    if opened:  # /dev/stdout, whatever it leads to
-        return int(opened[1])
-    return path if path.exists() and not (path.is_file() or path.is_dir()) else None
