@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from vispec.evaluation.answers import FORMAT
+
 SETTINGS = {"benchmark": "coco_caption", "temperature": 0.0, "max_new_tokens": 9, "dtype": "float32", "num_choices": 1}
 
 
@@ -14,10 +16,15 @@ def choice(ids, wall, decode, accepted=None, plain_steps=0) -> dict:
     return fields if accepted is None else fields | {"acceptance_length": accepted}
 
 
-def write(path: Path, answers: dict, **settings) -> Path:
-    """An answer file of {question: choices} with its settings beside it."""
-    lines = [{"question_id": name, "choices": choices} for name, choices in answers.items()]
+def line(question, *choices) -> dict:
+    """The line of a question; without `choices` it has one of the baseline's."""
+    return {"question_id": question, "choices": list(choices) or [choice([5], 1.0, 0.0)]}
+
+
+def write(path: Path, answers: dict, provenance: dict | None = None, **settings) -> Path:
+    """An answer file of {question: choices} with its settings, and what made it, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path.with_name(path.name + ".meta.json").write_text(json.dumps({"settings": SETTINGS | settings}))
+    path.write_text("".join(json.dumps(line(name, *choices)) + "\n" for name, choices in answers.items()))
+    meta = {"format": FORMAT, "settings": SETTINGS | settings, "provenance": provenance or {}, "left_out": []}
+    path.with_name(path.name + ".meta.json").write_text(json.dumps(meta))
     return path

@@ -71,6 +71,20 @@ def captures(monkeypatch) -> Iterator[Counter]:
 
 
 @pytest.fixture
+def eager(monkeypatch) -> set:
+    """Keys of steps that were run as they are, without the replay of a capture from before."""
+    found, run = set(), Steps.run
+
+    def watched(self, key, *args):
+        if key not in self._replays:
+            found.add(key)
+        return run(self, key, *args)
+
+    monkeypatch.setattr(Steps, "run", watched)
+    return found
+
+
+@pytest.fixture
 def kernels(monkeypatch, tmp_path):
     """Lets one kernel win all measurements; it is to be one that works here."""
 

@@ -59,6 +59,15 @@ def test_a_hundred_rows_are_asked_in_shuffled_order(name, tmp_path, no_hub):
         questions[1].turns[0].items[2]()
 
 
+@pytest.mark.parametrize("name", ["gqa", "vizwiz"])
+def test_the_others_are_those_that_are_not_asked(name, tmp_path):
+    files.write_rows(name, tmp_path, [files.row(name, i) for i in range(130)])
+    kinds = (BENCHMARKS[name].questions, BENCHMARKS[name].others)
+    asked, others = ([question.question_id for question in kind(str(tmp_path))[0]] for kind in kinds)
+    assert len(asked) == 100 and len(others) == 30
+    assert {*asked, *others} == {files.IDS[name](i) for i in range(130)}
+
+
 def test_questions_about_videos_are_left_out_before_shuffling(tmp_path):
     video = files.row("seed_bench", 0) | {"image": "SEED-Bench-video-image/0.png"}
     rows = [row for i in range(120) for row in (video, files.row("seed_bench", i))]

@@ -11,7 +11,6 @@ from test_rounds import ARMS, STEPS, answers
 from tiny_models import image_prompt, random_target, text_prompt
 
 from vispec.model.decoding import Seat
-from vispec.model.graphs import Steps
 from vispec.model.policies import MOST_WAITING
 
 
@@ -26,20 +25,6 @@ def seats(monkeypatch) -> list[weakref.ref]:
 
     monkeypatch.setattr(Seat, "__init__", watched)
     return made
-
-
-@pytest.fixture
-def eager(monkeypatch) -> set:
-    """Keys of steps that were run as they are, without the replay of a capture from before."""
-    found, run = set(), Steps.run
-
-    def watched(self, key, *args):
-        if key not in self._replays:
-            found.add(key)
-        return run(self, key, *args)
-
-    monkeypatch.setattr(Steps, "run", watched)
-    return found
 
 
 @pytest.mark.parametrize("rows", [1, 3])

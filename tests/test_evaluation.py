@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vispec import SpecModel
 from vispec.evaluation import answering, speed
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
@@ -15,10 +14,8 @@ from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.loading import Models
 from vispec.evaluation.runner import make_parser
 from vispec.evaluation.tree_flags import asked_tree
-from vispec.model import tune
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
-from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
@@ -222,32 +219,11 @@ def test_trees_that_are_chosen_while_it_answers(finished, coco, tmp_path, capsys
     assert len(read(path)) == len(IDS)
 
 
-@pytest.mark.parametrize("tree", [["--total-token", "-1"], ["--tree", "tune"]])
-def test_measured_tree(tree, coco, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "SHAPES", (TreeShape(2, 0, 1), TreeShape(8, 3, 4)))
-    monkeypatch.setattr(tune, "REPETITIONS", 1)
-    path = run_spec(coco, tmp_path, *tree, "--question-end", "2")
-    printed = capsys.readouterr().out
-    assert "measured on 2 prompts" in printed and "\nchosen: " in printed
-    meta = json.loads(path.with_name(path.name + ".meta.json").read_text())
-    assert f"chosen: {'/'.join(map(str, meta['settings']['tree']))}," in printed
-    monkeypatch.setattr(SpecModel, "tune", lambda *args: pytest.fail("a file keeps its tree"))
-    assert run_spec(coco, tmp_path, *tree) == path
-    assert [line["question_id"] for line in read(path)] == sorted(IDS)
-    assert json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"] == meta["settings"]
-
-
 @pytest.mark.parametrize("size", ["0", "-2"])
 def test_impossible_sizes_of_a_tree(size, coco, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_spec(coco, tmp_path, "--total-token", size)
     assert "--total-token: expected a whole number from 2 on, or -1 to measure" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("tree", [["--total-token", "-1"], ["--tree", "tune"]])
-def test_trees_are_measured_with_one_model(tree, coco, tmp_path):
-    with pytest.raises(ValueError, match="--total-token -1 measures with one model: begin without --num-gpus-total"):
-        run_spec(coco, tmp_path, *tree, "--num-gpus-total", "2")
 
 
 def test_a_tree_is_asked_for_in_one_way(coco, tmp_path):

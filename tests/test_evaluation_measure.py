@@ -26,6 +26,7 @@ def calls(monkeypatch):
         return Answer([7], 0, wall_time=float(len(found)), decode_time=1.0, acceptance_lengths=[])
 
     monkeypatch.setattr(measure, "answer_question", answer_question)
+    monkeypatch.setattr(measure, "get_ready", lambda *_: None)
     return found
 
 

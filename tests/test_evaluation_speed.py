@@ -7,6 +7,7 @@ import pytest
 from answer_files import SETTINGS, choice, write
 
 from vispec.evaluation import speed
+from vispec.evaluation.answers import FORMAT
 from vispec.evaluation.comparison import round_in_steps
 from vispec.evaluation.measure import Answer, drafted_flags
 
@@ -20,7 +21,7 @@ def files(tmp_path) -> tuple[Path, Path]:
     }
     spec = {
         2: [choice([5, 6], wall=0.4, decode=0.1, accepted=[0])],
-        1: [choice([5, 6, 7, 9], wall=0.8, decode=0.5, accepted=[2, 3])],
+        1: [choice([5, 6, 7, 9], wall=0.8, decode=0.5, accepted=[1, 3])],
         4: [choice([5], wall=1.0, decode=0.0, accepted=[])],
     }
     return (
@@ -44,7 +45,8 @@ def test_measures(files, capsys):
     assert found["speedup"] == pytest.approx(5 / 3)
     # without the first token and the prefill: 3/1.5 and 1/0.4 against 3/0.5 and 1/0.1
     assert found["decode_speedup"] == pytest.approx((6 + 10) / (2 + 2.5))
-    assert found["tau"] == pytest.approx(5 / 3) and found["rounds"] == 3
+    # of the three tokens that the last round of question 1 accepted, two lie behind the answer's end
+    assert found["tau"] == pytest.approx((1 + 1 + 0) / 3) and found["rounds"] == 3
     assert found["identical_questions"] == 1 and found["identical_share"] == 0.5
     assert "not counted" in found["tau_convention"] and found["provenance"]["versions"]
 
@@ -68,7 +70,8 @@ def test_several_choices_count_as_one_question(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["max_new_tokens", "dtype", "temperature", "base_model"])
 def test_arms_with_other_settings_are_refused(files, name):
     meta = files[1].with_name("s.jsonl.meta.json")
-    meta.write_text(json.dumps({"settings": SETTINGS | {name: "other"}}))
+    other = 7 if name in ("max_new_tokens", "temperature") else "other"
+    meta.write_text(json.dumps({"format": FORMAT, "settings": SETTINGS | {name: other}}))
     with pytest.raises(ValueError, match=f"cannot be compared: {name} is"):
         speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
 
@@ -81,15 +84,6 @@ def test_missing_and_misplaced_files(files):
     write(files[1], {1: [choice([5, 6], 0.4, 0.1, accepted=[], plain_steps=1)]}, method="vispec")
     with pytest.raises(ValueError, match="answers of a speculative method"):
         speed.main(["--baseline", str(files[1]), "--spec", str(files[1])])
-
-
-def test_lines_that_are_no_answers(files):
-    files[1].write_text('{"question_id": 1, "choices": [{"index": 0}]}\n')
-    with pytest.raises(ValueError, match="question 1: no choice as expected"):
-        speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
-    files[1].write_text("[]\n")
-    with pytest.raises(ValueError, match="line 1: no JSON object with a question_id"):
-        speed.main(["--baseline", str(files[0]), "--spec", str(files[1])])
 
 
 def test_no_common_question(files, tmp_path):
@@ -148,3 +142,30 @@ def test_plain_steps_are_no_rounds(files, capsys):
 def test_drafted_flags():
     answer = Answer([1, 2, 3, 4, 5, 6], last_round=1, wall_time=1, decode_time=1, acceptance_lengths=[2, 0, 4])
     assert drafted_flags(answer) == [False, True, True, False, False, True]
+
+
+def test_arms_of_two_targets_in_one_folder_are_refused(tmp_path):
+    answers = {1: [choice([5, 6], wall=2.0, decode=1.5)]}
+    baseline = write(tmp_path / "b.jsonl", answers, method="baseline", base_model="t", base_model_revision="old")
+    spec = write(tmp_path / "s.jsonl", answers, method="vispec", base_model="t", base_model_revision="new")
+    with pytest.raises(ValueError, match=r"compared: base_model_revision is 'old' in \S*b.jsonl and 'new' in"):
+        speed.main(["--baseline", str(baseline), "--spec", str(spec)])
+
+
+def test_arms_that_ran_otherwise_are_told(tmp_path, capsys):
+    def made_by(torch: str, revision: str | None = None) -> dict:
+        return {"versions": {"torch": torch, "transformers": "4.51.3"}, "git_revision": revision}
+
+    plain = [choice([5, 6], wall=2.0, decode=1.5) | {"captured": "all"}]
+    ours = [choice([5, 6], wall=1.0, decode=0.5, accepted=[0]) | {"captured": "none"}]
+    baseline = write(tmp_path / "b.jsonl", {1: plain}, made_by("2.6", "abc"), method="baseline", layers="lean")
+    spec = write(tmp_path / "s.jsonl", {1: ours}, made_by("2.7"), method="vispec", layers="stock")
+    assert speed.main(["--baseline", str(baseline), "--spec", str(spec)]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"notice: the arms differ in {name}: {there} in {baseline}, {here} in {spec}"
+        for name, there, here in (
+            ("torch", "2.6", "2.7"),
+            ("decoder layers", "lean", "stock"),
+            ("captured steps", "all", "none"),
+        )
+    ]

@@ -9,7 +9,7 @@ import benchmark_rows
 import pytest
 
 from vispec.evaluation import answering, gen_baseline_answer_gqa, gen_spec_answer_gqa
-from vispec.evaluation.answers import AnswerFile
+from vispec.evaluation.answers import FORMAT, AnswerFile
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, find_baseline, first_position, wants_check
 
@@ -24,7 +24,7 @@ def write(path: Path, answers: dict[int, list[list[int]]], method: str, **settin
         fields = {"turns": ["x"], "idxs": [0], "wall_time": [1.0], "decode_time": [0.5]}
         lines.append({"question_id": question, "choices": [fields | {"output_ids": [ids]} for ids in choices]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    meta = {"settings": SETTINGS | {"method": method} | settings}
+    meta = {"format": FORMAT, "settings": SETTINGS | {"method": method} | settings}
     path.with_name(path.name + ".meta.json").write_text(json.dumps(meta))
     return path
 
@@ -121,15 +121,19 @@ def test_what_keeps_models_from_float32_is_found_out_once(tmp_path, monkeypatch)
     assert len(tries) == 1
 
 
-def test_the_baseline_has_the_same_settings(tmp_path):
+def test_the_baseline_has_the_same_settings(tmp_path, capsys):
     spec = write(tmp_path / "s.jsonl", {1: [[5]]}, "vispec")
     settings = SETTINGS | {"method": "vispec"}
     write(tmp_path / "other.jsonl", {1: [[5]]}, "eagle2")
     write(tmp_path / "cap.jsonl", {1: [[5]]}, "baseline", max_new_tokens=8)
     write(tmp_path / "half.jsonl", {1: [[5]]}, "baseline", dtype="bfloat16")
     write(tmp_path / "sqa.jsonl", {1: [[5]]}, "baseline", benchmark_options={"shot_number": 1})
-    (tmp_path / "gone.jsonl.meta.json").write_text(json.dumps({"settings": SETTINGS | {"method": "baseline"}}))
+    (tmp_path / "gone.jsonl.meta.json").write_text(json.dumps({"format": FORMAT, "settings": SETTINGS}))
     assert find_baseline(spec, settings) is None
+    (tmp_path / "older").touch()
+    (tmp_path / "older.meta.json").write_text(json.dumps({"settings": SETTINGS | {"method": "baseline"}}))
+    assert find_baseline(spec, settings) is None
+    assert "notice: not compared with: " in capsys.readouterr().err
     with pytest.raises(ValueError, match="no baseline's answer file of the same settings in"):
         check_lossless(AnswerFile(spec), required=True, rerun=no_rerun)
     assert check_lossless(AnswerFile(spec), required=False, rerun=no_rerun)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ from PIL import Image
 
 from vispec.demo import make_benchmarks
 from vispec.evaluation import answering, gen_spec_answer_gqa, run_all, speed
+from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
@@ -107,22 +109,25 @@ def test_each_method_has_its_own_measured_tree(data, tmp_path, monkeypatch):
     trees = {"vispec": (9, 2, 3), "lookup": (7, 2, 2), "eagle2": (5, 1, 2)}
     measured = []
 
-    def tune(answerer, series, questions):
-        measured.append((series.method, series.benchmark, len(questions)))
-        answerer._models[series.method].set_tree(TreeShape(*trees[series.method]))
-        return trees[series.method]
+    def tune(answerer, method, benchmark, questions):
+        measured.append((method, benchmark, len(questions)))
+        answerer._models[method].set_tree(TreeShape(*trees[method]))
+        return trees[method], [questions[0].question_id]
 
     monkeypatch.setattr(answering.Answerer, "tune", tune)
+    # of the two, coco_caption has questions that are not asked
+    monkeypatch.setitem(BENCHMARKS, "coco_caption", replace(BENCHMARKS["coco_caption"], samples=2))
     some = ["--tree", "tune", "--question-end", "2", "--methods", "vispec", "lookup"]
     assert run_all.main(flags(data, tmp_path, *some)) == 0
-    assert sorted(measured) == [("lookup", "gqa", 2), ("vispec", "gqa", 2)]
+    assert sorted(measured) == [("lookup", "coco_caption", 1), ("vispec", "coco_caption", 1)]
     assert run_all.main(flags(data, tmp_path, "--total-token", "-1")) == 0
-    assert measured[2:] == [("eagle2", "gqa", 3)]
+    assert measured[2:] == [("eagle2", "coco_caption", 1)]
     for path in tmp_path.rglob("*.jsonl"):
         settings = meta(path)["settings"]
         tree = list(trees[settings["method"]]) if settings["method"] != "baseline" else None
         assert settings.get("tree") == settings.get("asked_tree") == tree
-        assert len(read(path)) == 3
+        assert len(read(path)) == (3 if settings["benchmark"] == "gqa" else 2)
+        assert settings.get("tuned_on", {}).get("question_ids", [None])[0] not in ids(path)
 
 
 def test_the_methods_take_turns_and_each_is_first(data, tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ import torch
 from tiny_rows import CONFIGS, TARGETS, generate, write_rows
 
 from vispec.ge_data.sample_file import read_sample
-from vispec.ge_data.target_identity import fingerprint
 from vispec.train import main
 from vispec.train.folders import check_folders
 from vispec.train.samples import find_samples
+from vispec.weights_digest import folder_digest
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +51,22 @@ def changed(folder: Path, copy: Path, **target) -> Path:
 
 def test_a_manifest_names_the_target_for_good(made, data, tmp_path):
     found = target_of(made / "a")
-    assert found == {"model": TARGETS["llava"], "revision": fingerprint(Path(TARGETS["llava"])), "dtype": "float32"}
+    assert found == {"model": TARGETS["llava"], "revision": folder_digest(Path(TARGETS["llava"])), "dtype": "float32"}
     assert target_of(made / "half") == found | {"dtype": "bfloat16"}
     copy = Path(shutil.copytree(TARGETS["llava"], tmp_path / "target"))
-    assert fingerprint(copy) == found["revision"]
+    assert folder_digest(copy) == found["revision"]
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    assert fingerprint(copy) != found["revision"]
+    assert folder_digest(copy) != found["revision"]
     # an unfinished run goes on with the target that began it
     arguments = ["--model", str(copy), "--end", "1"]
     assert generate("text", "llava", data, tmp_path / "out", *arguments) == 0
     content[-5] ^= 2
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="out was made by another target .revision 'sha256:.*' there, 'sha256:.*' now"):
+    message = "out was made by another target .revision 'files-sha256:.*' there, 'files-sha256:.*' now"
+    with pytest.raises(ValueError, match=message):
         generate("text", "llava", data, tmp_path / "out", *arguments)
 
 
@@ -79,7 +80,7 @@ def test_features_are_stored_in_the_target_s_dtype(made):
 
 def test_folders_of_different_targets_are_refused(made, tmp_path):
     other = changed(made / "b", tmp_path / "other", model="other/model", revision="sha256:00")
-    message = r"--tmpdir: \S*/a was made by \S*target \(revision sha256:\S+, float32\), \S*/other by other/model "
+    message = r"--tmpdir: \S*/a was made by \S*target \(revision files-sha256:\S+, float32\), \S*/other by other/model "
     with pytest.raises(ValueError, match=message + r"\(revision sha256:00, float32\)"):
         train([made / "a", other], tmp_path / "cp")
     half = changed(made / "b", tmp_path / "half", dtype="bfloat16")
@@ -95,8 +96,8 @@ def test_unfinished_data_and_those_of_another_target_are_told(made, tmp_path, ca
     assert not caplog.records
     check_folders(paths, True, TARGETS["qwen"])
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"--basepath {TARGETS['qwen']} (revision sha256:")
-    assert f"the data was made by {TARGETS['llava']} (revision sha256:" in record.getMessage()
+    assert record.getMessage().startswith(f"--basepath {TARGETS['qwen']} (revision files-sha256:")
+    assert f"the data was made by {TARGETS['llava']} (revision files-sha256:" in record.getMessage()
     caplog.clear()
     copy = shutil.copytree(made / "a", tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())

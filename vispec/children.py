@@ -1,14 +1,16 @@
 """Processes that end with the one that started them, however that one ends.
 
-A child's standard input is a pipe whose other end the parent holds and never writes to. When the parent is gone, by an
-error, by a signal or by kill -9, the system closes the pipe, and a thread of the child sees its end.
+The standard input of a child of ours is a pipe whose other end the parent holds and never writes to. When the parent is
+gone, by an error, by a signal or by kill -9, the system closes the pipe, and a thread of the child sees its end. What
+accelerate or torchrun have launched has no such pipe: a thread asks now and then who its parent is.
 """
 
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 WATCH = "VISPEC_ENDS_WITH_PARENT"
@@ -16,6 +18,8 @@ WATCH = "VISPEC_ENDS_WITH_PARENT"
 
 ABANDONED = 143
 """Exit code of a child whose parent is gone: that of a process ended by SIGTERM."""
+
+LOOK_SECONDS = 0.5
 
 
 def start_child(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
@@ -38,9 +42,38 @@ def start_child(command: Sequence[str], log: Path, environment: Mapping[str, str
 def end_with_parent() -> None:
     """In a child: leave as soon as the parent is gone. Files appear whole or not at all, so any moment will do."""
     if os.environ.pop(WATCH, None):
-        threading.Thread(target=_wait_for_end, name="parent watch", daemon=True).start()
+        _watch(_wait_for_end)
+    elif _is_launched():
+        parent = os.getppid()
+        _watch(lambda: _wait_for_other_parent(parent))
+
+
+def _watch(wait: Callable[[], object]) -> None:
+    def leave() -> None:
+        wait()
+        os._exit(ABANDONED)
+
+    threading.Thread(target=leave, name="parent watch", daemon=True).start()
 
 
 def _wait_for_end() -> None:
     os.read(0, 1)  # nothing is ever written: this returns at the pipe's end
-    os._exit(ABANDONED)
+
+
+def _wait_for_other_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+
+
+def _is_launched() -> bool:
+    """Whether our parent is a launcher. A shell is none, whatever it has exported: what it starts may outlive it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    import psutil  # of accelerate
+
+    try:
+        return any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return False

@@ -32,12 +32,12 @@ def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tok
         inputs: what the processor returned for each prompt.
 
     Returns:
-        `tau`, the mean of all acceptance lengths; `rounds`, how many; `answers`, a digest of all output ids.
+        `tau`, the mean of all rounds' accepted draft tokens; `rounds`, how many; `answers`, a digest of all output ids.
     """
     arm = model.with_tree(TreeShape(*tree), draft)
     generation = Generation(temperature=0.0, max_new_tokens=max_new_tokens)
     answers = [answer_question(arm, prompt, "spec", generation) for prompt in inputs]
-    lengths = [length for answer in answers for length in answer.acceptance_lengths]
+    lengths = [length for answer in answers for length in answer.accepted]
     digest = hashlib.blake2b(repr([answer.output_ids for answer in answers]).encode(), digest_size=8).hexdigest()
     return {"tau": fmean(lengths), "rounds": len(lengths), "answers": digest}
 

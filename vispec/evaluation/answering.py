@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from vispec.cli import DONE, ERROR, WITH_FAILURES, UserError, one_line
-from vispec.evaluation.answers import AnswerFile, answer_line
+from vispec.evaluation.answer_lines import answer_line
+from vispec.evaluation.answers import AnswerFile
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import (
     Models,
@@ -31,6 +32,7 @@ from vispec.evaluation.text import answer_text
 from vispec.pictures import UnreadableImage
 from vispec.prompts import build_inputs, load_processor
 from vispec.timing import in_turn
+from vispec.weights_digest import target_revision
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -115,7 +117,8 @@ class AnswersQuestions(Protocol):
 
 
 UNKNOWN_BEFORE_LOADING = (
-    "dtype", "device", "device_type", "devices", "tree", "draft_vocab", "spec_model_sha256",
+    "base_model_revision", "dtype", "device", "device_type", "devices", "layers", "tree", "draft_vocab",
+    "spec_model_sha256",
 )  # fmt: skip
 
 
@@ -128,13 +131,11 @@ class Answerer:
         self._models = load_models(models)
         self._processors: dict[bool, object] = {}
         self._warm: set[Series] = set()
+        self._ready: dict[str, tuple[int, int]] = {}
+        """Tokens of the shortest and of the longest prompt that a method is ready for."""
 
     def loaded_settings(self) -> dict[str, dict]:
-        asked = self._asked
-        return {
-            name: loaded_settings(model, asked.drafts.get(name), asked.place_of(name))
-            for name, model in self._models.items()
-        }
+        return {name: loaded_settings(model, self._asked, name) for name, model in self._models.items()}
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, list[Answered | LeftOut]]]:
         for ask in asks:
@@ -153,17 +154,14 @@ class Answerer:
             return [LeftOut(name, f"{type(error).__name__}: {one_line(error)}", "failed")]
 
     def _answer(self, ask: Ask) -> list[Answered | LeftOut]:
-        question, processor = ask.question, self._processor(ask.series[0])
+        question, processor = ask.question, self._processor(ask.series[0].benchmark)
         inputs = build_inputs(processor, question.turns)
         length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
         if length > positions:
             reason = f"the prompt has {length} tokens, the target has {positions} positions"
             return [LeftOut(question.question_id, reason, "too long")]
         for series in ask.series:
-            if series not in self._warm:
-                for _ in range(WARM_UPS):
-                    self._measure(series, inputs)
-                self._warm.add(series)
+            self._get_ready(series, inputs, positions)
         answered = []
         for series in ask.series:
             answers: list[tuple[Answer, str, str]] = []
@@ -175,10 +173,28 @@ class Answerer:
             answered.append(Answered(series, line))
         return answered
 
-    def tune(self, series: Series, questions: Sequence[Question]) -> Tree:
-        """Measure on the first questions which tree is the fastest; the series' method answers by it from now on."""
-        model, processor = self._models[series.method], self._processor(series)
-        prompts = []
+    def _get_ready(self, series: Series, inputs: "BatchFeature", positions: int) -> None:
+        """Choose kernels and capture steps for an answer of any length, if a prompt of this one has not come yet."""
+        length = inputs["input_ids"].shape[1]
+        shortest, longest = self._ready.get(series.method, (length, length))
+        if series.method not in self._ready or not shortest <= length <= longest:
+            shortest, longest = min(shortest, length), max(longest, length)
+            end = min(longest + series.generation.max_new_tokens, positions)
+            self._models[series.method].warmup(shortest, end - shortest)
+            self._ready[series.method] = shortest, longest
+        if series not in self._warm:
+            for _ in range(WARM_UPS):
+                self._measure(series, inputs)
+            self._warm.add(series)
+
+    def tune(self, method: str, benchmark: str, questions: Sequence[Question]) -> tuple[Tree, list[int | str]]:
+        """Measure on a benchmark's first questions which tree is the fastest; the method answers by it from now on.
+
+        Returns:
+            The tree, and the ids of the questions.
+        """
+        model, processor = self._models[method], self._processor(benchmark)
+        prompts = {}
         for question in questions:
             if len(prompts) == TUNED_ON:
                 break
@@ -189,14 +205,14 @@ class Answerer:
             except Exception:  # what cannot be asked is said where it is answered
                 continue
             if inputs["input_ids"].shape[1] <= model.target.max_positions:
-                prompts.append(inputs)
-        tuning = model.tune(prompts)
+                prompts[question.question_id] = inputs
+        tuning = model.tune(list(prompts.values()))
         print(tuning.report())
-        return astuple(tuning.shape)
+        return astuple(tuning.shape), list(prompts)
 
     def ids_of_both_arms(self, series: Series, question: Question) -> tuple[list[int], list[int]]:
         """Output ids of the baseline and of the series' method."""
-        inputs = build_inputs(self._processor(series), question.turns)
+        inputs = build_inputs(self._processor(series.benchmark), question.turns)
         model, generation = self._models[series.method], series.generation
         plain, ours = (answer_question(model, inputs, arm, generation).output_ids for arm in ("baseline", "spec"))
         return plain, ours
@@ -205,8 +221,8 @@ class Answerer:
         arm = "baseline" if series.method == "baseline" else "spec"
         return answer_question(self._models[series.method], inputs, arm, series.generation, seed)
 
-    def _processor(self, series: Series):
-        limits = BENCHMARKS[series.benchmark].pixel_limits
+    def _processor(self, benchmark: str):
+        limits = BENCHMARKS[benchmark].pixel_limits
         if limits not in self._processors:
             self._processors[limits] = load_processor(self._path, limits)
         return self._processors[limits]
@@ -265,6 +281,8 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
         "max_new_tokens": series.generation.max_new_tokens,
         "num_choices": series.num_choices,
     }
+    if Path(models.base_model_path).is_dir():  # a retrained target shows before minutes of loading
+        settings["base_model_revision"] = target_revision(models.base_model_path)
     if series.generation.own_config:
         settings["generation_config"] = True
     if options:
@@ -278,7 +296,7 @@ def settings_of(series: Series, models: Models, data: str, options: Mapping) -> 
             place = models.place_of(series.method)
             settings["spec_model"] = _absolute(draft)
             settings |= {f"spec_{name}": value for name, value in place.items()}
-            if Path(draft).is_dir():  # a retrained head shows before minutes of loading
+            if Path(draft).is_dir():  # a retrained head as well
                 settings["spec_model_sha256"] = weights_sha256(draft, place)
     return settings
 

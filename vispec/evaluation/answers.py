@@ -1,26 +1,32 @@
 """Answer files: one JSON line a question, appended as they come, with the settings that made them beside.
 
-A line has question_id, answer_id, model_id, tstamp (Unix seconds), method and choices, one for each time the question
-was answered. A choice has index (also its seed), captured (whether steps ran in CUDA graphs: all, some or none; older
-files lack it), acceptance_length (accepted draft tokens of each round with a draft, speculative methods only), and with
-one entry for each of the question's turns: turns (text), output_ids, idxs (0-based index of the last step, with a draft
-or without one), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds after the target's prefill).
+What a line holds, `vispec.evaluation.answer_lines` says. The file beside has the number of the format, settings,
+provenance and, of later runs, `resumed`; left_out, and what else was found out.
 """
 
-import fcntl
 import json
-import os
-import sys
-import time
-import uuid
+import reprlib
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vispec.cli import UserError
-from vispec.evaluation.measure import Answer
+from vispec.evaluation.answer_lines import read_lines
 from vispec.files import write_atomic, write_json_atomic
+from vispec.locks import held
+
+FORMAT = 2
+"""Of the file beside the answers; the first one said neither its number nor which weights the target had."""
+META_KINDS = {"provenance": dict, "resumed": list, "left_out": list}
+SETTING_KINDS = {
+    "benchmark": str, "method": str, "base_model": str, "temperature": (int, float), "max_new_tokens": int,
+    "num_choices": int, "dtype": str, "device": str, "device_type": str, "devices": int, "layers": str,
+}  # fmt: skip
+RUN_KINDS = {"versions": dict}
+LEFT_OUT_KINDS = {"question_id": (int, str), "reason": str}
+"""What is read by name: of the whole, of the settings, of each run, and of each question that is left out."""
 
 
 class AnswerFile:
@@ -37,34 +43,31 @@ class AnswerFile:
     def alone(self) -> Iterator[None]:
         """Keep other runs from the file while this one fills it, and read what it holds by now.
 
-        The answer file itself is replaced when it is sorted, so a file beside it is locked. The system frees it when
-        a run is killed.
+        The answer file itself is replaced when it is sorted, so a file beside it is locked, see `vispec.locks.held`.
 
         Raises:
-            UserError: another run has it.
+            ValueError: another run has it.
         """
         lock = self.path.with_name(f".{self.path.name}.lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(lock)
-        if handle is None:
-            raise UserError(f"{self.path} is being filled by another run; wait for it or give another --answer-file")
-        try:
+        refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
+        with held(lock, refusal):
             self._read()
             yield
-        finally:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
 
     def check(self, settings: dict, unknown: tuple[str, ...] = ()) -> None:
-        """Refuse settings that differ from those of the answers in the file; `unknown` names are not compared yet."""
-        if not self.lines:
-            return
+        """Refuse a file that is not ours, and settings that differ from those of its answers.
+
+        Args:
+            unknown: names of settings that are not compared yet.
+        """
         meta = read_meta(self.path)
-        if meta is None:
+        if meta is None and (self.lines or self._torn):
             raise UserError(
-                f"{self.path} has answers but no {self.meta_path.name}, so they cannot be continued; move the file "
+                f"{self.path} is there, but no {self.meta_path.name} beside it, so it cannot be continued; move it "
                 "away or give another --answer-file"
             )
+        if not self.lines:
+            return
         known = meta["settings"]
         for name in sorted((known.keys() | settings.keys()) - set(unknown)):
             if known.get(name) != settings.get(name):
@@ -83,7 +86,7 @@ class AnswerFile:
         if meta is not None and (self.lines or meta["settings"] == settings):
             meta.setdefault("resumed", []).append(provenance)
         else:
-            meta = {"settings": settings, "provenance": provenance, "left_out": []}
+            meta = {"format": FORMAT, "settings": settings, "provenance": provenance, "left_out": []}
         write_json_atomic(self.meta_path, meta)
 
     def append(self, line: dict) -> None:
@@ -111,6 +114,8 @@ class AnswerFile:
 
     def _read(self) -> None:
         if self.path.exists():
+            if not self.path.is_file():
+                raise UserError(f"{self.path} is no regular file, give another --answer-file")
             self.lines, self._torn = read_lines(self.path)
 
     def _rewrite(self) -> None:
@@ -126,17 +131,43 @@ def meta_path(path: Path) -> Path:
 
 
 def read_meta(path: Path) -> dict | None:
-    """Settings and provenance of an answer file; None if there are none."""
+    """Settings and provenance of an answer file; None if there are none.
+
+    Raises:
+        UserError: they are of another format, or not as they should be.
+    """
     meta = meta_path(path)
     try:
         value = json.loads(meta.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{meta}: no valid JSON ({error})") from None
     if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
         raise UserError(f"{meta}: expected an object with `settings`")
+    found = value.get("format", 1)
+    if found != FORMAT:
+        raise UserError(
+            f"{meta}: these answers are of format {reprlib.repr(found)}, this version of vispec has format {FORMAT}; "
+            "move them away, or give another --answer-file"
+        )
+    _check_kinds(meta, value, META_KINDS)
+    _check_kinds(meta, value["settings"], SETTING_KINDS)
+    for run in (value.get("provenance", {}), *value.get("resumed", [])):
+        _check_kinds(meta, run, RUN_KINDS)
+    for one in value.get("left_out", []):
+        _check_kinds(meta, one, LEFT_OUT_KINDS, needed=True)
     return value
+
+
+def _check_kinds(meta: Path, values: Any, kinds: Mapping[str, type | tuple[type, ...]], needed: bool = False) -> None:
+    """Refuse what is no object or has something of another type than `kinds` says; where `needed`, what lacks it."""
+    if not isinstance(values, dict):
+        raise UserError(f"{meta}: expected an object, found {reprlib.repr(values)}")
+    for name, kind in kinds.items():
+        found = values.get(name)
+        if (name in values or needed) and (not isinstance(found, kind) or isinstance(found, bool)):
+            raise UserError(f"{meta}: {name} cannot be {reprlib.repr(found)}")
 
 
 def left_out_of(meta: Mapping | None, answered: Container[int | str]) -> list[dict]:
@@ -144,56 +175,31 @@ def left_out_of(meta: Mapping | None, answered: Container[int | str]) -> list[di
     return [one for one in (meta or {}).get("left_out", []) if one["question_id"] not in answered]
 
 
-def read_lines(path: Path) -> tuple[dict[int | str, dict], bool]:
-    """Lines of an answer file by question_id, the first one of each, and whether a kill has cut off the last line."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"there is no answer file {path}") from None
-    *whole, tail = raw.split(b"\n")
-    lines: dict[int | str, dict] = {}
-    for number, text in enumerate(whole, start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            lines.setdefault(line["question_id"], line)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: no JSON object with a question_id ({error!r})") from None
-    # a line is written with its end, so one without it is not whole
-    return lines, bool(tail)
+def conditions(path: Path) -> dict[str, set[str]]:
+    """What answers do not say but their speed may depend on: each with the values of all runs that filled the file."""
+    lines, _ = read_lines(path)
+    meta = read_meta(path) or {"settings": {}}
+    found = defaultdict(list)
+    for run in (meta.get("provenance", {}), *meta.get("resumed", [])):
+        versions = run.get("versions", {})
+        found["torch"].append(versions.get("torch"))
+        found["transformers"].append(versions.get("transformers"))
+        found["git revision"].append(run.get("git_revision"))
+    found["decoder layers"].append(meta["settings"].get("layers"))
+    found["captured steps"] += [choice.get("captured") for line in lines.values() for choice in line["choices"]]
+    told = {name: {str(value) for value in values if value is not None} for name, values in found.items()}
+    return {name: values for name, values in told.items() if values}
 
 
-def answer_line(question_id: int | str, model_id: str, method: str, answers: list[tuple[Answer, str, str]]) -> dict:
-    """The file's line for a question: (answer, its text, whether its steps were captured) of every choice, in order."""
-    return {
-        "question_id": question_id,
-        "answer_id": uuid.uuid4().hex,
-        "model_id": model_id,
-        "tstamp": time.time(),
-        "method": method,
-        "choices": [_choice(index, *answer, method) for index, answer in enumerate(answers)],
-    }
-
-
-def answers_of(line: dict, path: Path) -> list[Answer]:
-    """The answers of a line of `path`, one for each choice and turn."""
-    try:
-        return [answer for choice in line["choices"] for answer in _answers_of_choice(choice)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}, question {line['question_id']}: no choice as expected ({error!r})") from None
-
-
-def read_answers(path: Path) -> dict[int | str, list[Answer]]:
-    """All answers of a file, by question."""
-    lines, torn = read_lines(path)
-    if torn:
-        print(f"notice: {path}: the last line is cut off and not counted", file=sys.stderr)
-    answers = {question: answers_of(line, path) for question, line in lines.items()}
-    for question, found in answers.items():
-        if not found or any(not answer.output_ids or answer.wall_time <= 0 for answer in found):
-            raise UserError(f"{path}, question {question}: an answer without tokens or without a time")
-    return answers
+def condition_notices(baseline: Path, spec: Path) -> list[str]:
+    """One line for each of the conditions that differ between two arms, as far as both files say them."""
+    ours, theirs = conditions(spec), conditions(baseline)
+    told = [(name, sorted(theirs[name]), sorted(ours[name])) for name in theirs if name in ours]
+    return [
+        f"the arms differ in {name}: {', '.join(there)} in {baseline}, {', '.join(here)} in {spec}"
+        for name, there, here in told
+        if there != here
+    ]
 
 
 def left_out_notice(path: Path, left_out: Sequence[Mapping]) -> list[str]:
@@ -202,52 +208,6 @@ def left_out_notice(path: Path, left_out: Sequence[Mapping]) -> list[str]:
         return []
     first = "question {question_id}: {reason}".format_map(left_out[0])
     return [f"{path}: {len(left_out)} question(s) left out, the first one is {first}"]
-
-
-def _locked(lock: Path) -> int | None:
-    """The handle of a lock file that this process alone has now; None if another one has it."""
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # who had it takes it away in the end, and a lock on what is gone keeps nobody out
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:  # it is gone
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _choice(index: int, answer: Answer, text: str, captured: str, method: str) -> dict[str, Any]:
-    choice = {
-        "index": index,
-        "turns": [text],
-        "output_ids": [answer.output_ids],
-        "idxs": [answer.last_round],
-        "new_tokens": [len(answer.output_ids)],
-        "wall_time": [answer.wall_time],
-        "decode_time": [answer.decode_time],
-        "captured": captured,
-    }
-    if method != "baseline":
-        choice["acceptance_length"] = answer.acceptance_lengths
-    return choice
-
-
-def _answers_of_choice(choice: dict) -> list[Answer]:
-    columns = [choice[name] for name in ("output_ids", "idxs", "wall_time", "decode_time")]
-    lengths = choice.get("acceptance_length", [])
-    answers = []
-    for turn, (ids, last_round, wall, decode) in enumerate(zip(*columns, strict=True)):
-        # the acceptance lengths of all turns are one list; they are kept with the first
-        answers.append(Answer(ids, last_round, wall, decode, lengths if turn == 0 else []))
-    return answers
 
 
 def _question_order(question_id: int | str) -> tuple[bool, int | str]:

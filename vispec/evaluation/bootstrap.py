@@ -51,7 +51,7 @@ def estimates(comparison: Comparison, baseline: ArmAnswers, spec: ArmAnswers, st
     if questions < 2:
         return {name: Estimate(value, None) for name, value in values.items()}
     drawn = np.random.default_rng([SEED, stream]).integers(questions, size=(DRAWS, questions))
-    accepted = np.array([[sum(lengths), len(lengths)] for lengths in map(_acceptance_lengths, spec)], dtype=float)
+    accepted = np.array([[sum(lengths), len(lengths)] for lengths in map(_accepted, spec)], dtype=float)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any round has no τ: NaN
         total, rounds = accepted[drawn].sum(axis=1).T
         draws = {
@@ -81,5 +81,5 @@ def _mean_speed(arm: ArmAnswers, speed, drawn: np.ndarray) -> np.ndarray:
     return np.where(has, speeds, 0)[drawn].sum(axis=1) / has[drawn].sum(axis=1)
 
 
-def _acceptance_lengths(answers: Sequence[Answer]) -> list[int]:
-    return [length for answer in answers for length in answer.acceptance_lengths]
+def _accepted(answers: Sequence[Answer]) -> list[int]:
+    return [length for answer in answers for length in answer.accepted]

@@ -3,8 +3,9 @@
 The speed of an arm is the mean over questions of new tokens / wall time (seconds, the target's prefill included),
 counted over the questions that both arms have answered; the speedup is the ratio of the two. The decode-only measure is
 the same over the tokens after the first one, which the prefill gives, and the time after the target's prefill. Tau is
-the mean of all acceptance lengths: draft tokens accepted in a round, without the token that the target adds (EAGLE
-counts it: tau + 1). An arm whose trees are chosen while it answers takes plain steps too, which are no rounds.
+the mean of all rounds' accepted draft tokens, without those behind the end of an answer and without the token that the
+target adds (EAGLE counts it: tau + 1). An arm whose trees are chosen while it answers takes plain steps too, which are
+no rounds.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -16,12 +17,15 @@ from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
 
 COMPARABLE = (
-    "benchmark", "data", "benchmark_options", "base_model", "temperature", "max_new_tokens", "num_choices", "dtype",
-    "device", "device_type", "devices", "generation_config",
+    "benchmark", "data", "benchmark_options", "base_model", "base_model_revision", "temperature", "max_new_tokens",
+    "num_choices", "dtype", "device", "device_type", "devices", "generation_config",
 )  # fmt: skip
 """Settings that two arms must share."""
 
-TAU_CONVENTION = "mean draft tokens accepted a round, the target's own token not counted (EAGLE's tau is this + 1)"
+TAU_CONVENTION = (
+    "mean draft tokens accepted a round, those behind an answer's end and the target's own token not counted (EAGLE's "
+    "tau is this + 1)"
+)
 
 RATIOS = (
     "x plain is the ratio of tokens/s to those of our own plain loop, x generate that to those of transformers' "
@@ -76,7 +80,7 @@ def compare(baseline: Answers, spec: Answers) -> Comparison:
         raise UserError("the two arms have no question in common")
     speeds = [arm_speed([arm[question] for question in shared]) for arm in (baseline, spec)]
     ours = [answer for question in shared for answer in spec[question]]
-    lengths = [n for answer in ours for n in answer.acceptance_lengths]
+    lengths = [n for answer in ours for n in answer.accepted]
     decode = [speed.decode_tokens_per_second for speed in speeds]
     return Comparison(
         questions=len(shared),

@@ -4,12 +4,11 @@ import argparse
 import hashlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vispec.cli import device_name
 from vispec.model.shape import AUTO, TUNE, TreeShape
+from vispec.weights_digest import file_sha256, target_revision
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -130,30 +129,30 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
     return loaded
 
 
-def loaded_settings(model: "SpecModel", spec_model_path: str | None, place: Mapping[str, str]) -> dict:
+def loaded_settings(model: "SpecModel", models: Models, method: str) -> dict:
     """What stands behind a method's answers, as a loaded model has it and not as flags asked for it.
 
-    Args:
-        spec_model_path: where its draft head was loaded from; None for the baseline and lookup.
-        place: its revision and subfolder there, where they were asked for.
-
     Returns:
-        The target's dtype, device (name), device_type and number of devices; with a draft also tree (total_token,
-        depth, top_k, or AUTO), with a draft head draft_vocab (None where it proposes all tokens) and spec_model_sha256.
+        The target's revision, dtype, device (name), device_type, number of devices, and by which layers it decodes;
+        with a draft also tree (total_token, depth, top_k, or AUTO), with a draft head draft_vocab (None where it
+        proposes all tokens) and spec_model_sha256.
     """
     devices = list(dict.fromkeys(model.target.devices))
     settings = {
+        "base_model_revision": target_revision(models.base_model_path, model.target.config),
         "dtype": dtype_name(model),
         "device": ", ".join(dict.fromkeys(map(device_name, devices))),
         "device_type": ", ".join(dict.fromkeys(device.type for device in devices)),
         "devices": len(devices),
+        "layers": "lean" if model.target.lean else "stock",
     }
     if model.draft is not None:
         settings["tree"] = AUTO if model.tree == AUTO else list(astuple(model.shape))
+    spec_model_path = models.drafts.get(method)
     if spec_model_path is not None:
         vocabulary = model.draft.draft_vocab
         settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)
-        settings["spec_model_sha256"] = weights_sha256(spec_model_path, place)
+        settings["spec_model_sha256"] = weights_sha256(spec_model_path, models.place_of(method))
     return settings
 
 
@@ -162,10 +161,7 @@ def weights_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None
     from vispec.model.drafts.checkpoints import PICKLED, SAFETENSORS, find_file
 
     file = find_file(spec_model_path, SAFETENSORS, **place) or find_file(spec_model_path, PICKLED, **place)
-    if file is None:
-        return None
-    found = file.stat()
-    return _sha256(file, found.st_mtime_ns, found.st_size)
+    return None if file is None else file_sha256(file)
 
 
 def dtype_name(model) -> str:
@@ -178,16 +174,6 @@ def quiet_transformers() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-
-
-@lru_cache
-def _sha256(file: Path, modified: int, size: int) -> str:
-    """Of a file's content, read once for each `modified` and `size`: a head of a large target has gigabytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while part := content.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _described(token_ids) -> str:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vispec.cli import UserError, one_line
-from vispec.evaluation.answers import AnswerFile, meta_path, read_answers, read_meta
+from vispec.evaluation.answer_lines import read_answers
+from vispec.evaluation.answers import AnswerFile, meta_path, read_meta
 from vispec.evaluation.comparison import COMPARABLE
 from vispec.evaluation.measure import Answer, is_greedy
 
@@ -93,7 +94,11 @@ def find_baseline(path: Path, settings: Mapping) -> Path | None:
     for candidate in path.parent.iterdir():
         if candidate == path or not meta_path(candidate).is_file():
             continue
-        other = read_meta(candidate)["settings"]
+        try:
+            other = read_meta(candidate)["settings"]
+        except UserError as error:  # another file, which nobody has named
+            print(f"notice: not compared with: {error}", file=sys.stderr)
+            continue
         if other.get("method") == "baseline" and all(other.get(name) == settings.get(name) for name in COMPARABLE):
             found.append(candidate)
     return max(found, key=lambda candidate: candidate.stat().st_mtime, default=None)

@@ -7,6 +7,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
+from vispec.acceptance import accepted_within
 from vispec.timing import now, turns
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ class Answer:
     decode_time: float
     """Seconds after the target's prefill, in both arms: every draft that is grown counts, the first one too."""
     acceptance_lengths: list[int]
-    """Draft tokens accepted in each round; empty for the baseline."""
+    """Draft tokens accepted in each round, as they were verified; empty for the baseline."""
+
+    @property
+    def accepted(self) -> list[int]:
+        """The same without those behind the answer's end; τ is their mean."""
+        return accepted_within(self.acceptance_lengths, self.last_round, len(self.output_ids))
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ def interleave(
     Args:
         prompts: what the processor returned for each of them.
         warm_up_tokens: longest answer to the first prompt that each arm gives before any counts; None: a whole one.
+            What the other prompts' lengths need is got ready as well, see `SpecModel.warmup`.
         on_prompt: called with (repetition, prompt, answers by arm) when all arms have answered.
 
     Returns:
@@ -173,6 +180,7 @@ def interleave(
     """
     longest = min(warm_up_tokens or generation.max_new_tokens, generation.max_new_tokens)
     for arm in arms:
+        get_ready(arm, prompts, generation.max_new_tokens)
         answer_question(arm.model, prompts[0], arm.kind, replace(generation, max_new_tokens=longest))
     found: dict[str, list[list[Answer]]] = {arm.name: [[] for _ in prompts] for arm in arms}
     answered: dict[str, Answer] = {}
@@ -184,6 +192,13 @@ def interleave(
                 on_prompt(repetition, prompt, answered)
             answered = {}
     return found
+
+
+def get_ready(arm: Arm, prompts: Sequence[Mapping], max_new_tokens: int) -> None:
+    """Choose kernels and capture steps for answers of all sizes that are to be timed."""
+    if arm.kind != "generate":
+        lengths = [inputs["input_ids"].shape[1] for inputs in prompts]
+        arm.model.warmup(min(lengths), max(lengths) - min(lengths) + max_new_tokens)
 
 
 def typical(answers: Sequence[Answer]) -> Answer:

@@ -12,7 +12,8 @@ from statistics import fmean
 
 from vispec.cli import UserError
 from vispec.embedded import TARGET
-from vispec.evaluation.answers import left_out_notice, left_out_of, meta_path, read_answers, read_meta
+from vispec.evaluation.answer_lines import read_answers
+from vispec.evaluation.answers import condition_notices, left_out_notice, left_out_of, meta_path, read_meta
 from vispec.evaluation.bootstrap import Estimate, average, estimates
 from vispec.evaluation.comparison import (
     COMPARABLE,
@@ -27,7 +28,10 @@ from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
 
 NEEDED = ("benchmark", "method", "base_model", "temperature")
-SHARED_BY_TABLE = ("dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices", "generation_config")
+SHARED_BY_TABLE = (
+    "base_model_revision", "dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices",
+    "generation_config",
+)  # fmt: skip
 SHARED_BY_ROW = ("spec_model", "spec_model_sha256", "draft_vocab", "tree")
 """Settings without which an average over benchmarks would mean nothing."""
 
@@ -237,6 +241,7 @@ def _row(
 def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str]) -> Cell | None:
     _refuse_differences("the arms cannot be compared", COMPARABLE, baseline, spec)
     shared = [question for question in baseline.answers if question in spec.answers]
+    notices += condition_notices(baseline.path, spec.path)
     only_one = len(baseline.answers.keys() ^ spec.answers.keys())
     if only_one:
         notices.append(f"{spec.path}: {only_one} question(s) that only one arm has answered are not counted")
@@ -249,7 +254,7 @@ def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str])
         comparison,
         estimates(comparison, plain, ours, stream),
         round_in_steps(all_plain, all_ours),
-        Counter(length for answer in all_ours for length in answer.acceptance_lengths),
+        Counter(length for answer in all_ours for length in answer.accepted),
     )
 
 

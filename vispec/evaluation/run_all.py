@@ -33,7 +33,7 @@ from vispec.evaluation.head_flags import add_place_flags, asked_places
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
-from vispec.evaluation.measured_trees import keep_trees, measure_trees, require_measuring
+from vispec.evaluation.measured_trees import add_tune_on, keep_trees, measure_trees, require_measuring, tuning_set
 from vispec.evaluation.runner import add_common_flags, asked_part, question_of
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 
@@ -126,6 +126,7 @@ def _make_parser() -> Parser:
     add("--dry-run", action="store_true", help="print what would be done")
     add_common_flags(parser)
     add_tree_flags(parser, "/".join(map(str, Models.tree)))
+    add_tune_on(parser)
     return parser
 
 
@@ -182,13 +183,19 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
 
 
 def _questions(benchmark: Benchmark, data_root: Path | None) -> tuple[list[Question], str]:
-    """Its questions and where they come from; what is not under `data_root` and on the hub is sought as without one."""
-    folder = data_root and data_root / Path(benchmark.folder).name
-    elsewhere = folder is not None and benchmark.hub is not None and not folder.is_dir()
-    questions, data = benchmark.questions(None if folder is None or elsewhere else str(folder), **benchmark.defaults)
-    if elsewhere:
-        print(f"notice: {benchmark.name}: there is no {folder}, its questions are from {data}", file=sys.stderr)
+    """Its questions and where they come from."""
+    folder = _folder(benchmark, data_root)
+    questions, data = benchmark.questions(folder, **benchmark.defaults)
+    if data_root is not None and folder is None:
+        missing = data_root / Path(benchmark.folder).name
+        print(f"notice: {benchmark.name}: there is no {missing}, its questions are from {data}", file=sys.stderr)
     return questions, data
+
+
+def _folder(benchmark: Benchmark, data_root: Path | None) -> str | None:
+    """Where a benchmark's data are; what is not under `data_root` and on the hub is sought as without one."""
+    folder = data_root and data_root / Path(benchmark.folder).name
+    return None if folder is None or (benchmark.hub is not None and not folder.is_dir()) else str(folder)
 
 
 def _print_plan(plan: Plan) -> None:
@@ -212,11 +219,13 @@ def _answer(plans: Sequence[Plan], models: Models, args: argparse.Namespace) -> 
     methods = set().union(*(plan.open_methods for plan in unfinished))
     models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
     require_measuring(models, args.num_gpus_total)
+    reported = {(plan.benchmark.name, plan.data): plan.benchmark.defaults for plan in plans}
+    tuned_on = tuning_set(models, args.tune_on, reported, lambda benchmark: _folder(benchmark, args.data_root))
     tasks = list(chain.from_iterable(plan.tasks for plan in plans))
     made_by = provenance(args)
     code = DONE
     with loaded(models, args.num_gpus_total) as answerer:
-        measure_trees(tasks, plans[0].questions, models, answerer)
+        measure_trees(tasks, tuned_on, models, answerer)
         found = answerer.loaded_settings()
         for task in tasks:
             task.check(found)  # so that none is refused hours later

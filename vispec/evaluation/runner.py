@@ -25,7 +25,14 @@ from vispec.evaluation.head_flags import add_place_flags, asked_place, value_of
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation, Kind
-from vispec.evaluation.measured_trees import keep_trees, measure_trees, require_measuring
+from vispec.evaluation.measured_trees import (
+    TuningSet,
+    add_tune_on,
+    keep_trees,
+    measure_trees,
+    require_measuring,
+    tuning_set,
+)
 from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 
 UNUSED_FLAGS = ("--image-fc", "--load-in-8bit", "--max-gpu-memory", "--tree-choices", "--label")
@@ -52,7 +59,13 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
         left_out = []
         if open_asks([task], questions):
             require_measuring(models, args.num_gpus_total)
-            left_out = _answer(task, questions, args, models)
+            tuned_on = tuning_set(
+                models,
+                getattr(args, "tune_on", None),
+                {(name, data): options},
+                lambda other: args.data_folder if other is benchmark else None,
+            )
+            left_out = _answer(task, questions, args, models, tuned_on)
         code = worst(finish(task, len(questions), left_out), report_left_out(benchmark, left_out))
         if check:
 
@@ -84,6 +97,7 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
     add_common_flags(parser)
     if arm == "spec":
         add_tree_flags(parser, "/".join(map(str, Models.tree)))
+        add_tune_on(parser)
         add_place_flags(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
@@ -154,10 +168,12 @@ def answer_path(args: argparse.Namespace, method: str) -> Path:
     return Path(args.answer_dir, args.bench_name, f"{_model_id(args, method)}-temperature-{args.temperature}.jsonl")
 
 
-def _answer(task: Task, questions: list[Question], args: argparse.Namespace, models: Models) -> list[LeftOut]:
+def _answer(
+    task: Task, questions: list[Question], args: argparse.Namespace, models: Models, tuned_on: TuningSet | None
+) -> list[LeftOut]:
     title = f"{args.bench_name} {task.series.method}"
     with loaded(models, args.num_gpus_total) as answerer:
-        measure_trees([task], questions, models, answerer)
+        measure_trees([task], tuned_on, models, answerer)
         return answer_all([task], questions, answerer, provenance(args), title)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from vispec.cli import Parser, UserError, provenance
 from vispec.evaluation import report
-from vispec.evaluation.answers import left_out_notice, left_out_of, meta_path, read_answers, read_meta
+from vispec.evaluation.answer_lines import read_answers
+from vispec.evaluation.answers import condition_notices, left_out_notice, left_out_of, meta_path, read_meta
 from vispec.evaluation.chart import draw_all
 from vispec.evaluation.comparison import COMPARABLE, TAU_CONVENTION, Comparison, compare, refuse_differences
 from vispec.evaluation.measure import is_greedy
@@ -75,11 +76,15 @@ def _report_results(args: Namespace) -> int:
 def _report_pair(args: Namespace) -> int:
     settings, notices = _common_settings(Path(args.baseline), Path(args.spec))
     baseline, spec = read_answers(Path(args.baseline)), read_answers(Path(args.spec))
+    for flag, path, answers in (("--baseline", args.baseline, baseline), ("--spec", args.spec, spec)):
+        if not answers:
+            raise UserError(f"{flag} {path}: it has no answer yet")
     meta = read_meta(Path(args.baseline))
     drafted = any(answer.acceptance_lengths for answers in baseline.values() for answer in answers)
     if drafted or (meta and meta["settings"].get("method", "baseline") != "baseline"):
         raise UserError(f"--baseline {args.baseline}: these are answers of a speculative method")
     result = compare(baseline, spec)
+    notices += condition_notices(Path(args.baseline), Path(args.spec))
     only_one = len(baseline.keys() ^ spec.keys())
     if only_one:
         notices.append(f"{only_one} question(s) that only one arm has answered are not counted")

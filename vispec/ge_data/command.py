@@ -13,6 +13,7 @@ from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_rows, report, rows_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
 from vispec.ge_data.sample_file import write_sample
+from vispec.locks import alone_in
 from vispec.prompts import PIXEL_LIMITS
 
 LAST_ROW = 67999
@@ -84,8 +85,15 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
 
     arguments = {k: v for k, v in vars(args).items() if k not in ("outdir", "worker", "gpus_per_model")}
     arguments = {"stage": stage, "family": family, **arguments, "end": end}
-    folder = RunFolder.open(args.outdir, arguments, identify_target(args.model, args.dtype))
+    target = identify_target(args.model, args.dtype)
     groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
+    outdir = Path(args.outdir)
+    with alone_in(outdir, "--outdir"):
+        return _fill(stage, family, argv, args, rows, RunFolder.open(outdir, arguments, target), batches, groups)
+
+
+def _fill(stage, family, argv, args, rows, folder: RunFolder, batches, groups: Sequence[str]) -> int:
+    """Make what is missing, in a process for each group of GPUs where there are several; returns the exit code."""
     if len(groups) > 1:
         module = f"vispec.ge_data.allocation_{family}_{'shargpt' if stage == 'text' else 'pretrain_gen'}"
         code = workers.run_workers(module, argv, groups, folder.path / "logs")
@@ -94,7 +102,7 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     else:
         _work(stage, family, args, rows, folder, batches, 0)
     skipped, failed = read_rows(folder, max(len(groups), 1))
-    return report(folder, end + 1 - args.start, skipped, failed, full_matrices(stage, args.model, args.dtype))
+    return report(folder, sum(map(len, batches)), skipped, failed, full_matrices(stage, args.model, args.dtype))
 
 
 def _default_data(stage: str) -> str:

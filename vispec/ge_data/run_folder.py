@@ -23,7 +23,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, arguments: Mapping, target: Mapping) -> "RunFolder":
-        """Begin a run, or go on with one that was interrupted.
+        """Begin a run in a folder that is there, or go on with one that was interrupted.
 
         Args:
             target: what `identify_target` says of it.
@@ -32,7 +32,6 @@ class RunFolder:
             ValueError: the folder holds files that other arguments or another target made.
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         arguments = json.loads(json.dumps(dict(arguments)))
         file = path / MANIFEST
         if manifest := read_manifest(path):

@@ -1,15 +1,9 @@
 """Which target has made the data: what a manifest says of it, so that features of two targets are never mixed."""
 
-import hashlib
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-FINGERPRINT = "sha256:"
-"""Begins the revision of a target in a folder."""
-SAMPLED = 2**20
-"""Bytes at the beginning and at the end of a weight file that tell it from others."""
+from vispec.weights_digest import target_revision
 
 
 def identify_target(model: str, dtype: str) -> dict[str, str | None]:
@@ -20,12 +14,12 @@ def identify_target(model: str, dtype: str) -> dict[str, str | None]:
         dtype: as --dtype says it.
 
     Returns:
-        model; revision, the hub's commit or, of a folder, `fingerprint`; dtype, None where the config does not say it.
+        model; revision, see `target_revision`; dtype, None where the config does not say it.
     """
     config = AutoConfig.from_pretrained(model)
-    revision = fingerprint(Path(model)) if Path(model).is_dir() else getattr(config, "_commit_hash", None)
     found = dtype_of(config, dtype)
-    return {"model": model, "revision": revision, "dtype": found and str(found).removeprefix("torch.")}
+    named = found and str(found).removeprefix("torch.")
+    return {"model": model, "revision": target_revision(model, config), "dtype": named}
 
 
 def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype | None:
@@ -34,18 +28,3 @@ def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype | None:
         return getattr(torch, dtype)
     # the config's key has a new name in transformers 5
     return getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of the config, the weights' index, and size, beginning and end of each weight file."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.index.json")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(SAMPLED))
-            file.seek(max(size - SAMPLED, 0))
-            digest.update(file.read(SAMPLED))
-    return f"{FINGERPRINT}{digest.hexdigest()[:16]}"

@@ -328,9 +328,9 @@ class Decoder:
     def warm_up(self, policy: Policy, prompt_tokens: int, max_new_tokens: int, rows: int = 1) -> None:
         """Choose kernels, and capture all steps that answers of this size need; see `SpecModel.warmup`."""
         first, last = self._rounded(prompt_tokens), self._rounded(prompt_tokens + max_new_tokens)
-        seat = self._seat(rows, last + self._reach(policy), policy)
-        plain_too = policy.waiting > seat.usual  # rounds with a draft have plain steps among them
         with torch.inference_mode():
+            seat = self._seat(rows, last + self._reach(policy), policy)
+            plain_too = policy.waiting > seat.usual  # rounds with a draft have plain steps among them
             # a draft may remember far less than the target: an image in a few places
             for read in range(0, last + 1, self._bucket):
                 committed = max(read, first)

@@ -15,8 +15,6 @@ R rows of one product, I and O input and output features.
 
 import contextlib
 import hashlib
-import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vispec.files import write_json_atomic
+from vispec.remembered import recall, remember
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 """(R, I) -> (R, O)."""
@@ -234,12 +232,12 @@ def choose_kernels(products: Iterable[Product]) -> None:
             for rows in product.rows - product.kernels.keys():
                 if rows <= MOST_ROWS:
                     waiting[rows, product.kind].append(product)
-    remembered = _read_remembered() if waiting else {}
+    remembered = recall(_remembered_in()) if waiting else {}
     measured: dict[str, str] = {}
     for (rows, _), alike in sorted(waiting.items()):
         budget -= _choose(alike, rows, budget, remembered, measured)
     if measured:
-        _remember(measured)
+        remember(_remembered_in(), measured)
 
 
 def _choose(products: list[Product], rows: int, budget: int, remembered: Mapping[str, str], measured: dict) -> int:
@@ -329,25 +327,9 @@ def _has(name: str, dtype: torch.dtype) -> bool:
 # --- the kernels that were found to be the fastest, in a file for each machine, number of threads and torch ---
 
 
-def _remembered_at() -> Path:
-    """Raises RuntimeError for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _remembered_in() -> str:
     machine = f"{_processor()} {torch.get_num_threads()} {torch.__version__}"
-    return Path(base, "vispec", f"kernels-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
-
-
-def _read_remembered() -> dict[str, str]:
-    try:
-        found = json.loads(_remembered_at().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _remember(measured: Mapping[str, str]) -> None:
-    # a folder that cannot be written costs the next process the measuring; another process may have written meanwhile
-    with contextlib.suppress(OSError, RuntimeError):
-        write_json_atomic(_remembered_at(), _read_remembered() | measured)
+    return f"kernels-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 @cache

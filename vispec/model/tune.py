@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from vispec.acceptance import accepted_within
 from vispec.model.shape import TreeShape
 from vispec.timing import turns
 
@@ -104,7 +105,9 @@ def tune(model, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tun
     shapes = list(dict.fromkeys([default, *map(model.draft.fit, SHAPES)]))
     arms = {shape: model.with_tree(shape) for shape in shapes}
     measured = {shape: Measured() for shape in shapes}
+    lengths = [inputs["input_ids"].shape[1] for inputs in told]
     for arm in arms.values():
+        arm.warmup(min(lengths), max(lengths) - min(lengths) + max_new_tokens)
         _answer(arm.specgenerate, told[0], WARM_UP_TOKENS)
     while len(shapes) > FINALISTS:
         _run(arms, shapes, told, max_new_tokens, 1, measured)
@@ -129,8 +132,8 @@ def _run(
 
 
 def _answer(generate: Callable, inputs: Mapping, max_new_tokens: int) -> tuple[int, list[int], float]:
-    """New tokens, acceptance lengths, and seconds without the prompt's pass."""
-    _, new, _, accepted, seconds = generate(
+    """New tokens, accepted draft tokens of each round, and seconds without the prompt's pass."""
+    _, new, last_step, accepted, seconds = generate(
         **inputs, max_new_tokens=max_new_tokens, log=True, return_acceptance_len=True, return_decode_time=True
     )
-    return new, accepted, seconds
+    return new, accepted_within(accepted, last_step, new), seconds

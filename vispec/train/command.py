@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch
 
 from vispec.cli import DTYPES, parse_bool, provenance
 from vispec.files import write_json_atomic
+from vispec.locks import alone_in
 from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, load_draft
 from vispec.model.drafts.checkpoints import read_config
 from vispec.model.drafts.config import DraftConfig
@@ -135,6 +137,11 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
     processes = launched_processes()
     if not processes.is_main:
         logger.setLevel(logging.ERROR)  # the main process says it
+    with alone_in(Path(args.cpdir), "--cpdir") if processes.is_main and not args.dry_run else nullcontext():
+        return _train(args, method, recipe, num_q, processes)
+
+
+def _train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None, processes: Processes) -> int:
     embedding, lm_head = read_tables(args.basepath)
     head = start_head(args, embedding, method, num_q)
     blind = getattr(args, "blind", False)
@@ -142,9 +149,6 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
         head.blind()
     _check_target(head.config, embedding, lm_head, args)
     folder = Path(args.cpdir)
-    if not args.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-
     paths = find_samples(args.tmpdir)
     check_folders(paths, not args.online, args.basepath)
     train_paths, held_out_paths = hold_out(paths)

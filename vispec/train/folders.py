@@ -35,10 +35,11 @@ def check_folders(paths: Sequence[Path], stored: bool, basepath: str | None = No
 
 def _compare_with(basepath: str, made_by: Mapping) -> None:
     """One line where the target of training is not that of the data; a commit and a folder cannot be compared."""
-    from vispec.ge_data.target_identity import FINGERPRINT, identify_target
+    from vispec.ge_data.target_identity import identify_target
+    from vispec.weights_digest import FOLDER
 
     here, there = identify_target(basepath, "auto")["revision"] or "", made_by["revision"] or ""
-    if here and there and here.startswith(FINGERPRINT) == there.startswith(FINGERPRINT) and here != there:
+    if here and there and here.startswith(FOLDER) == there.startswith(FOLDER) and here != there:
         logger.warning("--basepath %s (revision %s): the data was made by %s", basepath, here, _told(made_by))
 
 

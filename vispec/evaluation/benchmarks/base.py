@@ -81,13 +81,21 @@ class Benchmark:
         Raises:
             UserError: a file is missing; it says which, where it was looked for and where to get it.
         """
+        found, data = self._all(folder, **options)
+        return _distinct(found if self.samples is None else first_shuffled(found, self.samples)), data
+
+    def others(self, folder: str | None, **options) -> tuple[list[Question], str]:
+        """The questions of the same data that `questions` leaves out, and where they come from."""
+        found, data = self._all(folder, **options)
+        return _distinct([] if self.samples is None else first_shuffled(found, len(found))[self.samples :]), data
+
+    def _all(self, folder: str | None, **options) -> tuple[list[Question], str]:
         where = Path(folder or self.folder)
         local = folder is not None or self.hub is None or where.is_dir()
         found = self.load(where if local else None, self.suffix, **options)
         if not found:
             raise UserError(f"{self.name}: {where if local else self.hub} has no question of this benchmark")
-        asked = found if self.samples is None else first_shuffled(found, self.samples)
-        return _distinct(asked), str(where.resolve()) if local else f"hub:{self.hub}"
+        return found, str(where.resolve()) if local else f"hub:{self.hub}"
 
 
 def first_shuffled(rows: Sequence[Any], count: int) -> list:

@@ -1,0 +1,81 @@
+"""Nothing that is timed waits for a capture: whoever measures gets ready for all sizes that come."""
+
+from pathlib import Path
+
+import pytest
+from conftest import CAPTURED_BUCKET
+from test_batches import model_of
+from tiny_models import random_target, text_prompt
+
+from vispec.evaluation import answering, measure
+from vispec.evaluation.benchmarks import Question
+from vispec.evaluation.loading import Models
+from vispec.evaluation.measure import Arm, Generation, interleave
+from vispec.model import tune
+from vispec.model.shape import TreeShape
+from vispec.prompts import user_turn
+
+FAMILY = Path(__file__).parent / "golden" / "llava_next"
+
+
+@pytest.fixture
+def model():
+    return model_of(random_target("llava_1.5", 0, vocabulary=12), "eagle2")
+
+
+def prompts(model) -> list[dict]:
+    """Of several lengths, the first one neither the shortest nor the longest."""
+    return [text_prompt(model.target.model, length, 0) for length in (20, 5, 40)]
+
+
+def cleared_by(monkeypatch, module, eager: set) -> None:
+    """Forget what ran before the arms began to take turns."""
+    begin = module.turns
+
+    def turns(*args, **options):
+        if not began:
+            eager.clear()
+        began.append(True)
+        return begin(*args, **options)
+
+    began: list[bool] = []
+    monkeypatch.setattr(module, "turns", turns)
+
+
+def test_arms_that_take_turns(captures, eager, model, monkeypatch):
+    cleared_by(monkeypatch, measure, eager)
+    arms = [Arm("baseline", model, "baseline"), Arm("spec", model, "spec")]
+    found = interleave(arms, prompts(model), Generation(0.0, CAPTURED_BUCKET + 4), repetitions=1)
+    assert any(len(answer.output_ids) > CAPTURED_BUCKET for (answer,) in found["spec"])
+    assert eager == set() and captures
+
+
+def test_trees_that_are_measured(captures, eager, model, monkeypatch):
+    cleared_by(monkeypatch, tune, eager)
+    monkeypatch.setattr(tune, "SHAPES", (TreeShape(2, 0, 1), TreeShape(8, 3, 4)))
+    monkeypatch.setattr(tune, "REPETITIONS", 1)
+    tune.tune(model, prompts(model), max_new_tokens=CAPTURED_BUCKET)
+    assert eager == set() and captures
+
+
+def test_questions_of_a_benchmark(captures, eager, monkeypatch):
+    """Questions are read as they come, so what a longer or a shorter one needs is got ready before it is timed."""
+    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    missed: set = set()
+    get_ready = answering.Answerer._get_ready
+
+    def watched(*args):
+        missed.update(eager)
+        get_ready(*args)
+        eager.clear()
+
+    monkeypatch.setattr(answering.Answerer, "_get_ready", watched)
+    draft = str(FAMILY / "draft_vispec")
+    answerer = answering.Answerer(Models(str(FAMILY / "target"), {"vispec": draft}, tree=(8, 2, 4)))
+    generation = Generation(0.0, CAPTURED_BUCKET)
+    series = tuple(answering.Series("gqa", method, "tiny", generation) for method in ("baseline", "vispec"))
+    for number, words in enumerate((20, 1, 40)):
+        question = Question(number, (user_turn("what " * words),))
+        outcomes = answerer.answer(answering.Ask(question, series))
+        assert all(isinstance(one, answering.Answered) for one in outcomes), outcomes
+    assert missed | eager == set() and captures
