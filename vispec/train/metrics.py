@@ -36,6 +36,10 @@ class Sums:
         self.values[-2:] += torch.tensor([norm, 1.0])
 
     @property
+    def pairs(self) -> int:
+        return int(self.values[0])
+
+    @property
     def loss(self) -> float:
         return float(self.values[3] / self.values[1].clamp(min=1))
 
