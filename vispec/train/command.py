@@ -212,13 +212,16 @@ def _make_trainer(
     all_features = method == "eagle2"
     online = None
     if args.online:
-        train_set, held_out_set, online = _online_data(args, train_paths, held_out_paths, processes, all_features)
+        train_set, held_out_set, online = _online_data(
+            args, train_paths, held_out_paths, processes, all_features, head.config.vocab_size
+        )
     elif args.data_folder is not None:
         raise ValueError(f"--data-folder {args.data_folder}: only --online reads images")
     else:
-        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features)
-        held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features)
-        _check_sizes(train_set, head.config)
+        sizes = (head.config.vocab_size, head.config.hidden_size)
+        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features, sizes)
+        held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features, sizes=sizes)
+        train_set[(0, None)]  # data of another target are refused before anything is written
     lengths = (read_lengths(train_paths, args.max_len), read_lengths(held_out_paths, args.max_len))
     identity = {
         "method": method,
@@ -273,6 +276,7 @@ def _online_data(
     held_out_paths: Sequence[Path],
     processes: Processes,
     all_features: bool,
+    vocab_size: int,
 ) -> "tuple[TokenFolder, TokenFolder, OnlineFeatures]":
     """Both sets without features, and the target that computes them."""
     from vispec.train.online import OnlineFeatures, Pictures, TokenFolder, load_frozen
@@ -281,7 +285,8 @@ def _online_data(
     pictures = Pictures(args.basepath, folders, args.data_folder)
     target = load_frozen(args.basepath, args.target_dtype, processes.device)
     online = OnlineFeatures(target, args.max_len, Noise(args.noise, args.seed), all_features)
-    return TokenFolder(train_paths, pictures), TokenFolder(held_out_paths, pictures), online
+    train_set, held_out_set = (TokenFolder(paths, pictures, vocab_size) for paths in (train_paths, held_out_paths))
+    return train_set, held_out_set, online
 
 
 def _describe(args: argparse.Namespace, identity: dict, head: BaseHead, epoch: int, line: dict) -> str:
@@ -313,14 +318,6 @@ def _check_target(config: DraftConfig, embedding: torch.Tensor, lm_head: torch.T
             raise ValueError(
                 f"--basepath {args.basepath}: its {name} is {tuple(table.shape)}, {source} says {expected}"
             )
-
-
-def _check_sizes(samples: SampleFolder, config: DraftConfig) -> None:
-    sample, _ = samples[(0, None)]
-    if sample.hidden.shape[1] != config.hidden_size:
-        raise ValueError(
-            f"{sample.name}: features of {sample.hidden.shape[1]} numbers, the draft head has {config.hidden_size}"
-        )
 
 
 def _check_scored(paths: Sequence[Path], max_len: int) -> None:

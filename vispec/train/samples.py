@@ -93,13 +93,20 @@ class SampleFolder(torch.utils.data.Dataset):
         max_len: longer samples are cut.
         noise, seed: width and seed of the `Noise` on input features.
         all_features: refuse samples without the features of image positions.
+        sizes: (V, H) of the draft head, which ids and features have to fit; None does not look.
     """
 
     def __init__(
-        self, paths: Sequence[Path], max_len: int, noise: float = 0.0, seed: int = 0, all_features: bool = False
+        self,
+        paths: Sequence[Path],
+        max_len: int,
+        noise: float = 0.0,
+        seed: int = 0,
+        all_features: bool = False,
+        sizes: tuple[int, int] | None = None,
     ):
         self.paths, self.max_len, self.noise = list(paths), max_len, Noise(noise, seed)
-        self.all_features = all_features
+        self.all_features, self.sizes = all_features, sizes or ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -107,7 +114,7 @@ class SampleFolder(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Sample, torch.Tensor]:
         """The sample and its input features (K, H)."""
         index, epoch = key
-        sample = read_sample(self.paths[index]).cut(self.max_len)
+        sample = read_sample(self.paths[index], *self.sizes).cut(self.max_len)
         if self.all_features and sample.images and not sample.has_all_features():
             raise ValueError(
                 f"{sample.name}: features of image positions are not stored, which this head reads; make the data with "
