@@ -364,10 +364,11 @@ def test_a_half_written_checkpoint_is_never_seen(data, tmp_path, monkeypatch):
     assert not list((tmp_path / "cp").glob("state_*")) and list((tmp_path / "cp").glob(".state_*"))
     monkeypatch.undo()
     (tmp_path / "cp" / ".resume.pt.half").write_bytes(b"half")
+    (notes := tmp_path / "cp" / ".state_notes").mkdir()
     (tmp_path / "cp" / "metrics.jsonl").write_text('{"epoch": 1, "tr')
     make_trainer(data, tmp_path / "cp", epochs=1).run()
     assert load_draft(tmp_path / "cp" / "state_1").method == "vispec"
-    assert not list((tmp_path / "cp").glob(".*"))
+    assert list((tmp_path / "cp").glob(".*")) == [notes], "what we did not make stays"
     assert [json.loads(x)["epoch"] for x in (tmp_path / "cp" / "metrics.jsonl").read_text().splitlines()] == [1]
 
 

@@ -18,6 +18,7 @@ from vispec.model.drafts.checkpoints import save_draft
 from vispec.train.metrics import Sums
 
 STATE = re.compile(r"state_(\d+)")
+UNFINISHED, REMOVED = ".unfinished", ".removed"
 
 RESUME_FILE = "resume.pt"
 RESUME_FORMAT = 3
@@ -105,7 +106,7 @@ def _name(kind) -> str:
 def write_state(head: BaseHead, folder: Path, epoch: int) -> None:
     """Write `folder`/state_<epoch>; one that is there already, of a run killed before it could note it, is replaced."""
     final = folder / f"state_{epoch}"
-    unfinished = folder / f".{final.name}.unfinished"
+    unfinished = folder / f".{final.name}{UNFINISHED}"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_draft(head, unfinished)
     _sync(unfinished)
@@ -124,8 +125,9 @@ def prune_states(folder: Path, keep: int, epoch: int) -> None:
 
 def remove_leftovers(folder: Path, files: tuple[str, ...]) -> None:
     """Remove what a killed run has left half-written: checkpoints, and temporary files beside `files`."""
-    for path in folder.glob(".state_*"):
-        shutil.rmtree(path)
+    for pattern in (f".state_*{UNFINISHED}", f".state_*{REMOVED}"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
     for name in files:
         for path in folder.glob(f".{name}.*"):
             path.unlink()
@@ -134,7 +136,7 @@ def remove_leftovers(folder: Path, files: tuple[str, ...]) -> None:
 def _remove(path: Path) -> None:
     """Under another name first, so that a kill on the way leaves no half of a checkpoint."""
     if path.exists():
-        removed = path.with_name(f".{path.name}.removed")
+        removed = path.with_name(f".{path.name}{REMOVED}")
         shutil.rmtree(removed, ignore_errors=True)
         path.rename(removed)
         shutil.rmtree(removed)
