@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vispec.ge_data.sample_file import (
     Sample,
@@ -11,6 +12,7 @@ from vispec.ge_data.sample_file import (
     read_length,
     read_note,
     read_sample,
+    read_tokens,
     write_sample,
 )
 from vispec.ge_data.workers import gpu_groups
@@ -142,3 +144,74 @@ def test_gpu_groups():
     for gpus, size in ((list("0"), 2), (list("01"), 1.5), (list("01"), 0)):
         with pytest.raises(ValueError, match="gpus_per_model"):
             gpu_groups(gpus, size)
+
+
+def changed_file(path, **changes):
+    """A sample of 30 tokens with an image at [4, 12), some of whose tensors are others, or gone."""
+    ids, mask, images, embeds, hidden = full_sample(IMAGES["one"])
+    write_sample(path, make_sample(ids, mask, images, embeds, hidden))
+    tensors = load_file(path)
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name])
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def spans(*values):
+    return lambda _: torch.tensor(values)
+
+
+def at(place, value):
+    return lambda tensor: tensor.long().index_fill(0, torch.tensor([place]), value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": lambda _: torch.tensor(3)}, r"images is int64 \(\), expected int32 or int64 in 2 dimension"),
+        ({"images": spans([4, 12, 1])}, r"images at \[\[4, 12, 1\]\]"),
+        ({"images": spans([4, 2**31])}, r"images at \[\[4, 2147483648\]\] of 30 tokens"),
+        ({"images": spans([12, 4])}, "images at .* expected ascending"),
+        ({"images": spans([4, 12], [8, 14])}, "images at .* expected ascending"),
+        ({"images": spans([-2, 6])}, "images at .* expected ascending"),
+        ({"input_ids": lambda _: torch.zeros(0, dtype=torch.int64)}, "0 input_ids and a loss_mask of 30"),
+        ({"input_ids": lambda ids: ids.float()}, r"input_ids is float32 \(30,\)"),
+        ({"input_ids": lambda ids: ids[0]}, r"input_ids is int32 \(\)"),
+        ({"input_ids": at(3, 10**6)}, "token 1000000, but the target has 40 tokens"),
+        ({"input_ids": at(3, -1)}, "token -1"),
+        ({"loss_mask": lambda mask: mask.int()}, "loss_mask is int32"),
+        ({"loss_mask": lambda mask: mask[1:]}, "30 input_ids and a loss_mask of 29"),
+        ({"hidden": lambda hidden: hidden.to(torch.uint8)}, "hidden is uint8"),
+        ({"hidden": lambda hidden: hidden[0]}, r"hidden is float32 \(16,\)"),
+        ({"hidden": lambda hidden: hidden[1:]}, "hidden_positions are not the ascending places of 18 features"),
+        ({"hidden": lambda hidden: hidden[:, 1:]}, "features of 15 numbers, the draft head has 16"),
+        ({"hidden": lambda _: None}, "token ids without features"),
+        ({"hidden_positions": lambda _: None}, r"not a training sample \(no hidden_positions\)"),
+        ({"hidden_positions": at(0, 29)}, "hidden_positions are not the ascending"),
+        ({"hidden_positions": lambda places: places + 20}, "hidden_positions are not the ascending"),
+        ({"loss_mask": lambda mask: ~mask}, "features that training reads are missing"),
+        ({"image_embeds": lambda rows: rows[:, 1:]}, "image rows of 15 numbers, features of 16"),
+        ({"image_embeds": lambda rows: rows[1:]}, "7 image rows, but images at"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(tmp_path, changes, message):
+    path = tmp_path / "00000001.safetensors"
+    changed_file(path)
+    assert len(read_sample(path, 40, SIZE)) == len(read_tokens(path, 40)) == 30
+    changed_file(path, **changes)
+    with pytest.raises(ValueError, match=f"00000001.safetensors: {message}"):
+        read_sample(path, 40, SIZE)
+    if changes.keys() & {"input_ids", "loss_mask", "images"} and "features" not in message:
+        with pytest.raises(ValueError, match=f"00000001.safetensors: {message}"):
+            read_tokens(path, 40)
+
+
+@pytest.mark.parametrize("note", ["[1]", '{"image": 3}', "{", "[" * 100_000, "3"])
+def test_a_note_that_is_none_is_named(tmp_path, note):
+    path = tmp_path / "00000001.safetensors"
+    changed_file(path)
+    save_file(load_file(path), path, {"vispec": note})
+    with pytest.raises(ValueError, match="00000001.safetensors: not a training sample"):
+        read_sample(path)
+    changed_file(path, input_ids=lambda ids: ids[0])
+    with pytest.raises(ValueError, match="00000001.safetensors: not a training sample"):
+        read_length(path)

@@ -13,7 +13,7 @@ from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt
 from vispec.model.tree import DraftOutput
 from vispec.train import chain
-from vispec.train.chain import count_in_a_row, drafted_in_a_row, shift_left
+from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row, shift_left
 
 SIZE, LENGTH, DEPTH = 32, 20, 4
 
@@ -106,3 +106,19 @@ def test_counting_in_a_row():
     hits, counts = count_in_a_row(right, along, scored)
     assert counts.tolist() == [4, 1, 0]
     assert hits.tolist() == [3, 1, 0]
+
+
+def test_behind_an_image_of_no_vectors_the_chain_reads_the_target_s_feature():
+    """With num_q 1 no output comes before the pair of an image's last row, from which drafting may begin."""
+    torch.manual_seed(0)
+    head, images = ViSpecHead(make_head("vispec").config, num_q=1), [[(2, 6), (6, 9)], [(0, 4)]]
+    hidden, embeds = torch.randn(2, 2, 14, SIZE)
+    first, second = draft_chain(head, hidden, embeds, images, [14, 12], steps=1)
+    features = torch.cat([hidden[:, :1], first[:, :-1]], dim=1)
+    for row, end in ((0, 6), (0, 9), (1, 4)):
+        features[row, end - 1] = hidden[row, end - 1]
+    next_embeds = shift_left(embeds, [14, 12])
+    torch.testing.assert_close(second, head(features, embeds, next_embeds, images, [14, 12]))
+    features[0, 8] += 1
+    other = head(features, embeds, next_embeds, images, [14, 12])
+    assert not torch.allclose(other[0, 8:], second[0, 8:]), "the feature matters"

@@ -58,7 +58,7 @@ def test_same_weights_as_from_stored_features(made, tmp_path, stage, noise):
 
 def test_stored_features_do_not_matter_online(made, tmp_path):
     """Samples of any --store, cut to --max-len, in padded batches read by other processes."""
-    settings = ["--bs", "2", "--max-len", "90", "--num-workers", "1"]
+    settings = ["--bs", "2", "--max-len", "300", "--num-workers", "1"]
     folders = [made / "image_pairs", made / "text_pairs"]
     stored = trained(2, folders, tmp_path / "stored", *settings)
     assert_same(trained(2, folders, tmp_path / "online", *settings, "--online=True"), stored)

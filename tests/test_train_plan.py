@@ -11,6 +11,7 @@ from test_train_steps import EIGHT_SHAPES, write_data
 from vispec.ge_data.sample_file import make_sample, read_sample
 from vispec.train import main, main_medusa, main_mtp
 from vispec.train.plan import marked_text
+from vispec.train.samples import hold_out
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_next"
 
@@ -25,12 +26,12 @@ def arguments(tmp_path):
 def test_the_plan_of_a_run(arguments, tmp_path, capsys):
     assert main_mtp.main([*arguments, "--num-epochs", "5", "--num-q", "3", "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    samples = [read_sample(path) for path in sorted((tmp_path / "data").iterdir())]
-    held_out = samples.pop(4)
+    train, (held,) = hold_out(sorted((tmp_path / "data").iterdir()))
+    samples, held_out = [read_sample(path) for path in train], read_sample(held)
     assert re.search(
         rf"samples +7, held out 1\ntokens +{sum(map(len, samples))}, held out {len(held_out)}; .* 60\n", plan
     )
-    assert f"images        {sum(len(sample.images) for sample in samples)}, held out 1\n" in plan
+    assert f"images        {sum(len(sample.images) for sample in samples)}, held out {len(held_out.images)}\n" in plan
     # the mask of each sample ends one before its end, and pair i stands for token i+2
     scored = sum(int(sample.loss_mask[2:].sum()) for sample in samples)
     assert f"scored pairs  {scored}, held out {int(held_out.loss_mask[2:].sum())}\n" in plan

@@ -1,9 +1,15 @@
 """ViSpec: lossless tree speculative decoding for vision-language models (arXiv 2509.15235)."""
 
+import sys
 from typing import TYPE_CHECKING
 
 from vispec.model.shape import TreeShape
 from vispec.version import __version__
+
+if sys.argv[:1] == ["-m"]:  # python -m is looking for a command of ours, which then imports for seconds
+    from vispec.cli import tell_interrupts
+
+    tell_interrupts()
 
 if TYPE_CHECKING:  # what editors and type checkers see of `__getattr__`
     from vispec.model.spec_model import SpecModel

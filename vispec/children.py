@@ -43,7 +43,7 @@ def end_with_parent() -> None:
     """In a child: leave as soon as the parent is gone. Files appear whole or not at all, so any moment will do."""
     if os.environ.pop(WATCH, None):
         _watch(_wait_for_end)
-    elif _is_launched():
+    elif launcher():
         parent = os.getppid()
         _watch(lambda: _wait_for_other_parent(parent))
 
@@ -65,15 +65,17 @@ def _wait_for_other_parent(parent: int) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _is_launched() -> bool:
-    """Whether our parent is a launcher. A shell is none, whatever it has exported: what it starts may outlive it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return False
+def launcher() -> list[str]:
+    """The command line of the accelerate or torchrun that started us, [] where none did.
+
+    A shell is none, whatever it has exported: what it starts may outlive it.
+    """
+    if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}:
+        return []
     import psutil  # of accelerate
 
     try:
-        return any("accelerate" in word for word in psutil.Process(os.getppid()).cmdline())
+        words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
-        return False
+        return []
+    return words if "TORCHELASTIC_RUN_ID" in os.environ or any("accelerate" in word for word in words) else []

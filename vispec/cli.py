@@ -3,11 +3,13 @@
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from vispec.children import end_with_parent
@@ -76,6 +78,8 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+INTERRUPTED = "interrupted; what was written is whole"
+
 DONE, ERROR, WITH_FAILURES = 0, 1, 3
 """Exit codes; the last one: done, but for items that failed, which the same command asks again."""
 
@@ -96,9 +100,27 @@ def run_cli(main: Callable[[], int | None]) -> None:
             raise
         code = 1
     except KeyboardInterrupt:
-        print("interrupted; what was written is whole", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def tell_interrupts() -> None:
+    """Let Ctrl-C during an import end the process with the line and code of `run_cli`.
+
+    Elsewhere it stays a KeyboardInterrupt. In an import others may catch that one, and go on with half a module.
+    """
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                print(INTERRUPTED, file=sys.stderr, flush=True)
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handler)
 
 
 def changes(found: Mapping, asked: Mapping) -> str:

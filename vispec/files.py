@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,7 +34,7 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -42,3 +43,20 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """What the system says of a full disk while `path` is written names it.
+
+    An error of a write has no name, and torch.save hides it behind one of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found: BaseException | None = error
+        while found and not isinstance(found, OSError):
+            found = found.__cause__ or found.__context__
+        if found is None or found.filename is not None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from None

@@ -25,6 +25,9 @@ FORMAT = 1
 
 
 TOKEN_TENSORS = ("input_ids", "loss_mask", "images")
+FEATURE_TENSORS = ("image_embeds", "hidden_positions", "hidden")
+INTEGERS = (torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -164,31 +167,60 @@ def write_sample(path: str | Path, sample: Tokens, note: Mapping | None = None) 
     return len(content)
 
 
-def read_tokens(path: str | Path) -> Tokens:
-    """The token ids of a sample, whatever else its file holds; ValueError names a file that is none."""
+def read_tokens(path: str | Path, vocab_size: int | None = None) -> Tokens:
+    """The token ids of a sample, whatever else its file holds.
+
+    Args:
+        vocab_size: tokens of the target, where it is known.
+
+    Raises:
+        ValueError: it is no such file, or what it holds does not fit together; names it.
+    """
     tensors, note = _read(path, TOKEN_TENSORS)
-    return Tokens(**_token_fields(tensors), picture=note.get("image"), name=str(path))
+    return Tokens(**_token_fields(path, tensors, vocab_size), picture=note.get("image"), name=str(path))
 
 
-def read_sample(path: str | Path) -> Sample:
-    """Read a sample with its features; ValueError names a file that is none or that holds token ids only."""
+def read_sample(path: str | Path, vocab_size: int | None = None, hidden_size: int | None = None) -> Sample:
+    """Read a sample with its features.
+
+    Args:
+        vocab_size, hidden_size: of the draft head, where they are known.
+
+    Raises:
+        ValueError: as for `read_tokens`; or it holds token ids only.
+    """
     tensors, note = _read(path)
     if "hidden" not in tensors and "input_ids" in tensors:
         raise ValueError(
             f"{path}: token ids without features (--store tokens); train with --online, or make the data with "
             "--store pairs"
         )
-    try:
-        return Sample(
-            **_token_fields(tensors),
-            image_embeds=tensors["image_embeds"],
-            hidden_positions=tensors["hidden_positions"].long(),
-            hidden=tensors["hidden"],
-            picture=note.get("image"),
-            name=str(path),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: not a training sample ({error})") from None
+    if missing := [name for name in (*TOKEN_TENSORS, *FEATURE_TENSORS) if name not in tensors]:
+        raise ValueError(f"{path}: not a training sample (no {', '.join(missing)})")
+    fields = _token_fields(path, tensors, vocab_size)
+    embeds, hidden = tensors["image_embeds"], tensors["hidden"]
+    _check(path, "hidden_positions", tensors["hidden_positions"], 1, INTEGERS)
+    _check(path, "image_embeds", embeds, 2, FLOATS)
+    _check(path, "hidden", hidden, 2, FLOATS)
+    positions = tensors["hidden_positions"].long()
+    if hidden_size is not None and hidden.shape[1] != hidden_size:
+        raise ValueError(f"{path}: features of {hidden.shape[1]} numbers, the draft head has {hidden_size}")
+    if embeds.shape[1] != hidden.shape[1]:
+        raise ValueError(f"{path}: image rows of {embeds.shape[1]} numbers, features of {hidden.shape[1]}")
+    if len(embeds) != sum(end - start for start, end in fields["images"]):
+        raise ValueError(f"{path}: {len(embeds)} image rows, but images at tokens {fields['images']}")
+    if len(positions) != len(hidden) or _outside(positions, len(fields["input_ids"])) or (positions.diff() <= 0).any():
+        raise ValueError(f"{path}: hidden_positions are not the ascending places of {len(hidden)} features")
+    if not torch.isin(needed_positions(fields["loss_mask"], fields["images"]), positions).all():
+        raise ValueError(f"{path}: features that training reads are missing")
+    return Sample(
+        **fields,
+        image_embeds=embeds,
+        hidden_positions=positions,
+        hidden=hidden,
+        picture=note.get("image"),
+        name=str(path),
+    )
 
 
 def _read(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[str, torch.Tensor], dict]:
@@ -196,17 +228,43 @@ def _read(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[st
     try:
         with safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {}).get("vispec", "{}"))
-            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}, note
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a training sample ({error})") from None
+    if not isinstance(note, dict) or not isinstance(note.get("image"), str | None):
+        raise ValueError(f"{path}: not a training sample (its note is {note!r:.40})")
+    return tensors, note
 
 
-def _token_fields(tensors: Mapping[str, torch.Tensor]) -> dict:
-    return {
-        "input_ids": tensors["input_ids"].long(),
-        "loss_mask": tensors["loss_mask"],
-        "images": [(start, end) for start, end in tensors["images"].tolist()],
-    }
+def _token_fields(path: str | Path, tensors: Mapping[str, torch.Tensor], vocab_size: int | None) -> dict:
+    ids, mask, spans = (tensors[name] for name in TOKEN_TENSORS)
+    _check(path, "input_ids", ids, 1, INTEGERS)
+    _check(path, "loss_mask", mask, 1, (torch.bool,))
+    _check(path, "images", spans, 2, INTEGERS)
+    if len(ids) == 0 or len(mask) != len(ids):
+        raise ValueError(f"{path}: {len(ids)} input_ids and a loss_mask of {len(mask)}")
+    if _outside(ids, vocab_size or 2**31):
+        odd = int(ids.min() if ids.min() < 0 else ids.max())
+        raise ValueError(f"{path}: token {odd}" + (f", but the target has {vocab_size} tokens" if vocab_size else ""))
+    places = spans.flatten()
+    # ascending and apart: each end behind its start, each start not before the end before it
+    apart = spans.shape[1] == 2 and (spans[:, 0] < spans[:, 1]).all() and (places.diff() >= 0).all()
+    if not apart or _outside(places, len(ids) + 1):
+        raise ValueError(f"{path}: images at {spans.tolist()} of {len(ids)} tokens; expected ascending [start, end)")
+    return {"input_ids": ids.long(), "loss_mask": mask, "images": [(start, end) for start, end in spans.tolist()]}
+
+
+def _check(path: str | Path, name: str, tensor: torch.Tensor, dimensions: int, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dim() != dimensions or tensor.dtype not in dtypes:
+        asked = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        raise ValueError(f"{path}: {name} is {found}, expected {asked} in {dimensions} dimension(s)")
+
+
+def _outside(values: torch.Tensor, end: int) -> bool:
+    """Whether one of some whole numbers is not in [0, end)."""
+    values = values.long()  # `end` need not fit into what they are stored as
+    return bool(((values < 0) | (values >= end)).any())
 
 
 def read_note(path: str | Path) -> dict:
@@ -218,6 +276,9 @@ def read_length(path: str | Path) -> int:
     """Tokens of a sample, from the file's header alone."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_slice("input_ids").get_shape()[0]
+            shape = file.get_slice("input_ids").get_shape()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a training sample ({error})") from None
+    if len(shape) != 1:
+        raise ValueError(f"{path}: not a training sample (input_ids are {shape})")
+    return shape[0]

@@ -25,8 +25,9 @@ def draft_chain(
 ) -> list[torch.Tensor]:
     """Outputs of multi-token prediction (paper, section 3.4): step m+1 reads the outputs of step m as features.
 
-    Output i estimates feature i+1, so it takes its place there; feature 0 stays the target's. Gradients flow through
-    the whole chain. That keeps the head from copying the target's features: it must live with its own.
+    Output i estimates feature i+1, so it takes its place there; feature 0 stays the target's, and so does that of an
+    image's last row where no compressed vector comes before it, as it does when drafting begins there. Gradients flow
+    through the whole chain. That keeps the head from copying the target's features: it must live with its own.
 
     Args:
         hidden, embeds: (B, L, H).
@@ -39,8 +40,14 @@ def draft_chain(
     """
     next_embeds = shift_left(embeds, lengths)
     outs = [head(hidden, embeds, next_embeds, images, lengths)]
+    given = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    given[:, 0] = True
+    if head.compressed_per_image == 0:
+        for row, spans in enumerate(images):
+            given[row, [end - 1 for _, end in spans]] = True
     for _ in range(steps):
-        features = torch.cat([hidden[:, :1].to(outs[-1].dtype), outs[-1][:, :-1]], dim=1)
+        own = F.pad(outs[-1][:, :-1], (0, 0, 1, 0))
+        features = torch.where(given[..., None], hidden.to(own.dtype), own)
         outs.append(head(features, embeds, next_embeds, images, lengths))
     return outs
 

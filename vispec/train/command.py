@@ -1,6 +1,7 @@
 """What the training commands share: arguments, start weights, data, processes."""
 
 import argparse
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -13,18 +14,22 @@ import torch
 
 from vispec.cli import DTYPES, parse_bool, provenance
 from vispec.files import write_json_atomic
+from vispec.ge_data.sample_file import read_tokens
 from vispec.locks import alone_in
-from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, load_draft
-from vispec.model.drafts.checkpoints import read_config
+from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, build_head, load_draft
+from vispec.model.drafts.checkpoints import fill, identify, read_config
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import model_card
+from vispec.model.drafts.vocabulary import DraftVocabulary
 from vispec.train.folders import check_folders
 from vispec.train.medusa import MedusaTrainer
 from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
-from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths
+from vispec.train.recipe import Recipe, recipe_identity
+from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths, skipped_samples
+from vispec.train.states import RESUME_FILE, read_resume, refuse_others
 from vispec.train.target_weights import read_tables, tables_digest
-from vispec.train.trainer import Recipe, Trainer, recipe_identity
+from vispec.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from vispec.train.online import OnlineFeatures, TokenFolder
@@ -38,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: floa
     add = parser.add_argument
     add("--basepath", required=True, help="target, folder or hub id: its embedding and output head are read")
     add("--configpath", help="config.json of the draft head")
-    add("--loadpath", help="draft head to start from, folder or hub id")
+    add("--loadpath", help="draft head to start from, folder or hub id; not needed to go on")
     add("--tmpdir", required=True, nargs="+", help="folder(s) of sample files")
     add("--cpdir", required=True, help="folder of checkpoints; the same command goes on where it stopped")
     add("--lr", type=float, default=lr, help="(%(default)s)")
@@ -47,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: floa
     add("--pw", type=float, default=token_weight, help="weight of the token losses (%(default)s)")
     add("--num-workers", type=int, help="processes that read samples; default: 4 with a GPU, none without")
     add("--max-len", type=int, default=4096, help="longer samples are cut (%(default)s)")
+    add("--skip", nargs="+", default=[], metavar="NAME", help="samples that are left out, by file name or path")
     add("--begin-epoch", type=int, help="epochs that are expected to be done already")
     add("--num-epochs", type=int, default=20, help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
@@ -132,6 +138,26 @@ def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, n
     return head
 
 
+def _resumed_head(args: argparse.Namespace, embedding: torch.Tensor, state: dict) -> tuple[BaseHead, str | None, dict]:
+    """The head of a run that goes on, without the one it began from; --loadpath and config as the run has them.
+
+    What of them is given again is compared: here, or with the other arguments.
+    """
+    path, identity = Path(args.cpdir, RESUME_FILE), state["identity"]
+    loadpath = identity.get("loadpath")
+    config = DraftConfig.from_dict(identity.get("config", {}), source=str(path))
+    head = build_head(config, **identify(state["head"], path, None, None))
+    fill(head, state["head"], path, torch.float32, embedding.float())
+    head.embed_tokens.weight.requires_grad_(False)
+    if state["draft_vocab"]:
+        head.draft_vocab = DraftVocabulary(**state["draft_vocab"])
+    if args.configpath and loadpath is None:
+        config = read_config(args.configpath)
+    elif args.configpath:
+        _compare_configs(read_config(args.configpath), config, args)
+    return head, args.loadpath or loadpath, config.to_dict()
+
+
 def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None = None) -> int:
     """Everything behind a training command once its arguments are read."""
     processes = launched_processes()
@@ -142,26 +168,60 @@ def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | No
 
 
 def _train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None, processes: Processes) -> int:
+    folder = Path(args.cpdir)
+    trainer, resumed = _make_trainer(args, method, recipe, num_q, processes)
+    if args.begin_epoch is not None and args.begin_epoch != trainer.epoch:
+        raise ValueError(f"--begin-epoch {args.begin_epoch}: --cpdir {folder} is at epoch {trainer.epoch}")
+    if args.dry_run:
+        if processes.is_main:
+            print_plan(trainer, args.basepath, args.max_len)
+    elif trainer.epoch == recipe.epochs:
+        if processes.is_main:
+            print(f"--cpdir {folder}: all {recipe.epochs} epochs are done")
+    else:
+        _check_scored(trainer.train_set.paths, args.max_len)
+        if processes.is_main:
+            _print_start(trainer, method, resumed)
+            _note_start(folder / "training.json", provenance(args), resumed)
+        trainer.run()
+    processes.leave()
+    return 0
+
+
+def _make_trainer(
+    args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None, processes: Processes
+) -> tuple[Trainer, bool]:
+    """The trainer where it begins or goes on, and whether it goes on."""
+    folder = Path(args.cpdir)
+    state = read_resume(folder)
     embedding, lm_head = read_tables(args.basepath)
-    head = start_head(args, embedding, method, num_q)
+    if state is None:
+        head = start_head(args, embedding, method, num_q)
+        loadpath, config = args.loadpath, head.config.to_dict()
+    else:
+        refuse_others(folder, {"method": state["identity"].get("method")}, {"method": method})
+        head, loadpath, config = _resumed_head(args, embedding, state)
     blind = getattr(args, "blind", False)
     if blind:
         head.blind()
     _check_target(head.config, embedding, lm_head, args)
-    folder = Path(args.cpdir)
     paths = find_samples(args.tmpdir)
     check_folders(paths, not args.online, args.basepath)
+    skip = skipped_samples(paths, args.skip)
     train_paths, held_out_paths = hold_out(paths)
     all_features = method == "eagle2"
     online = None
     if args.online:
-        train_set, held_out_set, online = _online_data(args, train_paths, held_out_paths, processes, all_features)
+        train_set, held_out_set, online = _online_data(
+            args, train_paths, held_out_paths, processes, all_features, head.config.vocab_size
+        )
     elif args.data_folder is not None:
         raise ValueError(f"--data-folder {args.data_folder}: only --online reads images")
     else:
-        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features)
-        held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features)
-        _check_sizes(train_set, head.config)
+        sizes = (head.config.vocab_size, head.config.hidden_size)
+        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features, sizes)
+        held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features, sizes=sizes)
+        train_set[(0, None)]  # data of another target are refused before anything is written
     lengths = (read_lengths(train_paths, args.max_len), read_lengths(held_out_paths, args.max_len))
     identity = {
         "method": method,
@@ -174,39 +234,40 @@ def _train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | N
         "online": args.target_dtype if args.online else None,
         "samples": len(train_set),
         "tmpdir": args.tmpdir,
-        "loadpath": args.loadpath,
-        "config": head.config.to_dict(),
-        "start": tables_digest(*(tensor.cpu() for tensor in head.state_dict().values())),
+        "loadpath": loadpath,
+        "config": config,
         **recipe_identity(recipe),
         "batch_size": recipe.batch_size * recipe.accumulation * processes.count,
     }
     identity.pop("accumulation")
     head_dtype = torch.bfloat16 if processes.autocast else torch.float32
     trainer_class = MedusaTrainer if method == "medusa" else Trainer
-    trainer = trainer_class(
-        head, lm_head.to(head_dtype), train_set, held_out_set, lengths, recipe, folder, processes, identity, online
-    )
+    sets = (train_set, held_out_set, lengths)
+    trainer = trainer_class(head, lm_head.to(head_dtype), *sets, recipe, folder, processes, identity, online, skip)
     trainer.describe = partial(_describe, args, identity)
-    resumed = trainer.resume()
-    if args.begin_epoch is not None and args.begin_epoch != trainer.epoch:
-        raise ValueError(f"--begin-epoch {args.begin_epoch}: --cpdir {folder} is at epoch {trainer.epoch}")
-    if args.dry_run:
-        if processes.is_main:
-            print_plan(trainer, args.basepath, args.max_len)
-        processes.leave()
-        return 0
-    if processes.is_main:
-        trained = sum(p.numel() for p in trainer.parameters)
-        print(
-            f"{method}: {trained:,} trained parameters, {len(train_set)} samples ({len(held_out_set)} held out), "
-            f"{trainer.steps_per_epoch} steps an epoch of {trainer.group_size} samples"
-            + (f"; goes on after epoch {trainer.epoch}, step {trainer.step_in_epoch}" if resumed else ""),
-            flush=True,
-        )
-        write_json_atomic(folder / "training.json", provenance(args))
-    trainer.run()
-    processes.leave()
-    return 0
+    return trainer, trainer.resume(state)
+
+
+def _print_start(trainer: Trainer, method: str, resumed: bool) -> None:
+    recipe, count = trainer.recipe, trainer.processes.count
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    skipped = sum(map(len, trainer.skipped))
+    print(
+        f"{method}: {trained:,} trained parameters, {len(trainer.train_set)} samples "
+        f"({len(trainer.held_out_set)} held out{f', {skipped} skipped' if skipped else ''}), "
+        f"{trainer.steps_per_epoch} steps an epoch of {trainer.group_size} samples: {count} process"
+        f"{'es' if count > 1 else ''} x batches of {recipe.batch_size} x {recipe.accumulation} accumulated"
+        + (f"; goes on after epoch {trainer.epoch}, step {trainer.step_in_epoch}" if resumed else ""),
+        flush=True,
+    )
+
+
+def _note_start(path: Path, made_by: dict, resumed: bool) -> None:
+    """The first start as it was, and those that went on with it."""
+    if resumed and path.is_file():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        made_by = first | {"resumed": [*first.get("resumed", []), made_by]}
+    write_json_atomic(path, made_by)
 
 
 def _online_data(
@@ -215,6 +276,7 @@ def _online_data(
     held_out_paths: Sequence[Path],
     processes: Processes,
     all_features: bool,
+    vocab_size: int,
 ) -> "tuple[TokenFolder, TokenFolder, OnlineFeatures]":
     """Both sets without features, and the target that computes them."""
     from vispec.train.online import OnlineFeatures, Pictures, TokenFolder, load_frozen
@@ -223,7 +285,8 @@ def _online_data(
     pictures = Pictures(args.basepath, folders, args.data_folder)
     target = load_frozen(args.basepath, args.target_dtype, processes.device)
     online = OnlineFeatures(target, args.max_len, Noise(args.noise, args.seed), all_features)
-    return TokenFolder(train_paths, pictures), TokenFolder(held_out_paths, pictures), online
+    train_set, held_out_set = (TokenFolder(paths, pictures, vocab_size) for paths in (train_paths, held_out_paths))
+    return train_set, held_out_set, online
 
 
 def _describe(args: argparse.Namespace, identity: dict, head: BaseHead, epoch: int, line: dict) -> str:
@@ -257,9 +320,9 @@ def _check_target(config: DraftConfig, embedding: torch.Tensor, lm_head: torch.T
             )
 
 
-def _check_sizes(samples: SampleFolder, config: DraftConfig) -> None:
-    sample, _ = samples[(0, None)]
-    if sample.hidden.shape[1] != config.hidden_size:
+def _check_scored(paths: Sequence[Path], max_len: int) -> None:
+    """Something has to be learned; the first sample says so nearly always."""
+    if not any(read_tokens(path).cut(max_len).scored().any() for path in paths):
         raise ValueError(
-            f"{sample.name}: features of {sample.hidden.shape[1]} numbers, the draft head has {config.hidden_size}"
+            f"no token of an answer is scored in any of {len(paths)} training samples, cut to --max-len {max_len}"
         )

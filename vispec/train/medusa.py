@@ -14,8 +14,9 @@ import torch
 
 from vispec.model.drafts import MedusaHead
 from vispec.train.metrics import DEPTH
+from vispec.train.recipe import Recipe
 from vispec.train.samples import Batch
-from vispec.train.trainer import Recipe, Trainer
+from vispec.train.trainer import Trainer
 
 
 class MedusaTrainer(Trainer):

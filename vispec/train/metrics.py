@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vispec.files import write_atomic
+from vispec.files import naming, write_atomic
 from vispec.train.losses import PARTS
 
 DEPTH = 5
@@ -34,6 +34,10 @@ class Sums:
 
     def add_gradient_norm(self, norm: float) -> None:
         self.values[-2:] += torch.tensor([norm, 1.0])
+
+    @property
+    def pairs(self) -> int:
+        return int(self.values[0])
 
     @property
     def loss(self) -> float:
@@ -81,7 +85,7 @@ class MetricsLog:
         self._scalars("train_step", step, values)
 
     def epoch(self, epoch: int, line: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, **line}) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -77,17 +77,20 @@ class Pictures:
 
 
 class TokenFolder(torch.utils.data.Dataset):
-    """Sample files without their features; items are asked for as (index, epoch), epoch None for no noise."""
+    """Sample files without their features; items are asked for as (index, epoch), epoch None for no noise.
 
-    def __init__(self, paths: Sequence[Path], pictures: Pictures):
-        self.paths, self.pictures = list(paths), pictures
+    `vocab_size` is the target's number of tokens.
+    """
+
+    def __init__(self, paths: Sequence[Path], pictures: Pictures, vocab_size: int):
+        self.paths, self.pictures, self.vocab_size = list(paths), pictures, vocab_size
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tokens, Unseen]:
         index, epoch = key
-        tokens = read_tokens(self.paths[index])
+        tokens = read_tokens(self.paths[index], self.vocab_size)
         return tokens, Unseen(self.pictures.inputs(tokens), index, epoch)
 
 

@@ -1,5 +1,6 @@
 """--dry-run: what a training command would do with its data, by counting and arithmetic."""
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -23,16 +24,17 @@ def print_plan(trainer: Trainer, basepath: str, max_len: int) -> None:
     """
     tokenizer = _tokenizer(basepath)
     recipe = trainer.recipe
-    tokens, scored, images, *cut = _count(trainer.train_set, recipe.workers, max_len)
-    held_out = _count(trainer.held_out_set, recipe.workers, max_len)
+    tokens, scored, images, *cut = _count(trainer.train_set, trainer.skipped[0], recipe.workers, max_len)
+    held_out = _count(trainer.held_out_set, trainer.skipped[1], recipe.workers, max_len)
     cut, lost, empty = (a + b for a, b in zip(cut, held_out[3:], strict=True))
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     frozen = sum(parameter.numel() for parameter in trainer.head.parameters()) - trained
     begun = trainer.steps_done
     print(
         f"plan of this run; nothing is trained or written\n"
-        f"samples       {len(trainer.train_set):,}, held out {len(trainer.held_out_set):,}\n"
-        f"tokens        {tokens:,}, held out {held_out[0]:,}; the longest sample has {max(trainer.lengths[0]):,}\n"
+        f"samples       {len(trainer.train_set):,}, held out {len(trainer.held_out_set):,}"
+        + (f", {skipped:,} of both skipped" if (skipped := sum(map(len, trainer.skipped))) else "")
+        + f"\ntokens        {tokens:,}, held out {held_out[0]:,}; the longest sample has {max(trainer.lengths[0]):,}\n"
         f"images        {images:,}, held out {held_out[2]:,}\n"
         f"scored pairs  {scored:,}, held out {held_out[1]:,}\n"
         f"cut           {cut:,} of all samples by {lost:,} tokens together, to --max-len {max_len:,}; "
@@ -107,11 +109,11 @@ def _tokenizer(basepath: str):
         raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
 
 
-def _count(samples: torch.utils.data.Dataset, workers: int, max_len: int) -> list[int]:
-    """Sums of `_numbers` over all samples, each read as training reads it."""
+def _count(samples: torch.utils.data.Dataset, skipped: Collection[int], workers: int, max_len: int) -> list[int]:
+    """Sums of `_numbers` over the samples that are not skipped, each read as training reads it."""
     from tqdm import tqdm
 
-    keys = [(index, None) for index in range(len(samples))]
+    keys = [(index, None) for index in range(len(samples)) if index not in skipped]
     loader = DataLoader(
         samples, sampler=keys, batch_size=None, collate_fn=partial(_numbers, max_len), num_workers=workers
     )

@@ -1,13 +1,27 @@
 """The processes that train together: which one this is, and what they have to tell each other."""
 
 import atexit
+import logging
 import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+
+from vispec.children import launcher
+
+NOT_OURS = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+"""What accelerate's settings of another project may have left in the environment."""
+
+logger = logging.getLogger("vispec")
 
 
 @dataclass(frozen=True)
@@ -65,15 +79,50 @@ def _end() -> None:
 
 
 def launched_processes() -> Processes:
-    """As `accelerate launch` started us, or a single process."""
+    """As `accelerate launch` started us, or a single process.
+
+    Raises:
+        ValueError: settings of accelerate that this training does not have.
+    """
+    for name in NOT_OURS:
+        value = os.environ.get(name, "false")
+        if value.lower() not in ("false", "0", ""):
+            raise ValueError(f"{name}={value} is set, but this training uses plain processes alone; unset it")
     from accelerate import Accelerator
 
     accelerator = Accelerator()
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"--mixed_precision={accelerator.mixed_precision} is not supported; choose bf16 or no")
+    if accelerator.is_main_process:
+        _warn(accelerator.num_processes)
     return Processes(
         accelerator.device,
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.autocast if accelerator.mixed_precision == "bf16" else None,
     )
+
+
+def _warn(processes: int) -> None:
+    """Of what accelerate was asked for and does not come about."""
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() not in ("no", ""):
+        logger.warning("ACCELERATE_DYNAMO_BACKEND=%s has no effect", dynamo)
+    asked = _asked_for()
+    if asked is not None and asked != processes:
+        logger.warning(
+            "accelerate launch was asked for %d processes and started %d; on CPUs it starts several with "
+            "ACCELERATE_USE_CPU=true and --multi_gpu instead of --cpu",
+            asked,
+            processes,
+        )
+
+
+def _asked_for() -> int | None:
+    """--num_processes of the launcher that started us; None where it was not given."""
+    for word, following in pairwise([*launcher(), ""]):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            value = value or following
+            return int(value) if value.isdigit() else None
+    return None

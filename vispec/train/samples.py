@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
-from vispec.ge_data.sample_file import SUFFIX, Sample, read_length, read_sample
+from vispec.ge_data.sample_file import SUFFIX, Sample, read_length, read_sample, read_tokens
 from vispec.model.pairs import Span
 
 HELD_OUT = 0.05
+HELD_OUT_SEED = b"seed 0"
+"""Of the digests that choose: another one holds out other samples."""
 NOISE_LENGTH = 512
 WINDOW = 16
 """Optimizer steps whose samples are sorted by length together, so that a batch has little padding."""
@@ -80,7 +82,7 @@ class Noise:
         digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         noise = torch.rand(sample.hidden.shape, generator=generator) - 0.5
-        return sample.hidden + noise * (self.width * NOISE_LENGTH / len(sample))
+        return sample.hidden + noise * (self.width * NOISE_LENGTH / max(len(sample), 1))
 
 
 class SampleFolder(torch.utils.data.Dataset):
@@ -91,13 +93,20 @@ class SampleFolder(torch.utils.data.Dataset):
         max_len: longer samples are cut.
         noise, seed: width and seed of the `Noise` on input features.
         all_features: refuse samples without the features of image positions.
+        sizes: (V, H) of the draft head, which ids and features have to fit; None does not look.
     """
 
     def __init__(
-        self, paths: Sequence[Path], max_len: int, noise: float = 0.0, seed: int = 0, all_features: bool = False
+        self,
+        paths: Sequence[Path],
+        max_len: int,
+        noise: float = 0.0,
+        seed: int = 0,
+        all_features: bool = False,
+        sizes: tuple[int, int] | None = None,
     ):
         self.paths, self.max_len, self.noise = list(paths), max_len, Noise(noise, seed)
-        self.all_features = all_features
+        self.all_features, self.sizes = all_features, sizes or ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,7 +114,7 @@ class SampleFolder(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Sample, torch.Tensor]:
         """The sample and its input features (K, H)."""
         index, epoch = key
-        sample = read_sample(self.paths[index]).cut(self.max_len)
+        sample = read_sample(self.paths[index], *self.sizes).cut(self.max_len)
         if self.all_features and sample.images and not sample.has_all_features():
             raise ValueError(
                 f"{sample.name}: features of image positions are not stored, which this head reads; make the data with "
@@ -167,13 +176,47 @@ def find_samples(folders: Sequence[str], flag: str = "--tmpdir") -> list[Path]:
     return paths
 
 
+def skipped_samples(paths: Sequence[Path], names: Sequence[str]) -> set[Path]:
+    """The files that --skip names, by path or by name alone.
+
+    Raises:
+        ValueError: a name fits none of them, or several.
+    """
+    skipped = set()
+    for name in names:
+        found = [path for path in paths if path == Path(name) or path.name == name]
+        if len(found) != 1:
+            those = f"several samples: {', '.join(map(str, found))}" if found else "no sample of --tmpdir"
+            raise ValueError(f"--skip {name}: {those}")
+        skipped.add(found[0])
+    return skipped
+
+
 def hold_out(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Training and held-out files: 5 % held out, spread evenly, at least one of two or more."""
-    if len(paths) < 2:
-        return list(paths), []
-    count = max(1, round(HELD_OUT * len(paths)))
-    held = {(2 * i + 1) * len(paths) // (2 * count) for i in range(count)}
-    return [p for i, p in enumerate(paths) if i not in held], [p for i, p in enumerate(paths) if i in held]
+    """Training and held-out files: about 5 % of each folder are held out, at least one of two or more.
+
+    What a sample says decides, its token ids and its image's name: other files, their order or other folders do not.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        places = dict(zip(paths, pool.map(_place, paths), strict=True))
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    held: set[Path] = set()
+    for together in folders.values():
+        found = [path for path in together if places[path] < HELD_OUT]
+        if len(together) > 1 and not 0 < len(found) < len(together):
+            found = [min(together, key=places.__getitem__)]
+        held.update(found if len(together) > 1 else ())
+    return [path for path in paths if path not in held], [path for path in paths if path in held]
+
+
+def _place(path: Path) -> float:
+    """Of a sample among all that there could be, from 0 to 1."""
+    tokens = read_tokens(path)
+    digest = hashlib.blake2b(tokens.input_ids.numpy().tobytes(), digest_size=8, person=HELD_OUT_SEED)
+    digest.update((tokens.picture or "").encode())
+    return int.from_bytes(digest.digest(), "little") / 2**64
 
 
 def read_lengths(paths: Sequence[Path], max_len: int) -> list[int]:

@@ -1,20 +1,112 @@
-"""The checkpoints state_<epoch>: each folder appears whole or not at all; only the newest stay where that is asked."""
+"""What a training folder holds: checkpoints, and the state from which a run goes on.
 
+Checkpoints are folders state_<epoch>: each appears whole or not at all; only the newest stay where that is asked.
+"""
+
+import math
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from vispec.cli import changes
 from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import save_draft
+from vispec.train.metrics import Sums
 
 STATE = re.compile(r"state_(\d+)")
+UNFINISHED, REMOVED = ".unfinished", ".removed"
+
+RESUME_FILE = "resume.pt"
+RESUME_FORMAT = 3
+RESUME_KINDS = {
+    "identity": dict,
+    "epoch": int,
+    "step_in_epoch": int,
+    "sums": list,
+    "seconds": float,
+    "head": dict,
+    "draft_vocab": dict | None,
+    "moments": dict,
+}
+
+
+def read_resume(folder: Path) -> dict | None:
+    """The state that a run has left in a folder to go on from; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged, or of another version; names it.
+    """
+    path = folder / RESUME_FILE
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file leads to many of them
+            kind = type(error).__name__
+            raise ValueError(f"{path}: cut off, or no state of a training ({kind}); choose another --cpdir") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != RESUME_FORMAT:
+        raise ValueError(f"{path}: format {found}, expected {RESUME_FORMAT}; choose another --cpdir")
+    for name, kind in RESUME_KINDS.items():
+        if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise ValueError(f"{path}: {name} is {type(state.get(name)).__name__}, expected {_name(kind)}")
+    for name in ("epoch", "step_in_epoch", "seconds"):
+        if not 0 <= state[name] < math.inf:
+            raise ValueError(f"{path}: {name} is {state[name]}, expected a number from 0 on")
+    sums = state["sums"]
+    if len(sums) != len(Sums().values) or not all(isinstance(one, float) and math.isfinite(one) for one in sums):
+        raise ValueError(f"{path}: sums are not {len(Sums().values)} finite numbers")
+    return state
+
+
+def refuse_others(folder: Path, found: Mapping, asked: Mapping) -> None:
+    """Go on with a run of the same arguments only."""
+    if differences := changes(found, asked):
+        raise ValueError(f"--cpdir {folder} holds a run of other arguments ({differences}); choose another folder")
+
+
+def check_weights(path: Path, found: Mapping, expected: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of `path` that are not finite, or not those of a head's state_dict in name or shape."""
+    if odd := found.keys() ^ expected.keys():
+        raise ValueError(f"{path}: missing or unexpected weights {', '.join(sorted(map(str, odd)))}")
+    for name, tensor in expected.items():
+        _check(path, name, found[name], tensor)
+
+
+def check_moments(path: Path, found: Mapping, parameters: Sequence[torch.Tensor]) -> None:
+    """Refuse moments of AdamW that are not finite, or not those of `parameters`; before the first step it has none."""
+    if found and found.keys() != set(range(len(parameters))):
+        raise ValueError(f"{path}: moments of {len(found)} parameters, expected {len(parameters)}")
+    for index, one in found.items():
+        if not isinstance(one, dict) or one.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"{path}: the moments of parameter {index} are not those of AdamW")
+        for name, tensor in one.items():
+            _check(path, f"{name} {index}", tensor, torch.zeros(()) if name == "step" else parameters[index])
+
+
+def _check(path: Path, name: str, found: object, expected: torch.Tensor) -> None:
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"{path}: {name} is {type(found).__name__}, expected a tensor")
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        there, asked = ((tuple(tensor.shape), str(tensor.dtype)) for tensor in (found, expected))
+        raise ValueError(f"{path}: {name} is {' '.join(map(str, there))}, expected {' '.join(map(str, asked))}")
+    if not found.isfinite().all():
+        raise ValueError(f"{path}: {name} is not finite")
+
+
+def _name(kind) -> str:
+    return getattr(kind, "__name__", str(kind))
 
 
 def write_state(head: BaseHead, folder: Path, epoch: int) -> None:
     """Write `folder`/state_<epoch>; one that is there already, of a run killed before it could note it, is replaced."""
     final = folder / f"state_{epoch}"
-    unfinished = folder / f".{final.name}.unfinished"
+    unfinished = folder / f".{final.name}{UNFINISHED}"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_draft(head, unfinished)
     _sync(unfinished)
@@ -33,8 +125,9 @@ def prune_states(folder: Path, keep: int, epoch: int) -> None:
 
 def remove_leftovers(folder: Path, files: tuple[str, ...]) -> None:
     """Remove what a killed run has left half-written: checkpoints, and temporary files beside `files`."""
-    for path in folder.glob(".state_*"):
-        shutil.rmtree(path)
+    for pattern in (f".state_*{UNFINISHED}", f".state_*{REMOVED}"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
     for name in files:
         for path in folder.glob(f".{name}.*"):
             path.unlink()
@@ -43,7 +136,7 @@ def remove_leftovers(folder: Path, files: tuple[str, ...]) -> None:
 def _remove(path: Path) -> None:
     """Under another name first, so that a kill on the way leaves no half of a checkpoint."""
     if path.exists():
-        removed = path.with_name(f".{path.name}.removed")
+        removed = path.with_name(f".{path.name}{REMOVED}")
         shutil.rmtree(removed, ignore_errors=True)
         path.rename(removed)
         shutil.rmtree(removed)

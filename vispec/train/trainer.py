@@ -7,8 +7,7 @@ gradients are summed.
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,51 +15,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from vispec.cli import changes
 from vispec.files import write_atomic
 from vispec.model.drafts import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
-from vispec.train.losses import Objective, chunk_rows, summed_loss
+from vispec.train.losses import chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.processes import Processes
+from vispec.train.recipe import Recipe, schedule
 from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
-from vispec.train.states import prune_states, remove_leftovers, write_state
+from vispec.train.states import (
+    RESUME_FILE,
+    RESUME_FORMAT,
+    check_moments,
+    check_weights,
+    prune_states,
+    read_resume,
+    refuse_others,
+    remove_leftovers,
+    write_state,
+)
+from vispec.train.target_weights import tables_digest
 
 if TYPE_CHECKING:  # the target's code takes seconds to import, and training on stored features does without
     from vispec.train.online import OnlineFeatures, TokenFolder
 
-RESUME_FILE = "resume.pt"
-RESUME_FORMAT = 2
 DRAFTS_EVERY = 25
 """Steps of training between two whose drafts are followed: that takes several passes of the head."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a training run does, apart from data and start weights.
-
-    Attributes:
-        clip_value, clip_norm: gradients are cut at a value, or scaled down to a norm where there is one.
-        keep: newest checkpoints that stay; 0 for all.
-    """
-
-    objective: Objective
-    lr: float
-    mtp_steps: int = 0
-    epochs: int = 20
-    batch_size: int = 1
-    accumulation: int = 1
-    clip_value: float = 0.5
-    clip_norm: float | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    seed: int = 0
-    save_every: int = 1
-    save_steps: int = 0
-    keep: int = 0
-    workers: int = 0
-    report_to: str = "none"
 
 
 class Trainer:
@@ -74,6 +55,7 @@ class Trainer:
         folder: of checkpoints, metrics and the state to resume from.
         identity: arguments that a run to be resumed must share.
         online: computes the features where `train` and `held_out` are a `TokenFolder`.
+        skip: files among them that are left out; the order and the noise of the others do not change with it.
     """
 
     def __init__(
@@ -88,9 +70,13 @@ class Trainer:
         processes: Processes,
         identity: dict,
         online: "OnlineFeatures | None" = None,
+        skip: Collection[Path] = (),
     ):
         self.recipe, self.folder, self.processes, self.identity = recipe, folder, processes, identity
         self.train_set, self.held_out_set, self.lengths, self.online = train, held_out, lengths, online
+        self.skipped = tuple(
+            {index for index, path in enumerate(dataset.paths) if path in skip} for dataset in (train, held_out)
+        )
         self.head = head.to(processes.device).train()
         self.lm_head = lm_head.to(processes.device)
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
@@ -158,9 +144,12 @@ class Trainer:
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * schedule(step, self.steps_per_epoch, self.recipe.epochs)
+            group["lr"] = self._rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _rate(self, step: int) -> float:
+        return self.recipe.lr * schedule(step, self.steps_per_epoch, self.recipe.epochs)
 
     # --- epochs ---
 
@@ -187,8 +176,8 @@ class Trainer:
             line = {
                 "step": self.steps_done,
                 "train": train,
-                "held_out": held_out.summary() if len(self.held_out_set) else None,
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "held_out": held_out.summary() if held_out.pairs else None,
+                "lr": self._rate(self.steps_done - 1),
                 "seconds": round(seconds, 2),
                 "samples_per_second": round(train["samples"] / seconds, 2),
             }
@@ -204,7 +193,10 @@ class Trainer:
     def _train_epoch(self, log: MetricsLog | None) -> None:
         from tqdm import tqdm
 
-        groups = epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, self.epoch)[self.step_in_epoch :]
+        groups = [
+            [index for index in group if index not in self.skipped[0]]
+            for group in epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, self.epoch)
+        ][self.step_in_epoch :]
         mine = [
             micro_batches(group, self.recipe.batch_size, self.processes.index, self.processes.count) for group in groups
         ]
@@ -221,8 +213,9 @@ class Trainer:
         )
         started = time.perf_counter() - self.seconds
         for group, batches in zip(groups, mine, strict=True):
-            sums = self.accumulate(list(islice(loaded, len(batches))))
-            self.update(self.steps_done)
+            sums = self.accumulate(list(islice(loaded, len(batches)))) if group else Sums()
+            if group:  # not all of them skipped
+                self.update(self.steps_done)
             self.sums.values += sums.values
             self.step_in_epoch += 1
             self.seconds = time.perf_counter() - started
@@ -238,7 +231,7 @@ class Trainer:
                 refresh=False,
             )
             if log and log.writer:
-                log.step(self.steps_done, sums.summary() | {"lr": self.optimizer.param_groups[0]["lr"]})
+                log.step(self.steps_done, sums.summary() | {"lr": self._rate(self.steps_done - 1)})
             due = self.recipe.save_steps and self.step_in_epoch % self.recipe.save_steps == 0
             if due or self.step_in_epoch == self.steps_per_epoch:
                 self.save()
@@ -252,7 +245,7 @@ class Trainer:
             ValueError: a loss is not finite, in whichever process: all raise it together.
         """
         sums, spoiled = Sums(), []
-        order = sorted(range(len(self.held_out_set)), key=lambda i: self.lengths[1][i])
+        order = sorted(set(range(len(self.held_out_set))) - self.skipped[1], key=lambda i: self.lengths[1][i])
         mine = micro_batches(order, self.recipe.batch_size, self.processes.index, self.processes.count)
         self.head.eval()
         for batch in self._loader(self.held_out_set, [[(i, None) for i in batch] for batch in mine]):
@@ -269,7 +262,7 @@ class Trainer:
             names = ", ".join(sorted(self.processes.gather(spoiled)))
             raise ValueError(
                 f"the loss of held-out samples is not finite in {names}; the state after this epoch's steps is in "
-                f"{self.folder / RESUME_FILE}"
+                f"{self.folder / RESUME_FILE}, from which --skip goes on without them"
             )
         return sums
 
@@ -317,6 +310,7 @@ class Trainer:
         """Everything that a run needs to go on from here, as one file that appears whole or not at all."""
         if not self.processes.is_main:
             return
+        vocabulary = self.head.draft_vocab
         state = {
             "format": RESUME_FORMAT,
             "identity": self.identity,
@@ -325,32 +319,46 @@ class Trainer:
             "sums": self.sums.values.tolist(),
             "seconds": self.seconds,
             "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "draft_vocab": vars(vocabulary) if vocabulary else None,
+            "moments": self.optimizer.state_dict()["state"],
         }
         write_atomic(self.folder / RESUME_FILE, lambda file: torch.save(state, file))
 
-    def resume(self) -> bool:
+    def resume(self, state: dict | None = None) -> bool:
         """Go on with the run that `folder` holds, if it holds one.
 
+        Args:
+            state: what `read_resume` gives, where it has been read already.
+
         Raises:
-            ValueError: it is a run of another command or of another version.
+            ValueError: it is a run of another command or of another version, its file is damaged, or the processes have
+                found different ones.
         """
-        path = self.folder / RESUME_FILE
-        if not path.is_file():
-            return False
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("format") != RESUME_FORMAT:
-            raise ValueError(f"{path}: format {state.get('format')}, expected {RESUME_FORMAT}; choose another --cpdir")
-        found = state["identity"]
-        if differences := changes(found, self.identity):
-            raise ValueError(
-                f"--cpdir {self.folder} holds a run of other arguments ({differences}); choose another folder"
-            )
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
-        self.sums, self.seconds = Sums(state["sums"]), state["seconds"]
-        return True
+        state = state or read_resume(self.folder)
+        if state is not None:
+            path = self.folder / RESUME_FILE
+            refuse_others(self.folder, state["identity"], self.identity)
+            if state["step_in_epoch"] > self.steps_per_epoch or state["epoch"] > self.recipe.epochs:
+                raise ValueError(
+                    f"{path}: epoch {state['epoch']}, step {state['step_in_epoch']}; the run has {self.recipe.epochs} "
+                    f"epochs of {self.steps_per_epoch} steps"
+                )
+            check_weights(path, state["head"], self.head.state_dict())
+            check_moments(path, state["moments"], self.parameters)
+            self.head.load_state_dict(state["head"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
+            self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+            self.sums, self.seconds = Sums(state["sums"]), state["seconds"]
+        if self.processes.count > 1:
+            here = (self.epoch, self.step_in_epoch, tables_digest(*(t.cpu() for t in self.head.state_dict().values())))
+            first, *others = self.processes.gather([here])
+            if any(other != first for other in others):
+                raise ValueError(
+                    f"--cpdir {self.folder}: the processes would go on from different states; all of them have to see "
+                    "one folder"
+                )
+        return state is not None
 
     def _stop(self, batches: list[Batch], what: str) -> None:
         """Save the state before this step and name the samples that spoil it; called by all processes together."""
@@ -362,25 +370,9 @@ class Trainer:
         everyone = self.processes.gather([name for batch in batches for name in batch.names])
         where = ", ".join(sorted(names)) or f"the step of {', '.join(sorted(everyone))}, in none of these alone"
         raise ValueError(
-            f"the {what} is not finite in {where}; the state before this step is in {self.folder / RESUME_FILE}"
+            f"the {what} is not finite in {where}; the state before this step is in {self.folder / RESUME_FILE}, from "
+            "which --skip goes on without them"
         )
-
-
-def schedule(step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Factor of the learning rate at a step: linear warm-up over the first epoch, linear decay to 0 after the last."""
-    if step < steps_per_epoch:
-        return (step + 1) / steps_per_epoch
-    last = steps_per_epoch * epochs
-    return (last - step) / (last - steps_per_epoch)
-
-
-def recipe_identity(recipe: Recipe) -> dict:
-    """The parts of a recipe that decide the weights, as plain values."""
-    values = asdict(recipe)
-    values.update(values.pop("objective"))
-    for name in ("save_every", "save_steps", "keep", "workers", "report_to"):
-        values.pop(name)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _describe(epoch: int, epochs: int, line: dict) -> str:
@@ -389,4 +381,6 @@ def _describe(epoch: int, epochs: int, line: dict) -> str:
     if held_out:
         drafts = f", in a row {held_out.get('tau_of_chain', 0):.2f} of {DEPTH}"
         text += f"; held out: loss {held_out['loss']:.4f}, top1 {held_out['top1']:.3f}{drafts}"
+    else:
+        text += "; held out: nothing that is scored"
     return f"{text}; {line['samples_per_second']} samples/s, {line['seconds']} s"
