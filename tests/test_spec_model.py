@@ -229,7 +229,7 @@ def test_return_values_when_the_prompts_pass_is_enough():
     [
         ({"input_ids": PROMPT[:, :0]}, r"shape \(B, L\) with B, L > 0, found \(1, 0\)"),
         ({"input_ids": PROMPT[0]}, r"shape \(B, L\) with B, L > 0, found \(4,\)"),
-        ({"pixel_values_videos": torch.zeros(1)}, "video is not supported yet, found pixel_values_videos"),
+        ({"pixel_values_videos": torch.zeros(1)}, "takes no video, found pixel_values_videos"),
         ({"input_ids": torch.full((1, 1025), 5)}, "the prompt has 1025 tokens, the target has 1024 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
         ({"max_length": 4}, "the prompt has 4 tokens, max_length 4 leaves no room"),

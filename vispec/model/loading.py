@@ -59,6 +59,9 @@ def load_outline(path: str) -> PreTrainedModel:
 def one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
     """The dtype that was asked for, by either of its names."""
     named = [getattr(torch, str(value), value) for value in (torch_dtype, dtype)]
+    for name, value, found in zip(("torch_dtype", "dtype"), named, (torch_dtype, dtype), strict=True):
+        if not isinstance(value, torch.dtype) and found not in ("auto", None):
+            raise TypeError(f"{name} must be 'auto' or a dtype of torch, found {found!r}")
     if dtype is None or torch_dtype == "auto" or named[0] == named[1]:
         return torch_dtype if dtype is None else dtype
     raise ValueError(f"torch_dtype and dtype are two names of one thing, found {torch_dtype} and {dtype}")

@@ -365,4 +365,3 @@ def _execution_device(module: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in devices if device is not None), None)
     return torch.device(device) if device is not None else next(module.parameters()).device
-
