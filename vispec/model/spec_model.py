@@ -59,7 +59,7 @@ class SpecModel:
         tree: str | TreeShape | None = None,
         fast: bool = True,
     ):
-        if not isinstance(target, PreTrainedModel | Target):
+        if not isinstance(target, torch.nn.Module | Target):
             found = type(target).__name__
             raise TypeError(f"target must be a loaded model, found {found}; SpecModel.from_pretrained loads one")
         self.target = target if isinstance(target, Target) else Target(target, fast)
