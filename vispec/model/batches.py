@@ -38,10 +38,7 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
     """
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must have the shape (B, L) with B, L > 0, found {tuple(input_ids.shape)}")
-    shape, attention = tuple(input_ids.shape), inputs.get("attention_mask")
-    for name in PER_TOKEN:
-        if name in inputs and tuple(inputs[name].shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape} of input_ids, found {tuple(inputs[name].shape)}")
+    attention = inputs.get("attention_mask")
     images = [inputs] if len(input_ids) == 1 else _inputs_of_rows(model, input_ids, inputs)
     prompts = []
     for row, own in enumerate(images):

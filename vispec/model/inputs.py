@@ -56,7 +56,7 @@ def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor
     _check_ids(model, input_ids)
     inputs = {name: value for name, value in inputs.items() if name in taken and value is not None}
     for name, value in inputs.items():
-        _check_input(name, value)
+        _check_input(name, value, tuple(input_ids.shape))
     _check_pixels(model, input_ids, inputs)
     return inputs
 
@@ -74,7 +74,7 @@ def _hint(arm: Callable, name: str, taken: tuple[str, ...]) -> str:
     return f"; did you mean {INSTEAD.get(close[0], close[0])}?" if close else ""
 
 
-def _check_input(name: str, value) -> None:
+def _check_input(name: str, value, shape: tuple[int, ...]) -> None:
     """Pixels that are not finite, or a mask that adds instead of hiding, would be answered without a word."""
     wants_tensor = name in PER_TOKEN or "pixel" in name or name.endswith("_grid_thw")
     if not isinstance(value, torch.Tensor):
@@ -82,6 +82,8 @@ def _check_input(name: str, value) -> None:
             found = type(value).__name__
             raise TypeError(f"{name} must be a tensor, found {found}; processors take return_tensors='pt'")
         return
+    if name in PER_TOKEN and tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape} of input_ids, found {tuple(value.shape)}")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
     if value.is_floating_point() and not value.isfinite().all():
