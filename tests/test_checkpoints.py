@@ -335,3 +335,59 @@ def test_hub_ids_of_both_through_the_users_environment(tmp_path):
     assert len(lines) == 4, done.stdout
     assert lines[:2] == [str(expected)] * 2
     assert lines[2].startswith("someone/nowhere: ") and lines[3].startswith(f"{tmp_path / 'nowhere'}: ")
+
+
+# --- what is something else ---
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["d2t", "fc.weight", "midlayer.mlp.up_proj.weight"], "the weights of an EAGLE-3 head"),
+        (["0.0.linear.weight", "0.0.linear.bias", "0.1.weight"], "the weights of one of FasterDecoding's Medusa heads"),
+        (["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"], "the weights of a whole model"),
+        (["module.fc.weight", "module.fc.bias"], "names begin with `module.`"),
+    ],
+)
+def test_weights_of_something_else_are_named(folder, names, message):
+    save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_draft(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"medusa_num_heads": 5}, "one of FasterDecoding's Medusa heads"),
+        ({"text_config": {"hidden_size": 64}, "vision_config": {}}, "the config of a whole model"),
+    ],
+)
+def test_a_config_of_something_else_is_named(folder, values, message):
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        load_draft(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_key_value_heads", 0), ("vocab_size", -1), ("rope_theta", "x"), ("rms_norm_eps", float("nan")), ("bias", 3)],
+)
+def test_a_size_that_is_none_is_named(folder, name, value):
+    change_config(folder, **{name: value})
+    with pytest.raises(ValueError, match=rf"config.json: {name} must be"):
+        load_draft(str(folder))
+
+
+def test_numbers_of_a_head_that_are_not_finite(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
+    weights[name][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} has numbers that are not finite"):
+        load_draft(str(folder))
+
+
+def test_embeddings_of_a_stranger(folder, embedding):
+    change_weights(folder, embed_tokens__weight=torch.randn_like(embedding))
+    with pytest.raises(ValueError, match="embed_tokens.weight has nothing in common with the target's table"):
+        load_draft(str(folder), embedding=embedding)

@@ -59,3 +59,74 @@ def test_ids_beyond_the_vocabulary(wrong):
     model = SpecModel(random_target("llava_1.5", 0, vocabulary=12))
     with pytest.raises(ValueError, match=f"input_ids has the id {wrong}, the target's vocabulary 12: is the processor"):
         model.baseline_generate(torch.tensor([[5, wrong, 6]]))
+
+
+# --- values that no processor returns ---
+
+CALLS = (*ARMS, "generate")
+PIXELS = torch.zeros(1, 3, 28, 28)
+
+
+def answered(model: SpecModel, arm: str, *args, **options):
+    found = getattr(model, arm)(*args, **options)
+    return list(found) if arm == "stream" else found
+
+
+@pytest.mark.parametrize("arm", CALLS)
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("attention_mask", [[1, 1, 1, 1]], TypeError),
+        ("attention_mask", torch.full((1, 4), -100), ValueError),
+        ("attention_mask", torch.ones(1, 3), ValueError),
+        ("pixel_values", PIXELS.numpy(), TypeError),
+        ("pixel_values", PIXELS[:0], ValueError),
+        ("pixel_values", PIXELS / 0, ValueError),
+        ("pixel_values", PIXELS + torch.inf, ValueError),
+        ("max_new_tokens", float("nan"), ValueError),
+        ("max_new_tokens", float("inf"), ValueError),
+        ("max_new_tokens", True, TypeError),
+        ("max_new_tokens", "3", TypeError),
+        ("max_length", float("inf"), ValueError),
+        ("temperature", float("inf"), ValueError),
+        ("temperature", "hot", TypeError),
+        ("top_k", float("inf"), ValueError),
+        ("top_p", float("nan"), ValueError),
+    ],
+)
+def test_wrong_values_are_refused_by_name(arm, name, value, error):
+    model = random_pair("llava_1.5", 0)
+    with pytest.raises(error, match=name) as caught:
+        answered(model, arm, PROMPT, **{"max_new_tokens": 3} | {name: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arm", CALLS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_ids_of_other_dtypes(arm, dtype):
+    with pytest.raises(TypeError, match="input_ids must be a tensor of ids"):
+        answered(random_pair("llava_1.5", 0), arm, PROMPT.to(dtype))
+
+
+@pytest.mark.parametrize("arm", CALLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_tokens_without_pixels(arm, family):
+    """Grids or sizes may have been kept."""
+    model = random_pair(family, 0)
+    inputs = image_prompt(model.target.model, 0, "a.")
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="image tokens, but pixel_values is not among its inputs"):
+        answered(model, arm, **inputs, max_new_tokens=3)
+
+
+def test_no_target_or_draft():
+    target = random_target("llava_1.5", 0)
+    with pytest.raises(TypeError, match="target must be a loaded model, found str; SpecModel.from_pretrained loads"):
+        SpecModel("x")
+    with pytest.raises(TypeError, match="draft must be a draft head or a PromptLookup, found str"):
+        SpecModel(target, "x")
+    with pytest.raises(TypeError, match="torch_dtype must be 'auto' or a dtype of torch, found 3"):
+        SpecModel.from_pretrained("x", torch_dtype=3)
+    for name in ("total_token", "depth", "top_k"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, found inf"):
+            SpecModel(target, **{name: float("inf")})

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 from transformers import PreTrainedModel
 
+from vispec.model.arguments import whole
 from vispec.model.families import PER_TOKEN, Shown, equal_images, has_rows, merge_sizes, real_images, what_is_shown
 
 logger = logging.getLogger("vispec")
@@ -37,9 +38,7 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
     """
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must have the shape (B, L) with B, L > 0, found {tuple(input_ids.shape)}")
-    shape, attention = tuple(input_ids.shape), inputs.get("attention_mask")
-    if attention is not None and tuple(attention.shape) != shape:
-        raise ValueError(f"attention_mask must have the shape {shape} of input_ids, found {tuple(attention.shape)}")
+    attention = inputs.get("attention_mask")
     images = [inputs] if len(input_ids) == 1 else _inputs_of_rows(model, input_ids, inputs)
     prompts = []
     for row, own in enumerate(images):
@@ -67,8 +66,9 @@ def new_token_limits(
     Raises:
         ValueError: there is no room for one.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    if max_length is not None:
+        max_length = whole("max_length", max_length, 1)
     if max_length is not None and max_length <= padded:
         raise ValueError(f"the prompt has {padded} tokens, max_length {max_length} leaves no room for more")
     limits = []

@@ -141,9 +141,7 @@ class Decoder:
                 self._idle.append(seat)
 
     @torch.inference_mode()
-    def _round(
-        self, seat: Seat, rows: Rows, answers: list[Answer], choice: Choice, shape: TreeShape
-    ) -> torch.Tensor:
+    def _round(self, seat: Seat, rows: Rows, answers: list[Answer], choice: Choice, shape: TreeShape) -> torch.Tensor:
         """Draft a tree, verify it in one pass, keep one path (paper, section 3.1); returns (B, 1 + D + 1)."""
         self._read_prompts(seat, rows, answers)
         waiting = max(answer.waiting for answer in answers)

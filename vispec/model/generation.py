@@ -20,6 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from vispec.model.arguments import number, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, streamed
 from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
@@ -44,6 +45,11 @@ OFF = {
     "output_hidden_states": (False, "hidden states of all tokens"),
 }
 """Options of a generation config that are not supported: what is off, and what they ask for."""
+WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k", "num_return_sequences",
+         "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")  # fmt: skip
+NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+           "encoder_repetition_penalty", "max_time")  # fmt: skip
+"""Options that are whole numbers, and those that are other ones."""
 NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
 """Arguments of transformers' generate() that have no meaning here."""
@@ -146,7 +152,8 @@ class _Prepares:
 
     def _prepare_generation_config(self, *args, **kwargs):
         config, inputs = super()._prepare_generation_config(*args, **kwargs)
-        refuse_modes(config)  # before transformers goes another way
+        refuse_modes(config)
+        check_numbers(vars(config))  # before transformers goes another way
         return config, inputs
 
     def _expand_inputs_for_generation(self, input_ids=None, expand_size=1, is_encoder_decoder=False, **inputs):
@@ -176,6 +183,7 @@ def generate_by(decode: Callable, target: Target, input_ids: torch.Tensor, optio
     known = {*inspect.signature(GenerationMixin.generate).parameters, *vars(GenerationConfig()), "tokenizer"}
     known -= {"self", "kwargs", *NOT_TAKEN}
     asked = {name: value for name, value in options.items() if name in known}
+    check_numbers(asked)
     inputs = {name: value for name, value in options.items() if name not in known and name not in NOT_TAKEN}
     inputs = prompt_inputs(arm, target.model, input_ids, inputs)
     # processors and criteria are made for the device of the ids, and the logits come out on this one
@@ -206,6 +214,13 @@ def decoding_method(target: Target, rounds: Rounds) -> Callable:
     named += [keyword(name, default=None) for name in own]
     decode.__signature__ = inspect.Signature([*parameters[:-1], *named, parameters[-1]])
     return decode
+
+
+def check_numbers(options: Mapping) -> None:
+    """TypeError or ValueError where an option is no number, or not finite; generate() itself checks their ranges."""
+    for name in options.keys() & {*WHOLE, *NUMBERS}:
+        if options[name] is not None:
+            whole(name, options[name]) if name in WHOLE else number(name, options[name])
 
 
 def refuse_modes(config: GenerationConfig) -> None:

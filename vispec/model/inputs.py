@@ -38,10 +38,11 @@ def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor
         inputs: keyword arguments of the call that are none of its own options.
 
     Raises:
-        TypeError: one of them is neither an option nor a processor's output that the target takes.
-        ValueError: there is video among them that the target does not take, or an id that it does not have.
+        TypeError: one of them is neither an option nor a processor's output that the target takes, or no tensor.
+        ValueError: there is video among them that the target does not take, or an id that it does not have; pixels are
+            empty or not finite; a mask holds something else than 0 and 1.
     """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise TypeError(f"input_ids must be a tensor of ids, found {found}; processors take return_tensors='pt'")
     taken = forward_parameters(model)
@@ -53,7 +54,11 @@ def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor
         if value is not None:
             raise ValueError(f"{type(model).__name__} takes no video, found {name}")
     _check_ids(model, input_ids)
-    return {name: value for name, value in inputs.items() if name in taken and value is not None}
+    inputs = {name: value for name, value in inputs.items() if name in taken and value is not None}
+    for name, value in inputs.items():
+        _check_input(name, value, tuple(input_ids.shape))
+    _check_pixels(model, input_ids, inputs)
+    return inputs
 
 
 def forward_parameters(model: PreTrainedModel) -> tuple[str, ...]:
@@ -67,6 +72,33 @@ def _hint(arm: Callable, name: str, taken: tuple[str, ...]) -> str:
     known = {*inspect.signature(arm).parameters, *taken, *INSTEAD} - {"inputs"}
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {INSTEAD.get(close[0], close[0])}?" if close else ""
+
+
+def _check_input(name: str, value, shape: tuple[int, ...]) -> None:
+    """Pixels that are not finite, or a mask that adds instead of hiding, would be answered without a word."""
+    wants_tensor = name in PER_TOKEN or "pixel" in name or name.endswith("_grid_thw")
+    if not isinstance(value, torch.Tensor):
+        if wants_tensor or hasattr(value, "__array__"):
+            found = type(value).__name__
+            raise TypeError(f"{name} must be a tensor, found {found}; processors take return_tensors='pt'")
+        return
+    if name in PER_TOKEN and tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape} of input_ids, found {tuple(value.shape)}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ValueError(f"{name} has numbers that are not finite")
+    if name == "attention_mask" and ((value != 0) & (value != 1)).any():
+        raise ValueError("attention_mask may hold 0 (padding) and 1 only")
+
+
+def _check_pixels(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> None:
+    """Some families answer about nothing where sizes are there and pixels are not."""
+    found = int((input_ids == image_token_id(model.config)).sum()) if image_token_id(model.config) is not None else 0
+    shows = any(("pixel" in name or "image" in name) and torch.is_floating_point(value)
+                for name, value in inputs.items() if isinstance(value, torch.Tensor))  # fmt: skip
+    if found and not shows:
+        raise ValueError(f"the prompt has {found} image tokens, but pixel_values is not among its inputs")
 
 
 def _check_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:

@@ -10,6 +10,8 @@ import transformers
 from packaging import version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from vispec.model.target_files import check_files, explained, own_head, unread_rope
+
 logger = logging.getLogger("vispec")
 
 SHARED_HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
@@ -31,8 +33,12 @@ def load_target(
         kwargs["attn_implementation"] = "sdpa"
     # the argument has a new name since transformers 4.56
     dtype_name = "dtype" if version.parse(transformers.__version__) >= version.parse("4.56") else "torch_dtype"
-    with _one_line_errors(path):
-        _refuse_draft_head(path, kwargs)
+    _check_device_map(device_map)
+    check_files(path, kwargs.get("subfolder"))
+    # what does not fit is named below, which transformers 5 leaves to its log
+    kwargs["ignore_mismatched_sizes"] = True
+    with _one_line_errors(path, kwargs) as values:
+        _refuse_draft_head(values)
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, **{dtype_name: torch_dtype}, device_map=device_map, output_loading_info=True, **kwargs
         )
@@ -40,6 +46,13 @@ def load_target(
     if missing:
         named = textwrap.shorten(", ".join(missing), 200, placeholder=" …")
         raise ValueError(f"{path}: the target's files lack {len(missing)} of its tensors ({named})")
+    # names alone in older versions, (name, shape, shape) in newer ones
+    misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+    if misshapen:
+        named = textwrap.shorten(", ".join(misshapen), 200, placeholder=" …")
+        raise ValueError(f"{path}: config.json asks for other shapes than those of its weights ({named})")
+    _check_positions(path, values, model)
+    _check_tables(path, model, kwargs.get("subfolder"))
     return model
 
 
@@ -49,8 +62,9 @@ def load_outline(path: str) -> PreTrainedModel:
     Raises:
         ValueError: transformers cannot build it.
     """
-    with _one_line_errors(path):
-        _refuse_draft_head(path, {})
+    check_files(path)
+    with _one_line_errors(path, {}) as values:
+        _refuse_draft_head(values)
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
@@ -59,6 +73,9 @@ def load_outline(path: str) -> PreTrainedModel:
 def one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
     """The dtype that was asked for, by either of its names."""
     named = [getattr(torch, str(value), value) for value in (torch_dtype, dtype)]
+    for name, value, found in zip(("torch_dtype", "dtype"), named, (torch_dtype, dtype), strict=True):
+        if not isinstance(value, torch.dtype) and found not in ("auto", None):
+            raise TypeError(f"{name} must be 'auto' or a dtype of torch, found {found!r}")
     if dtype is None or torch_dtype == "auto" or named[0] == named[1]:
         return torch_dtype if dtype is None else dtype
     raise ValueError(f"torch_dtype and dtype are two names of one thing, found {torch_dtype} and {dtype}")
@@ -70,18 +87,58 @@ def hub_options(options: Mapping, names: Sequence[str] = HUB_OPTIONS) -> dict:
 
 
 @contextmanager
-def _one_line_errors(path: str) -> Iterator[None]:
-    """transformers explains over several lines and lists every model it knows; the beginning says what is wrong."""
+def _one_line_errors(path: str, kwargs: Mapping) -> Iterator[dict]:
+    """Gives the values of a target's config file, whose errors become one line.
+
+    transformers explains over several lines and lists every model it knows; the beginning says what is wrong. For a
+    file that is wrong it raises whatever its code trips over.
+    """
+    values: dict = {}
     try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        values.update(PretrainedConfig.get_config_dict(path, **hub_options(kwargs))[0])
+        yield values
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(explained(error, values), 200, placeholder=" …")
         raise ValueError(f"{path}: transformers cannot load it as a target ({reason})") from error
 
 
-def _refuse_draft_head(path: str, kwargs: Mapping) -> None:
+def _check_device_map(device_map: str | dict | None) -> None:
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if any(str(place).startswith("cuda") for place in places) and not torch.cuda.is_available():
+        raise ValueError(f"device_map {device_map}: torch sees no GPU here")
+
+
+def _check_positions(path: str, values: Mapping, model: PreTrainedModel) -> None:
+    unread = unread_rope(values, model.config)
+    if unread is not None:
+        raise ValueError(
+            f"{path}: its config was saved by transformers {values.get('transformers_version', '5')}, and "
+            f"{transformers.__version__}, which is installed, does not read its rope_parameters ({unread}): install "
+            "transformers 5"
+        )
+
+
+def _check_tables(path: str, model: PreTrainedModel, subfolder: str | None) -> None:
+    """Embedding and output head must be in memory, and be those of the files."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, table in (("embedding", embedding), ("output head", head)):
+        if table is not None and table.weight.is_meta:
+            raise ValueError(f"{path}: device_map puts the {name} on disk, where decoding cannot use it")
+    if head is None or head.weight is not embedding.weight:
+        return
+    own = own_head(path, subfolder)
+    if own is not None and not torch.equal(own.to(head.weight), head.weight):
+        raise ValueError(
+            f"{path}: its config ties the output head to the embedding, and transformers {transformers.__version__} "
+            "decodes with that, but its files have another lm_head.weight: say tie_word_embeddings false in its "
+            "config, or remove that tensor"
+        )
+
+
+def _refuse_draft_head(values: Mapping) -> None:
     """The config of a published draft head says that it is a VLM; transformers would build one, at full size."""
-    values, _ = PretrainedConfig.get_config_dict(path, **hub_options(kwargs))
     kind = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
     parts = sorted(getattr(kind, "sub_configs", ()))
     if parts and not any(part in values for part in parts):

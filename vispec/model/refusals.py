@@ -1,7 +1,9 @@
 """Targets that cannot decode trees, refused by name when they are handed over: each with the one line that says why."""
 
 import inspect
+from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,3 +58,17 @@ def refuse_decoder(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Modul
     attention = type(getattr(decoder.layers[0], "self_attn", None)).__name__
     if "Flash" in attention:  # older transformers choose the class of a layer when the model is built
         raise ValueError(f"{attention} cannot take a tree mask: load the target with attn_implementation='sdpa'")
+
+
+def refuse_not_finite(name: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises ValueError at the first tensor with numbers that are not finite, which would be decoded with all the same.
+
+    Args:
+        name: of their owner.
+        weights: names and tensors; those without memory are passed over.
+    """
+    for key, weight in weights:
+        if weight.is_floating_point() and weight.numel() and not weight.is_meta:
+            least, most = torch.aminmax(weight.detach())
+            if not (least.isfinite() and most.isfinite()):
+                raise ValueError(f"{name}: {key} has numbers that are not finite")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from vispec.model.arguments import number, whole
 from vispec.model.rows import Answer
 from vispec.model.tree import Tree
 
@@ -31,14 +32,15 @@ class Sampling:
 
     temperature: float = 0.0
     top_p: float = 0.0
-    top_k: int = 0
+    top_k: float = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:  # nor nan
+        number("temperature", self.temperature), number("top_p", self.top_p)
+        if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, found {self.temperature}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, found {self.top_p}")
-        if self.top_k < 0:
+        if whole("top_k", self.top_k) < 0:
             raise ValueError(f"top_k must not be negative, found {self.top_k}")
 
     @property
@@ -62,7 +64,7 @@ class Sampling:
         """The same as arguments of generate(), which leave what is off to the target's generation config."""
         if self.greedy:
             return {"do_sample": False}
-        given = {"top_p": self.top_p, "top_k": self.top_k}
+        given = {"top_p": self.top_p, "top_k": int(self.top_k)}
         return {"do_sample": True, "temperature": self.temperature} | {k: v for k, v in given.items() if v}
 
     def choice(self, rows: int) -> "Choice":

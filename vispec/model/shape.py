@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from vispec.model.arguments import whole
+
 AUTO, TUNE = "auto", "tune"
 """What a tree may be called besides total_token/depth/top_k."""
 
@@ -17,8 +19,7 @@ class TreeShape:
 
     def __post_init__(self):
         for name, least in (("total_token", 2), ("depth", 0), ("top_k", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
 
     @classmethod
     def parse(cls, text: str) -> "TreeShape":

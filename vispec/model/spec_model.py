@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from vispec.model.arguments import whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
@@ -44,6 +45,7 @@ class SpecModel:
         fast: False decodes by transformers' own layers alone, see `Target`.
 
     Raises:
+        TypeError: target or draft is none.
         ValueError: the target is of a kind that tree decoding cannot handle, or the draft head does not fit it.
     """
 
@@ -57,6 +59,9 @@ class SpecModel:
         tree: str | TreeShape | None = None,
         fast: bool = True,
     ):
+        if not isinstance(target, torch.nn.Module | Target):
+            found = type(target).__name__
+            raise TypeError(f"target must be a loaded model, found {found}; SpecModel.from_pretrained loads one")
         self.target = target if isinstance(target, Target) else Target(target, fast)
         self._ignored = text_options(self.target.model.generation_config)
         self.draft: Draft | None = None
@@ -67,6 +72,8 @@ class SpecModel:
         self._auto: dict[int, Auto] = {}  # by the prompts of a batch, since their number changes what rounds cost
         self.set_tree(tree)
         if draft is not None:
+            if not hasattr(draft, "candidates"):
+                raise TypeError(f"draft must be a draft head or a PromptLookup, found {type(draft).__name__}")
             self._attach(draft)
 
     def set_tree(self, tree: str | TreeShape | None) -> None:
@@ -292,8 +299,9 @@ class SpecModel:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
         if own_config:
             if max_length is not None:
-                max_new_tokens = min(max_new_tokens, max_length - input_ids.shape[1])
-            options = Sampling(temperature, top_p, int(top_k)).options | {"max_new_tokens": max_new_tokens}
+                room = whole("max_length", max_length, 1) - input_ids.shape[1]
+                max_new_tokens = min(whole("max_new_tokens", max_new_tokens, 1), room)
+            options = Sampling(temperature, top_p, top_k).options | {"max_new_tokens": max_new_tokens}
             decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
             return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
         rounds = self._asked(
@@ -364,7 +372,7 @@ class SpecModel:
                 "%s of the target's generation config is not applied; generate() does", ", ".join(self._ignored)
             )
             self._ignored.clear()  # said once, also for those that share the target by `with_tree`
-        sampling = Sampling(temperature, top_p, int(top_k))
+        sampling = Sampling(temperature, top_p, top_k)
         prompts = single_prompts(self.target.model, input_ids, inputs)
         lengths, padded = [ids.shape[1] for ids, _ in prompts], input_ids.shape[1]
         limits = new_token_limits(lengths, padded, self.target.max_positions, max_new_tokens, max_length)

@@ -25,7 +25,7 @@ from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
-from vispec.model.refusals import refuse_decoder, refuse_layers
+from vispec.model.refusals import refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
 from vispec.model.windows import KINDS, Windows
@@ -78,6 +78,9 @@ class Target:
         self.embed_tokens = model.get_input_embeddings()
         refuse_layers(model, KINDS)
         refuse_decoder(model, self.decoder, self.lm_head)
+        # of the layers the first and last, so that large targets are not read twice
+        for part in (self.embed_tokens, self.lm_head, self.decoder.layers[0], self.decoder.layers[-1]):
+            refuse_not_finite(f"the target's {type(part).__name__}", part.named_parameters())
         self.text_config = model.config.get_text_config()
         self.max_positions = _max_positions(self.text_config)
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
@@ -365,4 +368,3 @@ def _execution_device(module: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in devices if device is not None), None)
     return torch.device(device) if device is not None else next(module.parameters()).device
-

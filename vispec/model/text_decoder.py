@@ -84,8 +84,11 @@ def check_layer(layer: nn.Module) -> None:
         reason = obstacle(layers)
         if reason:
             raise UnknownLayer(reason)
-    norms = [getattr(owner, name, None) for owner in (layer, attention) for name in
-             ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")]
+    norms = [
+        getattr(owner, name, None)
+        for owner in (layer, attention)
+        for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+    ]
     for norm in filter(None, norms):
         check_norm(norm)
 

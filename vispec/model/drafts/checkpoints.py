@@ -1,22 +1,25 @@
 """Read and write draft heads, strictly: what is missing, surplus or misshapen is an error that names it."""
 
-import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from vispec.files import write_atomic, write_json_atomic
+from vispec.files import read_json, write_atomic, write_json_atomic
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import CARD
+from vispec.model.refusals import refuse_not_finite
 
 logger = logging.getLogger("vispec")
 
 CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 EMBEDDING = "embed_tokens.weight"
+LEAST_ALIKE = 0.5
+"""Mean cosine of the embeddings of a head and its target: near 1 after fine-tuning, near 0 between strangers."""
 
 
 def save_draft(head: nn.Module, folder: str | Path) -> None:
@@ -38,11 +41,7 @@ def read_config(path: str | Path) -> DraftConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file")
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    return DraftConfig.from_dict(values, source=str(path))
+    return DraftConfig.from_dict(read_json(path), source=str(path))
 
 
 def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
@@ -140,11 +139,28 @@ def read_weights(path: Path, embedding: torch.Tensor | None = None) -> dict[str,
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name} is no tensor but a {type(value).__name__}")
+    foreign = _foreign(weights)
+    if foreign is not None:
+        raise ValueError(f"{path}: {foreign}, expected a draft head of ViSpec, EAGLE-2 or Medusa in our format")
     if EMBEDDING not in weights:
         if embedding is None:
             raise ValueError(f"{path}: no {EMBEDDING}, and no target to take it from")
         weights[EMBEDDING] = embedding
     return weights
+
+
+def _foreign(names: Iterable[str]) -> str | None:
+    """What tensors of these names are, where they are those of something else; None where they may be a draft head."""
+    names = list(names)
+    if names and all(name.startswith("module.") for name in names):
+        return "its tensors' names begin with `module.`, so a wrapper was saved and not the head in it"
+    if "d2t" in names or any(name.startswith("midlayer.") for name in names):
+        return "these are the weights of an EAGLE-3 head"
+    if names and all(re.fullmatch(r"\d+\.\d+\.(linear\.)?(weight|bias)", name) for name in names):
+        return "these are the weights of one of FasterDecoding's Medusa heads"
+    if any(re.search(r"(^|\.)layers\.[1-9]\d*\.", name) for name in names):
+        return "these are the weights of a whole model, of several layers"
+    return None
 
 
 def identify(
@@ -179,11 +195,12 @@ def fill(
         embedding: the target's (V, H) table; a head of another target is refused, or named.
 
     Raises:
-        ValueError: a tensor is missing, surplus or misshapen.
+        ValueError: a tensor is missing, surplus, misshapen or not finite, or the embeddings are a stranger's.
     """
     if embedding is not None:
         _compare_embedding(weights[EMBEDDING], embedding, path)
     _check_tensors(head, weights, path)
+    refuse_not_finite(str(path), weights.items())
     weights = {name: tensor.to(dtype) if dtype else tensor for name, tensor in weights.items()}
     if embedding is not None and _same(weights[EMBEDDING], embedding):
         weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
@@ -210,8 +227,13 @@ def _compare_embedding(ours: torch.Tensor, target: torch.Tensor, path: Path) -> 
             f"the target's {tuple(target.shape)}"
         )
     # by parts: whole tables in float32 may not fit beside the target
-    parts = zip(ours.split(4096), target.split(4096), strict=True)
+    parts = list(zip(ours.split(4096), target.split(4096), strict=True))
     if not all(_close(a.to(b.device), b) for a, b in parts):
+        alike = [torch.cosine_similarity(a.to(b.device).float(), b.float(), dim=1) for a, b in parts]
+        if torch.cat(alike).mean() < LEAST_ALIKE:
+            raise ValueError(
+                f"{path}: its {EMBEDDING} has nothing in common with the target's table: random, or of another target"
+            )
         logger.warning(
             "%s: the draft head's embeddings are not the target's; it was made for another or a fine-tuned target. "
             "Outputs stay the target's own, speed may suffer",

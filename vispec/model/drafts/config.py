@@ -2,6 +2,12 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 
+from vispec.model.arguments import number, whole
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
+         "num_hidden_layers", "max_position_embeddings")  # fmt: skip
+"""Keys that are whole numbers from 1 on."""
+
 
 @dataclass
 class DraftConfig:
@@ -29,11 +35,19 @@ class DraftConfig:
         """Read a parsed config file; raises ValueError naming `source` and the key that is missing or not supported."""
         names = {f.name for f in fields(cls)} - {"extra"}
         required = [f.name for f in fields(cls) if f.name != "extra" and f.default is MISSING]
+        if "medusa_num_heads" in values and "hidden_size" not in values:
+            raise ValueError(f"{source}: the config of one of FasterDecoding's Medusa heads, which are not read here")
+        if not isinstance(values.get("hidden_size"), int) and {"text_config", "vision_config"} & values.keys():
+            raise ValueError(f"{source}: the config of a whole model, expected that of a draft head")
         missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"{source}: the draft head's configuration lacks {', '.join(missing)}")
         ours = {name: value for name, value in values.items() if name in names}
         config = cls(**ours, extra={k: v for k, v in values.items() if k not in names})
+        try:
+            config._check_numbers()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from None
         if config.rope_scaling is not None:
             raise ValueError(f"{source}: rope_scaling {config.rope_scaling} is not supported, a draft head wants null")
         if config.num_hidden_layers != 1:
@@ -51,6 +65,17 @@ class DraftConfig:
                 f"num_key_value_heads {config.num_key_value_heads}"
             )
         return config
+
+    def _check_numbers(self) -> None:
+        """TypeError or ValueError at a size that is none."""
+        for name in SIZES:
+            whole(name, getattr(self, name), 1)
+        for name in ("rms_norm_eps", "rope_theta"):
+            if number(name, getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        for name in ("qkv_bias", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, found {getattr(self, name)!r}")
 
     def to_dict(self) -> dict:
         """The file's content, foreign keys included."""

@@ -149,9 +149,7 @@ class DraftHead(BaseHead):
         """Layer input of text pairs, (B, R, H): fc([embedding of token i+1; feature of token i])."""
         return self.linear(self.fc, torch.cat([next_embeds, hidden], dim=-1))
 
-    def layers_over(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attend: Callable
-    ) -> torch.Tensor:
+    def layers_over(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attend: Callable) -> torch.Tensor:
         """Outputs (B, R, H) for inputs of the same shape.
 
         Args:
@@ -231,9 +229,7 @@ class DraftHead(BaseHead):
         memory.cache.commit(kept.counts)
         memory.position += kept.counts
 
-    def candidates(
-        self, memory: DraftMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput
-    ) -> Candidates:
+    def candidates(self, memory: DraftMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
         return expand_levels(memory.estimate[:, None], Expansions(self, memory, shape), root, shape, output)
 
 

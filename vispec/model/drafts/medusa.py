@@ -96,7 +96,5 @@ class MedusaHead(BaseHead):
             torch.stack([last + F.silu(self.linear(block.linear, last)) for (block,) in self.medusa_head], dim=-2)
         )
 
-    def candidates(
-        self, memory: MedusaMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput
-    ) -> Candidates:
+    def candidates(self, memory: MedusaMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
         return expand_levels(memory.estimates, None, root, shape, output)
