@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from vispec.cli import changes
 from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import save_draft
+from vispec.model.drafts.vocabulary import DraftVocabulary
 from vispec.train.metrics import Sums
 
 STATE = re.compile(r"state_(\d+)")
@@ -55,6 +57,13 @@ def read_resume(folder: Path) -> dict | None:
     for name, kind in RESUME_KINDS.items():
         if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
             raise ValueError(f"{path}: {name} is {type(state.get(name)).__name__}, expected {_name(kind)}")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in state["head"].values()):
+        raise ValueError(f"{path}: head holds something else than tensors")
+    vocabulary = state["draft_vocab"]
+    if vocabulary is not None and vocabulary.keys() != {one.name for one in fields(DraftVocabulary)}:
+        raise ValueError(f"{path}: draft_vocab is no draft vocabulary")
+    if not isinstance(state["identity"].get("config", {}), dict):
+        raise ValueError(f"{path}: the draft head's config is none")
     for name in ("epoch", "step_in_epoch", "seconds"):
         if not 0 <= state[name] < math.inf:
             raise ValueError(f"{path}: {name} is {state[name]}, expected a number from 0 on")
