@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vispec.cli import DTYPES, parse_bool, provenance
+from vispec.cli import DTYPES, one_line, parse_bool, provenance
 from vispec.files import write_json_atomic
 from vispec.ge_data.sample_file import read_tokens
 from vispec.locks import alone_in
@@ -145,8 +145,11 @@ def _resumed_head(args: argparse.Namespace, embedding: torch.Tensor, state: dict
     """
     path, identity = Path(args.cpdir, RESUME_FILE), state["identity"]
     loadpath = identity.get("loadpath")
-    config = DraftConfig.from_dict(identity.get("config", {}), source=str(path))
-    head = build_head(config, **identify(state["head"], path, None, None))
+    try:
+        config = DraftConfig.from_dict(identity.get("config", {}), source=str(path))
+        head = build_head(config, **identify(state["head"], path, None, None))
+    except (TypeError, ArithmeticError, RuntimeError) as error:  # of numbers that are none, or impossible
+        raise ValueError(f"{path}: no head has the config that it holds ({one_line(error)})") from None
     fill(head, state["head"], path, torch.float32, embedding.float())
     head.embed_tokens.weight.requires_grad_(False)
     if state["draft_vocab"]:

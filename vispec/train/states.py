@@ -3,11 +3,13 @@
 Checkpoints are folders state_<epoch>: each appears whole or not at all; only the newest stay where that is asked.
 """
 
+import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from vispec.cli import changes
 from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import save_draft
+from vispec.model.drafts.vocabulary import DraftVocabulary
 from vispec.train.metrics import Sums
 
 STATE = re.compile(r"state_(\d+)")
@@ -55,6 +58,17 @@ def read_resume(folder: Path) -> dict | None:
     for name, kind in RESUME_KINDS.items():
         if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
             raise ValueError(f"{path}: {name} is {type(state.get(name)).__name__}, expected {_name(kind)}")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in state["head"].values()):
+        raise ValueError(f"{path}: head holds something else than tensors")
+    vocabulary = state["draft_vocab"]
+    if vocabulary is not None and vocabulary.keys() != {one.name for one in fields(DraftVocabulary)}:
+        raise ValueError(f"{path}: draft_vocab is no draft vocabulary")
+    try:
+        json.dumps(state["identity"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: identity holds more than plain values ({error})") from None
+    if not isinstance(state["identity"].get("config", {}), dict):
+        raise ValueError(f"{path}: the draft head's config is none")
     for name in ("epoch", "step_in_epoch", "seconds"):
         if not 0 <= state[name] < math.inf:
             raise ValueError(f"{path}: {name} is {state[name]}, expected a number from 0 on")
@@ -78,9 +92,9 @@ def check_weights(path: Path, found: Mapping, expected: Mapping[str, torch.Tenso
         _check(path, name, found[name], tensor)
 
 
-def check_moments(path: Path, found: Mapping, parameters: Sequence[torch.Tensor]) -> None:
-    """Refuse moments of AdamW that are not finite, or not those of `parameters`; before the first step it has none."""
-    if found and found.keys() != set(range(len(parameters))):
+def check_moments(path: Path, found: Mapping, parameters: Sequence[torch.Tensor], begun: bool) -> None:
+    """Refuse moments of AdamW that are not finite, or not those of `parameters`; there are none before one step."""
+    if (found or begun) and found.keys() != set(range(len(parameters))):
         raise ValueError(f"{path}: moments of {len(found)} parameters, expected {len(parameters)}")
     for index, one in found.items():
         if not isinstance(one, dict) or one.keys() != {"step", "exp_avg", "exp_avg_sq"}:

@@ -344,7 +344,8 @@ class Trainer:
                     f"epochs of {self.steps_per_epoch} steps"
                 )
             check_weights(path, state["head"], self.head.state_dict())
-            check_moments(path, state["moments"], self.parameters)
+            begun = state["epoch"] > 0 or Sums(state["sums"]).pairs > 0  # steps may have been skipped
+            check_moments(path, state["moments"], self.parameters, begun)
             self.head.load_state_dict(state["head"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
