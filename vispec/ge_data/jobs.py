@@ -24,7 +24,7 @@ from vispec.ge_data.sources import Rows
 from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
 from vispec.pictures import UnreadableImage
-from vispec.prompts import LONG_ANSWER, build_inputs, image_file, user_turn
+from vispec.prompts import LONG_ANSWER, ReservedWord, build_inputs, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
@@ -82,9 +82,7 @@ class TextJob:
         else:
             self.render = render_vicuna
             limit = min(limit, self.tokenizer.model_max_length)
-        # chat templates write the special tokens themselves
-        special = settings.family != "qwen"
-        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit, add_special_tokens=special)
+        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit)
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
@@ -149,6 +147,8 @@ class ImageJob:
             raise SkipRow("unreadable image") from None
         try:
             inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
+        except ReservedWord:
+            raise SkipRow("a word of the processor's own in the text") from None
         except ValueError:  # too small or too narrow
             raise SkipRow("the processor refuses the image") from None
         if inputs["input_ids"].shape[1] >= self._limit:
