@@ -23,12 +23,11 @@ from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
-from vispec.pictures import UnreadableImage
+from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
 from vispec.prompts import LONG_ANSWER, ReservedWord, build_inputs, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
-
 
 
 class FailedRow(Exception):
@@ -57,6 +56,8 @@ class Settings:
     store: str = "pairs"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    allow_outside: bool = False
+    """Read images at absolute paths, and above the data folder."""
 
 
 class TextJob:
@@ -142,7 +143,9 @@ class ImageJob:
         if self._has_media(torch.tensor(self.processor.tokenizer(question).input_ids)):
             raise SkipRow("more than one image tag")
         try:
-            picture = image_file(self.rows.folder / row["image"])()
+            picture = image_file(picture_path(self.rows.folder, row["image"], self.settings.allow_outside))()
+        except OutsideFolder:
+            raise SkipRow("image outside of the data folder (--allow-outside reads it)") from None
         except UnreadableImage:
             raise SkipRow("unreadable image") from None
         try:
