@@ -82,7 +82,7 @@ def test_masks_are_the_assistant_s_tokens(family, trim_offsets):
     for seed in range(40):
         rng = random.Random(seed)
         turns = random_turns(rng)
-        ids, mask = ([], []) if qwen else ([tokenizer.bos_token_id], [False])
+        ids, mask = [tokenizer.bos_token_id], [False]  # the tokenizer's, since neither text begins with it
         for text, is_answer in (qwen_pieces if qwen else vicuna_pieces)(turns):
             piece = tokenizer.encode(text, add_special_tokens=False)
             ids += piece
@@ -90,9 +90,9 @@ def test_masks_are_the_assistant_s_tokens(family, trim_offsets):
         limit = rng.choice([10_000, rng.randint(100, 400)])
         if not any(mask[:limit]):
             with pytest.raises(SkipRow, match="no answer within"):
-                tokenize(tokenizer, *render(turns), limit, add_special_tokens=not qwen)
+                tokenize(tokenizer, *render(turns), limit)
             continue
-        found_ids, found_mask = tokenize(tokenizer, *render(turns), limit, add_special_tokens=not qwen)
+        found_ids, found_mask = tokenize(tokenizer, *render(turns), limit)
         assert found_ids.tolist() == ids[:limit]
         assert found_mask.tolist() == mask[:limit]
 
@@ -165,7 +165,7 @@ def test_masks_of_tokens_of_several_characters(make_tokenizer, family):
         is_answer = [*(answer for piece, answer in pieces for _ in piece), False]
         limit = rng.choice([10_000, rng.randint(50, 150)])
         try:
-            ids, mask = tokenize(tokenizer, *render(turns), limit, add_special_tokens=not qwen)
+            ids, mask = tokenize(tokenizer, *render(turns), limit)
         except SkipRow:
             ids, mask = None, None
         everything = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -176,8 +176,7 @@ def test_masks_of_tokens_of_several_characters(make_tokenizer, family):
             expected.append(is_answer[len(content[:place].decode(errors="ignore"))])
             place += len(token)
         assert place == len(content)
-        if not qwen:
-            everything, expected = [tokenizer.bos_token_id, *everything], [False, *expected]
+        everything, expected = [tokenizer.bos_token_id, *everything], [False, *expected]
         if mask is None:
             assert not any(expected[:limit])
             continue

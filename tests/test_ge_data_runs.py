@@ -323,6 +323,7 @@ def reasons(target, processor, rows, family="llava", **settings):
 def test_bad_image_rows_have_reasons(data, target, processor, tmp_path):
     shutil.copy(data / "text.json", tmp_path / "text.png")
     question = [turn("human", "<image>\nname it")]
+    outside = "image outside of the data folder (--allow-outside reads it)"
     cases = [
         ({"image": "0.png"}, "no human turn"),
         ({"image": "0.png", "conversations": [turn("gpt", "<image>")]}, "no human turn"),
@@ -335,6 +336,8 @@ def test_bad_image_rows_have_reasons(data, target, processor, tmp_path):
         ({"image": "dot.png", "conversations": question}, "the processor refuses the image"),
         ({"image": None, "conversations": question}, "no image"),
         ({"image": "", "conversations": question}, "unreadable image"),
+        ({"image": "../a.png", "conversations": question}, outside),
+        ({"image": "/a.png", "conversations": question}, outside),
         ({"image": "a\0.png", "conversations": question}, "unreadable image"),
         ({"image": "dot.png", "conversations": [turn("human", "<im<image>age>")]}, "more than one image tag"),
         ({"image": "dot.png", "conversations": [turn("human", "<image> \ud83d")]}, "broken unicode"),
@@ -346,6 +349,17 @@ def test_bad_image_rows_have_reasons(data, target, processor, tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     rows = Rows([row for row, _ in cases], range(len(cases)), tmp_path)
     assert reasons(target, processor, rows) == {i: reason for i, (_, reason) in enumerate(cases)}
+
+
+def test_images_outside_of_the_folder_where_that_is_asked_for(target, processor, tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    rows = [
+        {"image": name, "conversations": [turn("human", "<image>")]} for name in ("../dot.png", tmp_path / "dot.png")
+    ]
+    rows = Rows([{**row, "image": str(row["image"])} for row in rows], range(2), tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    found = reasons(target, processor, rows, allow_outside=True)
+    assert found == dict.fromkeys(range(2), "the processor refuses the image")  # which it has seen then
 
 
 def test_image_tokens_in_a_question_of_qwen_are_no_second_image(tmp_path):

@@ -153,7 +153,7 @@ def test_user_errors(flags, message):
         (["--image", __file__, "what?"], f"^--image {__file__}: cannot be read as a picture .no picture"),
         (["--image", str(ROOT), "what?"], f"^--image {ROOT}: cannot be read as a picture .IsADirectoryError"),
         (["--temperature", "-1", "what?"], "^temperature must not be negative, found -1.0$"),
-        (["--temperature", "nan", "what?"], "^temperature must not be negative, found nan$"),
+        (["--temperature", "nan", "what?"], "^temperature must be a finite number, found nan$"),
         (["--top-p", "1.5", "what?"], "^top_p must be between 0 and 1, found 1.5$"),
         (["--depth", "-1", "what?"], "^depth must be at least 0, found -1$"),
         (["--tree", "auto", "--top-k", "2", "what?"], "^--tree and --top-k both say what the tree is, expected only"),

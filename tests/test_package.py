@@ -1,14 +1,17 @@
 """What `import vispec` costs and shows, and what is packaged."""
 
+import io
 import runpy
 import subprocess
 import sys
 import typing
 from pathlib import Path
 
+import pytest
 import setuptools
 
 import vispec
+from vispec.cli import run_cli
 from vispec.model.spec_model import SpecModel
 
 ROOT = Path(__file__).parents[1]
@@ -46,3 +49,12 @@ def test_what_is_packaged_beside_the_code(monkeypatch):
     for package, patterns in packaged.items():
         for pattern in patterns:
             assert any(path.is_file() for path in ROOT.joinpath(*package.split(".")).glob(pattern)), pattern
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_run(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as done:
+        run_cli(lambda: print("é τ …"))
+    terminal.flush()
+    assert (done.value.code, terminal.buffer.getvalue()) == (0, b"\xe9 ? ?\n")

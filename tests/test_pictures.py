@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vispec.pictures import UnreadableImage, read_picture
+from vispec.pictures import OutsideFolder, UnreadableImage, picture_path, read_picture
 
 
 def saved(image: Image.Image, format: str = "PNG", **options) -> io.BytesIO:
@@ -95,3 +95,18 @@ def test_pictures_of_too_many_pixels_are_not_decoded(monkeypatch):
         read_picture(file)
     monkeypatch.setenv("VISPEC_MAX_PIXELS", "60000")
     assert read_picture(file).size == (300, 200)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/a.png"])
+def test_names_that_lead_out_of_the_folder(tmp_path, name):
+    with pytest.raises(OutsideFolder, match=f"{name} is outside of the data folder {tmp_path}"):
+        picture_path(tmp_path, name)
+    assert picture_path(tmp_path, name, allow_outside=True) == tmp_path / name
+
+
+def test_a_link_inside_the_folder_may_lead_elsewhere(tmp_path):
+    elsewhere, folder = tmp_path / "blob", tmp_path / "data"
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(elsewhere, "PNG")
+    folder.mkdir()
+    (folder / "a.png").symlink_to(elsewhere)
+    assert read_picture(picture_path(folder, "a.png")).getpixel((0, 0)) == (1, 2, 3)

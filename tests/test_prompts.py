@@ -2,17 +2,20 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from vispec.cli import UserError
 from vispec.evaluation import text
+from vispec.ge_data.conversations import tokenize
 from vispec.pictures import UnreadableImage
-from vispec.prompts import Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
+from vispec.prompts import ReservedWord, Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = json.loads((GOLDEN / "published_chat_templates.json").read_text())
@@ -140,3 +143,104 @@ def test_colours(monkeypatch):
     pieces = [("a ", False), ("cat", True)]
     assert text.coloured(pieces, False) == "a cat"
     assert text.coloured(pieces, True) == "a \x1b[32mcat\x1b[0m"
+
+
+# --- templates and texts as people have them ---
+
+ITEMS = "{% for c in m['content'] %}{% if c['type']=='image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    f"{{{{ m['role'] }}}}: {ITEMS}{{% endfor %}}"
+)
+ALTERNATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    f"{{{{ raise_exception('roles must alternate') }}}}{{% endif %}}{{{{ m['role'] }}}}: {ITEMS}{{% endfor %}}"
+)
+
+
+@pytest.fixture
+def processor():
+    return load_processor(str(GOLDEN / "llava_1.5" / "target"))
+
+
+def built(processor, turns, system="be kind") -> str:
+    """The text of which a prompt was made."""
+    texts = []
+    plain = type(processor).__call__
+
+    class Watched(type(processor)):
+        def __call__(self, *args, text, **kwargs):
+            texts.extend(text)
+            return plain(self, *args, text=text, **kwargs)
+
+    processor.__class__ = Watched
+    build_inputs(processor, turns, system)
+    return texts[0]
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, ALTERNATE])
+def test_a_system_text_that_is_refused_begins_the_first_user_turn(processor, template):
+    processor.chat_template = template
+    assert built(processor, [user_turn("what?", PICTURE)]) == "user: be kind\n\nwhat?<image>"
+    assert build_inputs(processor, [user_turn("what?")], system="")["input_ids"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('never') }}", r"refuses the conversation \(never\)"),
+        ("{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}", "refuses the conversation"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "takes texts alone"),
+        ("{% for", "refuses the conversation"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(processor, template, message):
+    processor.chat_template = template
+    with pytest.raises(UserError, match=message) as caught:
+        build_inputs(processor, [user_turn("what?")])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_template_of_the_tokenizer_alone(processor):
+    expected = build_inputs(processor, [user_turn("what?")])["input_ids"]
+    processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
+    assert build_inputs(processor, [user_turn("what?")])["input_ids"].equal(expected)
+    processor.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        build_inputs(processor, [user_turn("what?")])
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_there_is_one_bos(processor, writes):
+    """Whether the template writes it or the tokenizer adds it."""
+    tokenizer = processor.tokenizer
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    if writes:
+        processor.chat_template = tokenizer.bos_token + processor.chat_template
+    ids = build_inputs(processor, [user_turn("what?")])["input_ids"][0]
+    assert (ids == tokenizer.bos_token_id).nonzero().tolist() == [[0]]
+    text = (tokenizer.bos_token if writes else "") + "what? that"
+    ids, mask = tokenize(tokenizer, text, [(len(text) - 4, len(text))], 99)
+    assert (ids == tokenizer.bos_token_id).nonzero().tolist() == [[0]] and mask.any()
+
+
+@pytest.mark.parametrize("word", ["<image>", "<placeholder>"])
+def test_words_of_the_processor_in_a_text(processor, word):
+    with pytest.raises(ReservedWord, match=f"^the text holds {word}, which the target's processor keeps for itself$"):
+        build_inputs(processor, [user_turn(f"what is {word}?", PICTURE)])
+
+
+def test_text_that_cannot_be_encoded(processor):
+    text = built(processor, [user_turn("caf\udce9 \ud83d\ude00 \ud83d")])
+    assert "caf\ufffd \U0001f600 \ufffd" in text
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", b'{"version": '), ("preprocessor_config.json", b"")])
+def test_a_broken_file_of_the_processor_is_named(tmp_path, name, content):
+    folder = shutil.copytree(GOLDEN / "llava_1.5" / "target", tmp_path / "target")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder / name}: ") as caught:
+        load_processor(str(folder))
+    assert "\n" not in str(caught.value)

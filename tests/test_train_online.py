@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_rows import CONFIGS, TARGETS, generate, write_rows
 
 from vispec.ge_data.sample_file import read_note, read_tokens
 from vispec.train import main, main_mtp
+from vispec.train.online import Pictures
 
 STEPS = ["--num-epochs", "4", "--save-every", "4", "--lr", "1e-3"]  # of five training samples each
 
@@ -140,6 +142,17 @@ def test_images_that_moved(data, made, tmp_path):
     # in a process that reads for the training one as well
     with pytest.raises(ValueError, match=r"^\S*\d+.safetensors: its image .*moved/\d.png cannot be read"):
         trained(2, [folder], tmp_path / "five", "--online", "--data-folder", str(moved), "--num-workers", "1")
+
+
+def test_images_outside_of_the_folder(made, tmp_path):
+    """The notes of samples are data too."""
+    folder = made / "image_tokens"
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tokens = replace(read_tokens(path), picture="../0.png")
+    with pytest.raises(ValueError, match=r"its image ../0.png is outside of the data folder .*--allow-outside"):
+        Pictures(TARGETS["llava"], [folder]).inputs(tokens)
+    with pytest.raises(ValueError, match=r"/\.\./0.png cannot be read"):
+        Pictures(TARGETS["llava"], [folder], str(tmp_path / "none"), allow_outside=True).inputs(tokens)
 
 
 def test_another_target_s_images_are_refused(data, tmp_path):

@@ -92,6 +92,10 @@ def worst(*codes: int) -> int:
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command and leave the process: errors of the user become one line on stderr and exit code 1."""
     end_with_parent()
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that lacks a character is no reason to end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = main() or 0
     except (ValueError, OSError) as error:

@@ -21,6 +21,24 @@ class UnreadableImage(OSError):
     """A picture cannot be read: missing, none of the formats, broken, or too large; the message says which."""
 
 
+class OutsideFolder(ValueError):
+    """A row of data names a picture that is not in the data's folder."""
+
+
+def picture_path(folder: Path, name: str, allow_outside: bool = False) -> Path:
+    """Where the picture of a row is; links inside the folder may lead elsewhere, as those of the hub's cache do.
+
+    Args:
+        allow_outside: take absolute paths and `..` as they are.
+
+    Raises:
+        OutsideFolder: the name leads out of the folder.
+    """
+    if not allow_outside and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise OutsideFolder(f"{name} is outside of the data folder {folder}; --allow-outside reads it all the same")
+    return folder / name
+
+
 def read_picture(file: str | Path | BinaryIO, on_white: bool = True) -> Image.Image:
     """The picture in a file, in RGB, turned as its EXIF says.
 

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from jinja2 import TemplateError
 from PIL import Image
 
-from vispec.cli import UserError
+from vispec.cli import UserError, one_line
+from vispec.files import read_json
 from vispec.pictures import read_picture
 from vispec.video import Video, video_arguments
 
@@ -34,9 +36,16 @@ PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")
 
+SCRATCH_WORD = "<placeholder>"
+"""What processors write in place of image tokens while they count them."""
+
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
 Item: TypeAlias = str | ImageSource | Video
+
+
+class ReservedWord(UserError):
+    """A text has what stands for an image or a video; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def image_file(path: Path) -> ImageSource:
 
 def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict]:
     """The conversation as chat templates take it, with the system turn before it; without one if that is empty."""
-    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages = [{"role": "system", "content": [_content(system)]}] if system else []
     for turn in turns:
         messages.append({"role": turn.role, "content": [_content(item) for item in turn.items]})
     return messages
@@ -68,32 +77,97 @@ def chat_messages(turns: Sequence[Turn], system: str = SYSTEM_TURN) -> list[dict
 def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str = SYSTEM_TURN) -> "BatchFeature":
     """What the model is called with: input_ids (1, L), attention_mask, and the family's image and video tensors.
 
+    A system text that the template refuses as a turn begins the first user turn. What cannot be encoded, such as half
+    of a surrogate pair, becomes U+FFFD.
+
     Raises:
         UnreadableImage: a picture cannot be read.
+        ReservedWord: a text has what stands for an image or a video.
+        UserError: there is no chat template, or it refuses the conversation.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
     shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
     videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
     sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
-    text = processor.apply_chat_template(chat_messages(turns, system), add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=images or None, text=[text], return_tensors="pt", **videos)
+    _refuse_reserved_words(processor, turns, system, bool(shown))
+    text = _rendered(processor, turns, system)
+    options = videos if adds_special_tokens(processor.tokenizer, text) else videos | {"add_special_tokens": False}
+    inputs = processor(images=images or None, text=[text], return_tensors="pt", **options)
     return inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
+
+
+def adds_special_tokens(tokenizer, text: str) -> bool:
+    """Whether a tokenizer is to add its special tokens to a rendered text: not where that has its BOS already."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -> str:
+    """The text that the chat template makes of a conversation."""
+    template = _chat_template(processor)
+
+    def render(turns: Sequence[Turn], system: str) -> str:
+        messages = chat_messages(turns, system)
+        return processor.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+
+    try:
+        try:
+            text = render(turns, system)
+        except TemplateError:  # of its own accord: no system turn, or a user's turn first
+            if not system or not turns or turns[0].role != "user":
+                raise
+            text = render([user_turn(f"{system}\n\n", *turns[0].items), *turns[1:]], "")
+    except Exception as error:  # a template is a program, which raises what it likes
+        raise UserError(f"the target's chat template refuses the conversation ({one_line(error)})") from None
+    if "'type': 'text'" in text:
+        raise UserError("the target's chat template takes texts alone, and writes down items of a turn as they are")
+    return text
+
+
+def _chat_template(processor: "ProcessorMixin") -> str:
+    """The processor's; the tokenizer's where it has none, as when tokenizer_config.json alone holds one."""
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        template = getattr(owner, "chat_template", None)
+        template = template.get("default") if isinstance(template, dict) else template
+        if template is not None:
+            return template
+    raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
+
+
+def _refuse_reserved_words(processor: "ProcessorMixin", turns: Sequence[Turn], system: str, shows: bool) -> None:
+    """The processor takes them for its own, wherever they stand, and then counts wrong or finds no image for one."""
+    words = [getattr(processor, f"{medium}_token", None) for medium in ("image", "video")]
+    words += [SCRATCH_WORD] if shows else []
+    texts = [system, *(item for turn in turns for item in turn.items if isinstance(item, str))]
+    for word in words:
+        if isinstance(word, str) and any(word in text for text in texts):
+            raise ReservedWord(f"the text holds {word}, which the target's processor keeps for itself")
 
 
 def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
     """The target's processor, from a folder or a hub id; `pixel_limits` holds Qwen's images within `PIXEL_LIMITS`."""
     from transformers import AutoConfig, AutoProcessor
 
-    limited = pixel_limits and AutoConfig.from_pretrained(path).model_type in FAMILIES_WITH_PIXEL_LIMITS
     try:
+        limited = pixel_limits and AutoConfig.from_pretrained(path).model_type in FAMILIES_WITH_PIXEL_LIMITS
         return AutoProcessor.from_pretrained(path, **(PIXEL_LIMITS if limited else {}))
     except ImportError as error:  # transformers 5 wants torchvision for Qwen's
-        raise UserError(f"the processor of {path} lacks a package: {' '.join(str(error).split())}") from None
+        raise UserError(f"the processor of {path} lacks a package: {one_line(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers trips over a broken file in many ways, and rarely says over which one
+        for file in sorted(Path(path).glob("*.json")) if Path(path).is_dir() else ():
+            read_json(file, None)
+        reason = one_line(error)
+        raise UserError(f"{path}: its processor cannot be loaded ({type(error).__name__}: {reason[:200]})") from None
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _content(item: Item) -> dict[str, str]:
     if isinstance(item, str):
-        return {"type": "text", "text": item}
+        return {"type": "text", "text": _encodable(item)}
     return {"type": "video" if isinstance(item, Video) else "image"}

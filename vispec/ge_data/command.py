@@ -44,6 +44,7 @@ def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
         add("--seed", type=int, default=0, help="of sampled answers (%(default)s)")
         add("--batch-size", type=int, default=16, help="answers generated together (%(default)s)")
         add("--max-new-tokens", type=int, default=1024, help="longest answer (%(default)s)")
+        parser.add_bool("--allow-outside", "read images at absolute paths, and above the data folder")
         if family == "qwen":
             smallest, largest = PIXEL_LIMITS["min_pixels"], PIXEL_LIMITS["max_pixels"]
             add("--min-pixels", type=int, default=smallest, help="smaller images are enlarged (%(default)s)")
@@ -84,6 +85,8 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     from vispec.ge_data.target_identity import identify_target
 
     arguments = {k: v for k, v in vars(args).items() if k not in ("outdir", "worker", "gpus_per_model")}
+    if not arguments.get("allow_outside"):  # runs that are there may have been begun without the flag
+        arguments.pop("allow_outside", None)
     arguments = {"stage": stage, "family": family, **arguments, "end": end}
     target = identify_target(args.model, args.dtype)
     groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
@@ -148,7 +151,7 @@ def _make_job(stage, family, args, rows):
     from vispec.model.loading import load_target
     from vispec.model.target import Target
 
-    names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "min_pixels", "max_pixels")
+    names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "min_pixels", "max_pixels", "allow_outside")
     settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
     processor = AutoProcessor.from_pretrained(args.model, **limits)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vispec.prompts import adds_special_tokens
+
 Turn = tuple[str, str]
 """Who speaks ("human" or "gpt"), and what."""
 CharSpan = tuple[int, int]
@@ -120,9 +122,7 @@ def _answer_length(rendered: str, value: str) -> int:
     return len(rendered.rstrip())
 
 
-def tokenize(
-    tokenizer, text: str, spans: Sequence[CharSpan], max_len: int, add_special_tokens: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(tokenizer, text: str, spans: Sequence[CharSpan], max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (L,) of at most `max_len` tokens and the mask (L,) of those that begin inside one of `spans`.
 
     Raises:
@@ -134,7 +134,7 @@ def tokenize(
         )
     encoded = tokenizer(
         text,
-        add_special_tokens=add_special_tokens,
+        add_special_tokens=adds_special_tokens(tokenizer, text),
         truncation=True,
         max_length=max_len,
         return_offsets_mapping=True,

@@ -23,12 +23,11 @@ from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
-from vispec.pictures import UnreadableImage
-from vispec.prompts import LONG_ANSWER, build_inputs, image_file, user_turn
+from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
+from vispec.prompts import LONG_ANSWER, ReservedWord, build_inputs, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
-
 
 
 class FailedRow(Exception):
@@ -57,6 +56,8 @@ class Settings:
     store: str = "pairs"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    allow_outside: bool = False
+    """Read images at absolute paths, and above the data folder."""
 
 
 class TextJob:
@@ -82,9 +83,7 @@ class TextJob:
         else:
             self.render = render_vicuna
             limit = min(limit, self.tokenizer.model_max_length)
-        # chat templates write the special tokens themselves
-        special = settings.family != "qwen"
-        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit, add_special_tokens=special)
+        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit)
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
@@ -144,11 +143,15 @@ class ImageJob:
         if self._has_media(torch.tensor(self.processor.tokenizer(question).input_ids)):
             raise SkipRow("more than one image tag")
         try:
-            picture = image_file(self.rows.folder / row["image"])()
+            picture = image_file(picture_path(self.rows.folder, row["image"], self.settings.allow_outside))()
+        except OutsideFolder:
+            raise SkipRow("image outside of the data folder (--allow-outside reads it)") from None
         except UnreadableImage:
             raise SkipRow("unreadable image") from None
         try:
             inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
+        except ReservedWord:
+            raise SkipRow("a word of the processor's own in the text") from None
         except ValueError:  # too small or too narrow
             raise SkipRow("the processor refuses the image") from None
         if inputs["input_ids"].shape[1] >= self._limit:

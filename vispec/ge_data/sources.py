@@ -1,11 +1,12 @@
 """Where the rows come from: the published data sets, or local files in their layouts."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from vispec.files import parse_json, read_json
 
 SHUFFLE_SEED = 42
 SHAREGPT = "Aeala/ShareGPT_Vicuna_unfiltered"
@@ -60,13 +61,7 @@ def load_image(data_folder: str | None) -> Rows:
 
 def _read_rows(file: Path) -> list[dict]:
     """A JSON list of objects, or one object a line; a row that is none is skipped where it is used."""
-    with open(file, encoding="utf-8") as stream:
-        try:
-            rows = (
-                [json.loads(line) for line in stream if line.strip()] if file.suffix == ".jsonl" else json.load(stream)
-            )
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: expected a list of objects")
-    return rows
+    if file.suffix != ".jsonl":
+        return read_json(file, list)
+    with open(file, "rb") as lines:
+        return [parse_json(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float, token_weight: floa
     add("--online", nargs="?", const=True, type=parse_bool, default=False, help="the target computes the features now")
     add("--target-dtype", choices=DTYPES, default="auto", help="of the target of --online (%(default)s)")
     add("--data-folder", help="images of --online; default: where the data's manifest says they are")
+    add("--allow-outside", action="store_true", help="read images of --online above their folder, or at absolute paths")
     add("--report-to", choices=("tensorboard", "none"), default="none", help="(%(default)s)")
 
 
@@ -285,7 +286,7 @@ def _online_data(
     from vispec.train.online import OnlineFeatures, Pictures, TokenFolder, load_frozen
 
     folders = {path.parent for path in [*train_paths, *held_out_paths]}
-    pictures = Pictures(args.basepath, folders, args.data_folder)
+    pictures = Pictures(args.basepath, folders, args.data_folder, args.allow_outside)
     target = load_frozen(args.basepath, args.target_dtype, processes.device)
     online = OnlineFeatures(target, args.max_len, Noise(args.noise, args.seed), all_features)
     train_set, held_out_set = (TokenFolder(paths, pictures, vocab_size) for paths in (train_paths, held_out_paths))

@@ -16,7 +16,7 @@ from vispec.ge_data.sample_file import Sample, Tokens, read_tokens
 from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER
 from vispec.model.loading import load_target
 from vispec.model.target import Target
-from vispec.pictures import UnreadableImage
+from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
 from vispec.prompts import build_inputs, image_file, user_turn
 from vispec.train.samples import Batch, Noise, collate
 
@@ -40,10 +40,13 @@ class Pictures:
         model: the target, folder or hub id, whose processor is used.
         folders: where sample files are; each folder's manifest says where its images are, and Qwen's pixel limits.
         data_folder: the images' folder, instead of the manifests'.
+        allow_outside: read images at absolute paths, and above that folder.
     """
 
-    def __init__(self, model: str, folders: Iterable[Path], data_folder: str | None = None):
-        self.data_folder = data_folder
+    def __init__(
+        self, model: str, folders: Iterable[Path], data_folder: str | None = None, allow_outside: bool = False
+    ):
+        self.data_folder, self.allow_outside = data_folder, allow_outside
         self._arguments = {folder: read_manifest(folder).get("arguments", {}) for folder in sorted(folders)}
         limits = {_pixel_limits(arguments) for arguments in self._arguments.values()}
         self._processors = {pair: _load_processor(model, pair) for pair in limits}
@@ -59,7 +62,10 @@ class Pictures:
         if tokens.picture is None:
             raise ValueError(f"{tokens.name}: the file does not say where its image is")
         folder = Path(tokens.name).parent
-        path = self._image_folder(folder) / tokens.picture
+        try:
+            path = picture_path(self._image_folder(folder), tokens.picture, self.allow_outside)
+        except OutsideFolder as error:
+            raise ValueError(f"{tokens.name}: its image {error}") from None
         processor = self._processors[_pixel_limits(self._arguments[folder])]
         try:
             return image_inputs(build_inputs(processor, [user_turn(image_file(path))]))
