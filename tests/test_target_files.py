@@ -12,6 +12,7 @@ from tiny_models import GOLDEN, random_target
 
 from vispec import SpecModel
 from vispec.model.loading import load_target
+from vispec.train.target_weights import read_tables
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD = version.parse(transformers.__version__).major < 5
@@ -50,6 +51,8 @@ def test_broken_weights(folder, content, message):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[content] if isinstance(content, slice) else content)
     refused(folder, message)
+    with pytest.raises(ValueError, match=message):  # training reads two tables of it
+        read_tables(str(folder))
 
 
 @pytest.mark.parametrize(

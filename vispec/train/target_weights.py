@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from vispec.model.target_files import check_files
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
 """Ends the embedding's name, whatever module a family or a version of transformers puts it in."""
@@ -19,8 +21,9 @@ def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
     With tied embeddings both are the same tensor.
 
     Raises:
-        ValueError: a file or a tensor cannot be found.
+        ValueError: a file or a tensor cannot be found, or is broken.
     """
+    check_files(basepath)
     files = _weight_files(basepath)
     embedding_name = _only(files, EMBEDDING, basepath)
     head_name = _only(files, HEAD, basepath, optional=True)
