@@ -61,7 +61,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         found: BaseException | None = error
         while found and not isinstance(found, OSError):
             found = found.__cause__ or found.__context__
-        if found is None or found.filename is not None:
+        if found is None or found.errno is None or found.filename is not None:
             raise
         raise OSError(found.errno, found.strerror, str(path)) from None
 
