@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,25 +16,31 @@ from test_train_steps import make_trainer, write_data
 from vispec.ge_data.sample_file import read_sample, write_sample
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file of this process grows beyond some kilobytes: the system says so as it does of a full disk."""
+    """No file of this process grows beyond some kilobytes: the system says so as it does of a full disk.
+
+    Pytest's own output may be such a file, so this must end within the test.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_a_full_disk_is_named(tmp_path, full_disk):
+def test_a_full_disk_is_named(tmp_path):
     data = write_data(tmp_path / "data")
     sample, trainer = read_sample(data / "00000001.safetensors"), make_trainer(data, tmp_path / "cp")
     sample.hidden = torch.zeros(5000, 16)
-    full_disk()
-    with pytest.raises(OSError, match=r"cp/resume\.pt"):
-        trainer.save()
-    with pytest.raises(OSError, match=r"out/00000000\.safetensors"):
-        write_sample(tmp_path / "out" / "00000000.safetensors", sample)
+    with full_disk():
+        with pytest.raises(OSError, match=r"cp/resume\.pt"):
+            trainer.save()
+        with pytest.raises(OSError, match=r"out/00000000\.safetensors"):
+            write_sample(tmp_path / "out" / "00000000.safetensors", sample)
     assert not list((tmp_path / "cp").iterdir()) and not list((tmp_path / "out").iterdir())
 
 
