@@ -3,9 +3,11 @@
 import torch
 
 from vispec.evaluation.families.family import END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, Family, Inputs, Shown
+from vispec.evaluation.families.further import SAM
 from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grids, mrope
-from vispec.evaluation.families.squares import GRANITE, WINDOW
-from vispec.evaluation.families.tiles import fill_rows
+from vispec.evaluation.families.squares import CLIP, GRANITE, LAYERS, WINDOW
+from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
+from vispec.evaluation.families.tiles import PINPOINTS, fill_rows
 from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS
 
 _EVERY_OTHER = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -15,6 +17,8 @@ _SPARSE = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok":
 _LFM2_TOWER = {**VISION, "patch_size": 7, "num_patches": 16, "model_type": "siglip2_vision_model"}
 _LFM2 = {"vision_config": _LFM2_TOWER, "projector_hidden_size": 32, "image_token_id": IMAGE}
 _MUSE_TOWER = {**VISION, "patch_size": 7, "pos_emb_height": 4, "pos_emb_width": 4}
+_QFORMER = {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48}
+_QFORMER |= {"cross_attention_frequency": 1, "max_position_embeddings": 64, "use_qformer_text_input": False}
 _VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
 _VISUAL = 20
 """Ids of ordinary text that also stand for a quantised patch."""
@@ -70,6 +74,33 @@ FAMILIES = {
         tile_rows,
         join=fill_rows,
         remark="scaled logits",
+    ),
+    "granite4_vision": Family(
+        "granite4_vision",
+        {
+            "text_config": {**TEXT, **LAYERS, "model_type": "granite4_vision_text", "logits_scaling": 4.0},
+            "vision_config": {**CLIP, "hidden_size": 64},
+            "qformer_config": _QFORMER,
+            "downsample_rate": "2/4",
+            "deepstack_layer_map": [[-2, 0], [-1, 1]],
+            "spatial_target_layers": [2, 3, 3, 3],
+            "image_grid_pinpoints": PINPOINTS,
+            **IMAGE_MARKS,
+        },
+        remark="scaled logits; text alone",
+    ),
+    "deepseek_ocr2": Family(
+        "deepseek_ocr2",
+        {
+            "text_config": {**TEXT, **LATENT_EXPERTS, "moe_intermediate_size": 32}
+            | {"mlp_layer_types": ["dense", "sparse"]},
+            "vision_config": {
+                "sam_config": {**SAM, "downsample_channels": [32, 64]},
+                "encoder_config": {**VISION, "hidden_size": 64, "num_key_value_heads": 4},
+            },
+            "image_token_id": IMAGE,
+        },
+        remark="text alone",
     ),
     "lfm2_vl": Family("lfm2_vl", _lfm2("conv", "full_attention")),
     "lfm2_vl (full attention)": Family("lfm2_vl", _lfm2("full_attention", "full_attention"), shaped),
