@@ -7,7 +7,7 @@ from vispec.evaluation.families.further import SAM
 from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grids, mrope
 from vispec.evaluation.families.squares import CLIP, GRANITE, LAYERS, WINDOW
 from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
-from vispec.evaluation.families.tiles import PINPOINTS, fill_rows
+from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
 from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS
 
 _EVERY_OTHER = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -87,7 +87,8 @@ FAMILIES = {
             "image_grid_pinpoints": PINPOINTS,
             **IMAGE_MARKS,
         },
-        remark="scaled logits; text alone",
+        packed((14, 16)),
+        remark="features added at later layers, scaled logits",
     ),
     "deepseek_ocr2": Family(
         "deepseek_ocr2",
