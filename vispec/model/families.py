@@ -75,7 +75,13 @@ def _padding(config) -> int:
     return config.get_text_config().pad_token_id
 
 
-PLACEHOLDERS_AS: dict[str, Callable] = {"gemma4": _padding, "gemma4_unified": _padding, "kimi_k25": lambda config: 0}
+PLACEHOLDERS_AS: dict[str, Callable] = {
+    "gemma4": _padding,
+    "gemma4_unified": _padding,
+    "kimi_k25": lambda config: 0,
+    "muse_glimmer": lambda config: 0,
+    "muse_spark": lambda config: 0,
+}
 """The id that placeholders of images, videos and sounds are embedded as, by `model_type`: config -> id."""
 
 

@@ -291,7 +291,10 @@ class Target:
         # a pass of another thread may meet a hook that is half added or half removed, and then gives it no kwargs
         def decoder_inputs(module, args, kwargs=None):
             if threading.get_ident() == me:
-                seen["embeds"], seen["positions"] = kwargs["inputs_embeds"], kwargs.get("position_ids")
+                embeds = kwargs["inputs_embeds"]
+                # a class that reads no images leaves its decoder to embed the text
+                seen["embeds"] = self.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
+                seen["positions"] = kwargs.get("position_ids")
 
         def decoder_outputs(module, args, output):
             if threading.get_ident() == me:

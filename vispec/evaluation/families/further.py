@@ -12,8 +12,8 @@ _AUDIO |= {"max_source_positions": 16, "output_dim": 64, "downsample_hidden_size
 _OMNI = {"audio_config": _AUDIO, "image_token_index": IMAGE, "video_token_index": VIDEO, "audio_token_index": 1}
 _OMNI |= {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 1, "vision_start_token_id": START}
 _OMNI |= {"vision_end_token_id": END, "audio_start_token_id": 2, "audio_end_token_id": 2}
-_SAM = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48}
-_SAM |= {"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1]}
+SAM = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48}
+SAM |= {"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1]}
 
 
 def twice(sizes: list[int]) -> Shown:
@@ -58,7 +58,7 @@ FAMILIES = {
     ),
     "deepseek_vl_hybrid": Family(
         "deepseek_vl_hybrid",
-        {"text_config": LLAMA, "vision_config": SIGLIP, "high_res_vision_config": _SAM, "image_token_id": IMAGE},
+        {"text_config": LLAMA, "vision_config": SIGLIP, "high_res_vision_config": SAM, "image_token_id": IMAGE},
         twice,
     ),
     "mllama": Family(

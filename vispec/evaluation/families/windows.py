@@ -9,9 +9,9 @@ from vispec.evaluation.families.squares import LAYERS, SIGLIP, WINDOW, squares
 _WINDOWED = "layers with a window of 8 tokens"
 _EVERY_OTHER = {**LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
 _COHERE = {**TEXT, **_EVERY_OTHER, "model_type": "cohere2", "logit_scale": 0.3, "sliding_window_pattern": 2}
-_LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
-_LATENT |= {"qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1, "moe_intermediate_size": 16}
-_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1, "moe_intermediate_size": 16}
+LATENT_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _GEMMA4 = {
     **TEXT,
     "num_hidden_layers": 6,
@@ -97,7 +97,7 @@ FAMILIES = {
     "kimi_k25": Family(
         "kimi_k25",
         {
-            "text_config": {**TEXT, **_LATENT, **_EXPERTS, "model_type": "deepseek_v3"},
+            "text_config": {**TEXT, **LATENT, **LATENT_EXPERTS, "model_type": "deepseek_v3"},
             "vision_config": {**VISION, "patch_size": 7},
             "projection_hidden_size": 32,
             "image_token_id": IMAGE,

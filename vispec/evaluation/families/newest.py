@@ -1,0 +1,211 @@
+"""Families of later kinds, some of which are tried on text alone, and those that are refused by what they are."""
+
+import torch
+
+from vispec.evaluation.families.family import END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, Family, Inputs, Shown
+from vispec.evaluation.families.further import SAM
+from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grids, mrope
+from vispec.evaluation.families.squares import CLIP, GRANITE, LAYERS, WINDOW
+from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
+from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
+from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS
+
+_EVERY_OTHER = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_EVERY_OTHER |= {"sliding_window": WINDOW, "head_dim": 16}
+_WINDOWED = "layers with a window of 8 tokens"
+_SPARSE = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LFM2_TOWER = {**VISION, "patch_size": 7, "num_patches": 16, "model_type": "siglip2_vision_model"}
+_LFM2 = {"vision_config": _LFM2_TOWER, "projector_hidden_size": 32, "image_token_id": IMAGE}
+_MUSE_TOWER = {**VISION, "patch_size": 7, "pos_emb_height": 4, "pos_emb_width": 4}
+_QFORMER = {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48}
+_QFORMER |= {"cross_attention_frequency": 1, "max_position_embeddings": 64, "use_qformer_text_input": False}
+_VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+_VISUAL = 20
+"""Ids of ordinary text that also stand for a quantised patch."""
+_SHAPES = ((4, 4), (2, 4))
+
+
+def shaped(sizes: list[int]) -> Shown:
+    """LFM2's: patches in rows that are filled up, with the shape of each image; 2 x 2 to a token."""
+    shapes = [_SHAPES[size] for size in sizes]
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        pixels, seen = torch.zeros(len(sizes), 16, 3 * 7 * 7), torch.zeros(len(sizes), 16, dtype=torch.int32)
+        for place, (height, width) in enumerate(shapes):
+            pixels[place, : height * width] = torch.randn(height * width, 3 * 7 * 7, generator=noise)
+            seen[place, : height * width] = 1
+        return {"pixel_values": pixels, "pixel_attention_mask": seen, "spatial_shapes": torch.tensor(shapes)}
+
+    return Shown([[START, *[IMAGE] * (height * width // 4), END] for height, width in shapes], inputs)
+
+
+def tile_rows(sizes: list[int]) -> Shown:
+    """Granite Docling's: tiles in rows as Idefics has them, and which of a row's tiles are real."""
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        pixels = torch.randn(1, len(sizes), 3, 28, 28, generator=noise)
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(1, len(sizes), dtype=torch.bool)}
+
+    return Shown([[START, *[IMAGE] * 4, END] for _ in sizes], inputs)
+
+
+def _lfm2(*kinds: str) -> dict:
+    return {"text_config": {**TEXT, "model_type": "lfm2", "layer_types": list(kinds)}, **_LFM2}
+
+
+FAMILIES = {
+    "cosmos3_edge": Family(
+        "cosmos3_edge",
+        {
+            "text_config": {**TEXT, "head_dim": 16, **mrope(2, 3, 3)},
+            "vision_config": {**VISION, "patch_size": 7, "num_patches": 16, "spatial_merge_size": 2},
+            "projector_hidden_size": 32,
+            **MARKS,
+        },
+        grids((3 * 7 * 7,)),
+    ),
+    "granite_docling": Family(
+        "granite_docling",
+        {
+            "text_config": {**TEXT, **GRANITE, "model_type": "granite_docling_text"},
+            "vision_config": {**SQUARE, "scale_factor": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+            "image_token_id": IMAGE,
+        },
+        tile_rows,
+        join=fill_rows,
+        remark="scaled logits",
+    ),
+    "granite4_vision": Family(
+        "granite4_vision",
+        {
+            "text_config": {**TEXT, **LAYERS, "model_type": "granite4_vision_text", "logits_scaling": 4.0},
+            "vision_config": {**CLIP, "hidden_size": 64},
+            "qformer_config": _QFORMER,
+            "downsample_rate": "2/4",
+            "deepstack_layer_map": [[-2, 0], [-1, 1]],
+            "spatial_target_layers": [2, 3, 3, 3],
+            "image_grid_pinpoints": PINPOINTS,
+            **IMAGE_MARKS,
+        },
+        packed((14, 16)),
+        remark="features added at later layers, scaled logits",
+    ),
+    "deepseek_ocr2": Family(
+        "deepseek_ocr2",
+        {
+            "text_config": {**TEXT, **LATENT_EXPERTS, "moe_intermediate_size": 32}
+            | {"mlp_layer_types": ["dense", "sparse"]},
+            "vision_config": {
+                "sam_config": {**SAM, "downsample_channels": [32, 64]},
+                "encoder_config": {**VISION, "hidden_size": 64, "num_key_value_heads": 4},
+            },
+            "image_token_id": IMAGE,
+        },
+        remark="text alone",
+    ),
+    "lfm2_vl": Family("lfm2_vl", _lfm2("conv", "full_attention")),
+    "lfm2_vl (full attention)": Family("lfm2_vl", _lfm2("full_attention", "full_attention"), shaped),
+    "gemma4_unified": Family(
+        "gemma4_unified",
+        {
+            "text_config": {**TEXT, **_EVERY_OTHER, "final_logit_softcapping": 5.0},
+            "vision_config": None,
+            "audio_config": None,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "audio_token_id": 1,
+        },
+        remark=f"{_WINDOWED}, capped logits; text alone",
+    ),
+    "step3p7": Family(
+        "step3p7",
+        {
+            "text_config": {**TEXT, **_EVERY_OTHER, **_SPARSE, "share_expert_dim": 32}
+            | {"mlp_layer_types": ["dense", "sparse"] * 2},
+            "vision_config": SQUARE,
+            "image_token_id": IMAGE,
+        },
+        remark=f"{_WINDOWED}; text alone",
+    ),
+    "muse_glimmer": Family(
+        "muse_glimmer",
+        {
+            "text_config": {**TEXT, **_EVERY_OTHER},
+            "vision_config": _MUSE_TOWER,
+            "out_hidden_size": 128,
+            "projector_hidden_size": 32,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+        },
+        remark=f"{_WINDOWED}, capped logits; text alone",
+    ),
+    "muse_spark": Family(
+        "muse_spark",
+        {
+            "text_config": {**TEXT, **_EVERY_OTHER, **_SPARSE, "moe_hidden_size": 32},
+            "vision_config": _MUSE_TOWER,
+            "audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 64, "conv_kernel_size": 3},
+            "out_hidden_size": 128,
+            "projector_hidden_size": 32,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "audio_token_id": 1,
+        },
+        remark=f"{_WINDOWED}, capped logits; text alone",
+    ),
+    "mistral4": Family(
+        "mistral4",
+        {**TEXT, **LATENT, **LATENT_EXPERTS},
+        remark="latent attention; text alone, images are mistral3's",
+    ),
+    "emu3": Family(
+        "emu3",
+        {
+            "text_config": TEXT,
+            "vq_config": {**_VQ, "hidden_size": 32, "attn_resolutions": [1], "codebook_size": _VISUAL}
+            | {"temporal_downsample_factor": 1},
+            "vocabulary_map": {"<image>": IMAGE}
+            | {f"<|visual token {number:06d}|>": number + 5 for number in range(_VISUAL)},
+        },
+        remark="text alone",
+    ),
+    "chameleon": Family(
+        "chameleon",
+        {
+            **TEXT,
+            "vq_config": {**_VQ, "embed_dim": 8, "latent_channels": 8, "num_embeddings": _VISUAL, "resolution": 28},
+            "vocabulary_map": {"<image>": IMAGE, **{f"IMGIMG{letter}Z": ord(letter) - 60 for letter in "ABCDEFGHI"}},
+        },
+    ),
+    "minimax_m3_vl": Family(
+        "minimax_m3_vl",
+        {
+            "text_config": {**TEXT, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+            | {"dense_intermediate_size": 48, "shared_intermediate_size": 48}
+            | {"layer_types": ["minimax_m3_sparse", "full_attention"]},
+            "vision_config": {**VISION, "patch_size": 7, "image_size": 28},
+            "projector_hidden_size": 32,
+            "image_token_index": IMAGE,
+            "video_token_index": VIDEO,
+        },
+    ),
+    "qwen4_exp": Family(
+        "qwen4_exp",
+        {
+            "text_config": {**TEXT, **EXPERTS, "head_dim": 16, "layer_types": ["linear_attention"] * 2}
+            | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+            | {"linear_value_head_dim": 8, "shared_expert_intermediate_size": 16, "hc_count": 2, "hc_lowrank": 4},
+            "vision_config": QWEN3_TOWER,
+            **MARKS,
+        },
+    ),
+    "diffusion_gemma": Family(
+        "diffusion_gemma",
+        {
+            "text_config": {**TEXT, "head_dim": 16, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+            "vision_config": {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4}
+            | {"pooling_kernel_size": 2, "model_type": "gemma4_vision"},
+            "image_token_id": IMAGE,
+        },
+    ),
+}
