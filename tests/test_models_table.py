@@ -1,5 +1,6 @@
 """docs/models.md says what decoding does with the families of the installed transformers."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ FEW = ("llava (Pixtral)", "qwen2_5_vl", "gemma3", "idefics2", "aya_vision", "mll
 """Of layouts and text decoders that differ: what is tried beside the other tests. With transformers 5 it is all."""
 OF_5 = int(transformers.__version__.split(".")[0]) >= 5
 TRIED = FAMILIES if OF_5 else FEW
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """The command silences the package's log, for all that runs in its process."""
+    logger = logging.getLogger("vispec")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("name", TRIED)
