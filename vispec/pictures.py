@@ -76,7 +76,7 @@ def in_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:
     """A picture of any mode in RGB: 16 bits scaled to 8; see `read_picture` for `on_white`."""
     if image.mode.startswith("I"):  # convert() would cut values off at 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if not on_white or not (image.has_transparency_data if image.mode != "RGB" else "transparency" in image.info):
+    if not on_white or not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

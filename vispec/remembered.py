@@ -1,21 +1,19 @@
 """What was found out once and is kept in the user's cache folder, as JSON objects, for all processes."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 
 
 def recall(name: str) -> dict:
     """What a file of the cache folder holds; nothing where there is no such file, or none that can be read."""
     try:
-        found = json.loads(_place(name).read_text(encoding="utf-8"))
+        return read_json(_place(name))
     except (OSError, ValueError, RuntimeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def remember(name: str, found: Mapping) -> None:

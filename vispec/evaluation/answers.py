@@ -14,7 +14,7 @@ from typing import Any
 
 from vispec.cli import UserError
 from vispec.evaluation.answer_lines import read_lines
-from vispec.files import write_atomic, write_json_atomic
+from vispec.files import read_json, write_atomic, write_json_atomic
 from vispec.locks import held
 
 FORMAT = 2
@@ -138,12 +138,12 @@ def read_meta(path: Path) -> dict | None:
     """
     meta = meta_path(path)
     try:
-        value = json.loads(meta.read_text(encoding="utf-8"))
+        value = read_json(meta)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{meta}: no valid JSON ({error})") from None
-    if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not isinstance(value.get("settings"), dict):
         raise UserError(f"{meta}: expected an object with `settings`")
     found = value.get("format", 1)
     if found != FORMAT:
@@ -191,12 +191,16 @@ def conditions(path: Path) -> dict[str, set[str]]:
     return {name: values for name, values in told.items() if values}
 
 
-def condition_notices(baseline: Path, spec: Path) -> list[str]:
-    """One line for each of the conditions that differ between two arms, as far as both files say them."""
-    ours, theirs = conditions(spec), conditions(baseline)
+def condition_notices(baseline: tuple[Path, Mapping], spec: tuple[Path, Mapping]) -> list[str]:
+    """One line for each of the conditions that differ between two arms, as far as both files say them.
+
+    Args:
+        baseline, spec: a file and its `conditions`.
+    """
+    (plain_path, theirs), (spec_path, ours) = baseline, spec
     told = [(name, sorted(theirs[name]), sorted(ours[name])) for name in theirs if name in ours]
     return [
-        f"the arms differ in {name}: {', '.join(there)} in {baseline}, {', '.join(here)} in {spec}"
+        f"the arms differ in {name}: {', '.join(there)} in {plain_path}, {', '.join(here)} in {spec_path}"
         for name, there, here in told
         if there != here
     ]

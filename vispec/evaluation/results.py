@@ -13,7 +13,7 @@ from statistics import fmean
 from vispec.cli import UserError
 from vispec.embedded import TARGET
 from vispec.evaluation.answer_lines import read_answers
-from vispec.evaluation.answers import condition_notices, left_out_notice, left_out_of, meta_path, read_meta
+from vispec.evaluation.answers import condition_notices, conditions, left_out_notice, left_out_of, meta_path, read_meta
 from vispec.evaluation.bootstrap import Estimate, average, estimates
 from vispec.evaluation.comparison import (
     COMPARABLE,
@@ -46,6 +46,8 @@ class AnswersOf:
     answers: Mapping[int | str, list[Answer]]
     left_out: list[dict]
     """{question_id, reason} of each question that could not be asked."""
+    conditions: Mapping[str, set[str]]
+    """What their speed may depend on, see `vispec.evaluation.answers.conditions`."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _find(folder: Path, notices: list[str]) -> list[AnswersOf]:
         if answers:
             left_out = left_out_of(meta, answers)
             notices += left_out_notice(path, left_out)
-            found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers, left_out))
+            found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers, left_out, conditions(path)))
         else:
             notices.append(f"{path} is not counted: it has no answer yet")
     return found
@@ -241,7 +243,7 @@ def _row(
 def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str]) -> Cell | None:
     _refuse_differences("the arms cannot be compared", COMPARABLE, baseline, spec)
     shared = [question for question in baseline.answers if question in spec.answers]
-    notices += condition_notices(baseline.path, spec.path)
+    notices += condition_notices(*((arm.path, arm.conditions) for arm in (baseline, spec)))
     only_one = len(baseline.answers.keys() ^ spec.answers.keys())
     if only_one:
         notices.append(f"{spec.path}: {only_one} question(s) that only one arm has answered are not counted")

@@ -16,7 +16,7 @@ from pathlib import Path
 from vispec.cli import Parser, UserError, provenance
 from vispec.evaluation import report
 from vispec.evaluation.answer_lines import read_answers
-from vispec.evaluation.answers import condition_notices, left_out_notice, left_out_of, meta_path, read_meta
+from vispec.evaluation.answers import condition_notices, conditions, left_out_notice, left_out_of, meta_path, read_meta
 from vispec.evaluation.chart import draw_all
 from vispec.evaluation.comparison import COMPARABLE, TAU_CONVENTION, Comparison, compare, refuse_differences
 from vispec.evaluation.measure import is_greedy
@@ -84,7 +84,7 @@ def _report_pair(args: Namespace) -> int:
     if drafted or (meta and meta["settings"].get("method", "baseline") != "baseline"):
         raise UserError(f"--baseline {args.baseline}: these are answers of a speculative method")
     result = compare(baseline, spec)
-    notices += condition_notices(Path(args.baseline), Path(args.spec))
+    notices += condition_notices(*((path, conditions(path)) for path in (Path(args.baseline), Path(args.spec))))
     only_one = len(baseline.keys() ^ spec.keys())
     if only_one:
         notices.append(f"{only_one} question(s) that only one arm has answered are not counted")

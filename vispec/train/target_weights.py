@@ -1,18 +1,16 @@
 """Of the target, training needs two tables only: the token embedding and the output head."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from vispec.model.target_files import check_files
+from vispec.files import read_json
+from vispec.model.target_files import HEAD, INDEX, SINGLE, check_files
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
 """Ends the embedding's name, whatever module a family or a version of transformers puts it in."""
-HEAD = "lm_head.weight"
 
 
 def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +46,7 @@ def _weight_files(basepath: str) -> dict[str, Path]:
     """The file of each tensor, loaded lazily from the hub."""
     index = _file(basepath, INDEX)
     if index is not None:
-        places = json.loads(index.read_text())["weight_map"]
+        places = read_json(index)["weight_map"]
         ours = {name: place for name, place in places.items() if name.endswith((EMBEDDING, HEAD))}
         return {name: _file(basepath, place, required=True) for name, place in ours.items()}
     single = _file(basepath, SINGLE)
@@ -76,7 +74,7 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 def _is_tied(basepath: str) -> bool:
     path = _file(basepath, "config.json")
-    config = json.loads(path.read_text()) if path else {}
+    config = read_json(path) if path else {}
     # what both levels leave out is tied: that is the default of transformers
     inner = config.get("text_config") or {}
     return config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))

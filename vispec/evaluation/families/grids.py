@@ -1,5 +1,7 @@
 """Families whose images are patches in a list, with a grid (frames, height, width) for each image."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from vispec.evaluation.families.family import END, IMAGE, START, TEXT, VIDEO, VISION, Family, Inputs, Layout, Shown
@@ -26,12 +28,7 @@ def grids(patch: tuple[int, ...], around: bool = True, lined: bool = False, **mo
             tokens = height // 2 * (width // 2 + 1) + 2 if lined else height * width // 4
             ids.append([START, *[IMAGE] * tokens, END] if around else [IMAGE] * tokens)
 
-        def inputs(noise: torch.Generator) -> Inputs:
-            pixels = torch.randn(int(table.prod(dim=1).sum()), *patch, generator=noise)
-            every = {name: torch.tensor([value] * len(sizes)) for name, value in more.items()}
-            return {"pixel_values": pixels, "image_grid_thw": table, **every}
-
-        return Shown(ids, inputs)
+        return Shown(ids, _patched("pixel_values", "image_grid_thw", table, patch, more))
 
     return layout
 
@@ -49,14 +46,20 @@ def grid_clips(patch: tuple[int, ...], stamped: bool = False, around: bool = Tru
             else:
                 ids.append([START, *frame * frames, END] if around else frame * frames)
 
-        def inputs(noise: torch.Generator) -> Inputs:
-            pixels = torch.randn(int(table.prod(dim=1).sum()), *patch, generator=noise)
-            every = {name: torch.tensor([value] * len(sizes)) for name, value in more.items()}
-            return {"pixel_values_videos": pixels, "video_grid_thw": table, **every}
-
-        return Shown(ids, inputs)
+        return Shown(ids, _patched("pixel_values_videos", "video_grid_thw", table, patch, more))
 
     return layout
+
+
+def _patched(pixels: str, grids: str, table: torch.Tensor, patch: tuple[int, ...], more: Mapping) -> Callable:
+    """Inputs of these names: noise in the patches of all grids of `table`, and `more` once for each of them."""
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        values = torch.randn(int(table.prod(dim=1).sum()), *patch, generator=noise)
+        every = {name: torch.tensor([value] * len(table)) for name, value in more.items()}
+        return {pixels: values, grids: table, **every}
+
+    return inputs
 
 
 def mrope(*sections: int, **more) -> dict:
