@@ -27,7 +27,7 @@ def check_files(path: str, subfolder: str | None = None) -> None:
         if (folder / name).is_file():
             read_json(folder / name)
     for file in _weight_files(folder):
-        _check_safetensors(file)
+        check_safetensors(file)
 
 
 def own_head(path: str, subfolder: str | None = None) -> torch.Tensor | None:
@@ -100,19 +100,26 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return []
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise ValueError(f"{index}: no weight_map, which says in which file each tensor is: download it again")
-    names = sorted(set(places.values()))
+    names = sorted(set(weight_map(index).values()))
     for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index}: {name} is no file beside it")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: no such file, but {INDEX} names it: download it again")
     return [folder / name for name in names]
 
 
-def _check_safetensors(file: Path) -> None:
+def weight_map(index: Path) -> dict[str, str]:
+    """For each tensor the file beside `index` that has it; raises ValueError where the index does not say that."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{index}: no weight_map, which says in which file each tensor is: download it again")
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name} is no file beside it")
+    return places
+
+
+def check_safetensors(file: Path) -> None:
+    """Raises ValueError where a file of weights is empty, cut off, or a pointer to itself."""
     with open(file, "rb") as content:
         start = content.read(len(LFS_POINTER))
     if not start:

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from vispec.files import read_json
-from vispec.model.target_files import HEAD, INDEX, SINGLE, check_files
+from vispec.model.target_files import HEAD, INDEX, SINGLE, check_safetensors, weight_map
 
 EMBEDDING = "embed_tokens.weight"
 """Ends the embedding's name, whatever module a family or a version of transformers puts it in."""
@@ -21,7 +21,6 @@ def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: a file or a tensor cannot be found, or is broken.
     """
-    check_files(basepath)
     files = _weight_files(basepath)
     embedding_name = _only(files, EMBEDDING, basepath)
     head_name = _only(files, HEAD, basepath, optional=True)
@@ -46,12 +45,16 @@ def _weight_files(basepath: str) -> dict[str, Path]:
     """The file of each tensor, loaded lazily from the hub."""
     index = _file(basepath, INDEX)
     if index is not None:
-        places = read_json(index)["weight_map"]
-        ours = {name: place for name, place in places.items() if name.endswith((EMBEDDING, HEAD))}
-        return {name: _file(basepath, place, required=True) for name, place in ours.items()}
+        # the other files need not be there
+        ours = {name: place for name, place in weight_map(index).items() if name.endswith((EMBEDDING, HEAD))}
+        files = {name: _file(basepath, place, required=True) for name, place in ours.items()}
+        for file in set(files.values()):
+            check_safetensors(file)
+        return files
     single = _file(basepath, SINGLE)
     if single is None:
         raise ValueError(f"{basepath}: neither {INDEX} nor {SINGLE} there")
+    check_safetensors(single)
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single)
 
