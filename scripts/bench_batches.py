@@ -97,9 +97,7 @@ def loaded_pair(args) -> tuple["SpecModel", list[dict]]:
     tree = dict(zip(("total_token", "depth", "top_k"), args.tree, strict=True))
     model = load_model(target, draft, dtype=args.dtype, device_map=args.device_map, **tree)
     processor = load_processor(target)
-    return model, [
-        build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)
-    ]
+    return model, [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)]
 
 
 def random_pair(args) -> tuple["SpecModel", list[dict]]:
@@ -127,7 +125,7 @@ def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_
     """Tokens/s of every repetition, and how many answers are the single baseline's, by (arm, batch size)."""
     import torch
 
-    from vispec.ge_data.answers import collate_prompts
+    from vispec.ge_data.batch_generate import collate_prompts
 
     lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
     for size in sorted(sizes, reverse=True):  # the largest makes the memory that the others use too

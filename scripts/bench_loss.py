@@ -13,7 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vispec.cli import provenance, run_cli
+from vispec.timing import now, turns
 from vispec.train.losses import Objective, summed_loss
 
 ARMS = ("chunked", "at once")
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{made_by['device']}; --device {args.device}, torch {torch.__version__}, revision {made_by['git_revision']}")
     print(f"{args.rows} rows x {args.steps} step(s), vocabulary {args.vocab}, width {args.width}, {args.dtype}")
     measured = measure if args.device == "cuda" else in_a_process
-    in_turn = [(arm, measured(arm, args)) for arm in ARMS * args.runs]
+    in_turn = [(arm, measured(arm, args)) for _, _, arm in turns(ARMS, 1, args.runs)]
     medians = {}
     for arm in ARMS:
         seconds, peaks = zip(*(result for name, result in in_turn if name == arm), strict=True)
@@ -99,11 +99,9 @@ def measure(arm: str, args: argparse.Namespace) -> tuple[float, int]:
     else:
         run(arm, args, outs[:1], targets[:1], head)
         before = resident()
-    started = time.perf_counter()
+    started = now(device)
     run(arm, args, outs, targets, head)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    seconds = now(device) - started
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
     return seconds, peak - before
 

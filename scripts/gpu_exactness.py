@@ -102,7 +102,7 @@ def batch(device: str) -> dict:
     """Rows of a batch against the baseline's answer to each of them alone."""
     from tiny_models import image_prompt
 
-    from vispec.ge_data.answers import collate_prompts
+    from vispec.ge_data.batch_generate import collate_prompts
 
     found = counts()
     for family in FAMILIES:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from vispec.evaluation.answers import FORMAT
+from vispec.evaluation.answer_file import FORMAT
 
 SETTINGS = {"benchmark": "coco_caption", "temperature": 0.0, "max_new_tokens": 9, "dtype": "float32", "num_choices": 1}
 

@@ -6,7 +6,7 @@ import transformers
 from tiny_models import TEXT_FROM, randomize
 from transformers import PreTrainedModel
 
-from vispec.ge_data.answers import collate_prompts
+from vispec.ge_data.batch_generate import collate_prompts
 
 VOCABULARY, IMAGE = 64, 62
 PATCHES = 4

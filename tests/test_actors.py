@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from vispec.evaluation import actors, answering, gen_baseline_answer_gqa
-from vispec.evaluation.answering import Ask
+from vispec.evaluation import actors, answerer, gen_baseline_answer_gqa
+from vispec.evaluation.answerer import Ask
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
 from vispec.evaluation.loading import Models
+from vispec.evaluation.measure import Generation
 from vispec.prompts import user_turn
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def answer(monkeypatch, tmp_path: Path, name: str, tries: Path | None, *more: st
 
 def test_questions_of_actors_that_die_are_asked_again(tmp_path, monkeypatch, capfd):
     pytest.importorskip("ray")
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     for name, value in PATIENCE.items():
         monkeypatch.setenv(name, value)
@@ -137,7 +138,7 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
     ray = OneProcess()
     monkeypatch.setattr(actors, "_ray", lambda: ray)
     monkeypatch.setattr(actors, "_Actor", Actor)
-    asks = [Ask(question, ()) for question in questions(None)]
+    asks = [Ask(question, "gqa", Generation(0.0, 4), 1, ()) for question in questions(None)]
     shared = actors.Actors(Models("target", device_map="cpu"), 2)
     found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]
     assert sorted(found) == [(number, [f"answer to {number}"]) for number in range(5)], "each once"

@@ -5,17 +5,26 @@ import fcntl
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import answer_files
 import benchmark_rows
 import pytest
 
-from vispec.evaluation import answering, gen_baseline_answer_gqa, run_all, speed
-from vispec.evaluation.answer_lines import answer_line, answers_of, read_lines
-from vispec.evaluation.answers import AnswerFile, read_meta
+from vispec.evaluation import answerer, gen_baseline_answer_gqa, run_all, speed
+from vispec.evaluation.answer_file import AnswerFile, answer_line, answers_of, choice_of, read_answers, read_meta
 from vispec.evaluation.measure import Answer
+from vispec.evaluation.task import Task
 
 TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
+
+
+LOADED = {"baseline": {}}
+ANSWERED = [answer_files.choice([5], 1.0, 0.0)]
+
+
+def baseline(path: Path) -> Task:
+    return Task(path, {"method": "baseline"})
 
 
 @pytest.fixture
@@ -29,10 +38,10 @@ def data(tmp_path) -> Path:
 
 def test_one_run_at_a_time_fills_a_file(tmp_path):
     path = tmp_path / "new" / "a.jsonl"
-    one, other = AnswerFile(path), AnswerFile(path)
+    one, other = baseline(path), baseline(path)
     with one.alone():
-        one.begin({"method": "baseline"}, {})
-        one.append(answer_files.line(7))
+        one.begin(LOADED, {})
+        one.append(7, ANSWERED)
         with pytest.raises(ValueError, match=r"a\.jsonl is being filled by another run"), other.alone():
             pytest.fail("two runs have the file")
         one.finish()
@@ -42,29 +51,29 @@ def test_one_run_at_a_time_fills_a_file(tmp_path):
     with other.alone():
         assert other.lines.keys() == {7}, "it is read when it is free"
     assert {found.name for found in path.parent.iterdir()} == {"a.jsonl", "a.jsonl.meta.json"}
-    with AnswerFile(path).alone():
+    with baseline(path).alone():
         pass  # what ends frees it
 
 
 def test_commands_leave_a_file_alone_that_another_run_fills(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
     path = answer_files.write(tmp_path / "gqa" / "lookup-temperature-0.0.jsonl", {1: []})
     before = path.read_bytes()
     single = ["--base-model-path", TARGET, "--data-folder", str(data), "--answer-file", str(path)]
     together = ["--base-model-path", TARGET, "--data-root", str(data.parent), "--out", str(tmp_path)]
-    with AnswerFile(path).alone():
+    with baseline(path).alone():
         with pytest.raises(ValueError, match=r"gqa/lookup-temperature-0\.0\.jsonl is being filled by another run"):
             gen_baseline_answer_gqa.main(single)
         with pytest.raises(ValueError, match=r"gqa/lookup-temperature-0\.0\.jsonl is being filled by another run"):
             run_all.main([*together, "--benchmarks", "gqa"])
     assert path.read_bytes() == before
-    with AnswerFile(path.with_name("baseline-temperature-0.0.jsonl")).alone():
+    with baseline(path.with_name("baseline-temperature-0.0.jsonl")).alone():
         pass  # the files that were free are free again
 
 
 def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path):
     (tmp_path / ".a.jsonl.lock").touch()
-    with AnswerFile(tmp_path / "a.jsonl").alone():
+    with baseline(tmp_path / "a.jsonl").alone():
         pass
     assert not list(tmp_path.iterdir())
 
@@ -75,24 +84,24 @@ def test_where_there_are_no_locks_answers_are_written_all_the_same(tmp_path, dat
         raise OSError(code, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    file = AnswerFile(tmp_path / "a.jsonl")
+    file = baseline(tmp_path / "a.jsonl")
     with file.alone():
-        file.begin({"method": "baseline"}, {})
-        file.append(answer_files.line(7))
+        file.begin(LOADED, {})
+        file.append(7, ANSWERED)
     printed = capsys.readouterr().err
     assert printed.startswith("notice: ") and printed.count("\n") == 1
     assert {found.name for found in tmp_path.iterdir()} == {"a.jsonl", "a.jsonl.meta.json", "data"}
 
 
 def test_a_question_is_left_out_until_it_is_answered(tmp_path):
-    file = AnswerFile(tmp_path / "a.jsonl")
-    file.begin({"method": "baseline"}, {})
+    file = baseline(tmp_path / "a.jsonl")
+    file.begin(LOADED, {})
     for name in (9, 5, 9):
         file.leave_out(name, "no picture")
     file.finish()
-    again = AnswerFile(file.path)
-    again.begin({"method": "baseline"}, {})
-    again.append(answer_files.line(5))
+    again = baseline(file.path)
+    again.begin(LOADED, {})
+    again.append(5, ANSWERED)
     again.leave_out(3, "no picture either")
     assert [one["question_id"] for one in read_meta(file.path)["left_out"]] == [3, 9], "kept without a finish"
     again.finish()
@@ -106,7 +115,9 @@ def test_a_question_is_left_out_until_it_is_answered(tmp_path):
 def test_a_choice_says_whether_its_steps_were_captured():
     """Readers of the answers do without it, as older files do."""
     answers = [Answer([5, 6], 0, 2.0, 1.0, [1]), Answer([7], -1, 1.0, 0.0, [])]
-    line = answer_line(3, "tiny", "vispec", [(answers[0], "a", "all"), (answers[1], "b", "some")])
+    models = [SimpleNamespace(captured=told, target=SimpleNamespace(kernels={})) for told in ("all", "some")]
+    choices = [choice_of(*of, drafted=True) for of in zip(answers, "ab", models, strict=True)]
+    line = answer_line(3, "tiny", "vispec", choices)
     assert [(one["index"], one["turns"], one.pop("captured")) for one in line["choices"]] == [
         (0, ["a"], "all"),
         (1, ["b"], "some"),
@@ -124,7 +135,7 @@ def test_a_retrained_target_does_not_go_on_with_the_answers_of_the_old_one(tmp_p
     content = bytearray((target / "model.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (target / "model.safetensors").write_bytes(content)
-    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
     with pytest.raises(ValueError, match="a was made with base_model_revision 'files-sha256:.*, found 'files-sha256:"):
         gen_baseline_answer_gqa.main(flags)
 
@@ -187,6 +198,7 @@ NO_LINES = {
             ("output_ids", [[1.5]]),
             ("idxs", [True]),
             ("captured", 3),
+            ("kernels", {"float32 8x8 1": 3}),
         )
     },
     json.dumps(answer_files.line(1, GOOD | {"idxs": [0, 0]})).encode(): "expected one entry for each turn in all of ",
@@ -197,7 +209,7 @@ NO_LINES = {
 def test_a_line_that_is_no_answer_is_named(tmp_path, text):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(answer_files.line(0)).encode() + b"\n\n" + text + b"\n")
-    for read in (read_lines, AnswerFile):
+    for read in (read_answers, baseline):
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 3: this is no line .*: .*{NO_LINES[text]}"):
             read(path)
 
@@ -206,7 +218,8 @@ def test_what_other_editors_leave_is_read(tmp_path):
     """A mark at the beginning of UTF-8, and Windows' ends of lines."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(answer_files.line(7)).encode() + b"\r\n")
-    assert read_lines(path) == ({7: answer_files.line(7)}, False)
+    file = read_answers(path)
+    assert file.lines == {7: answer_files.line(7)} and not file.torn
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
 from tiny_models import FAMILIES, image_prompt, random_head, random_target, same_target, text_prompt
 
 from vispec import SpecModel
-from vispec.ge_data.answers import collate_prompts
+from vispec.ge_data.batch_generate import collate_prompts
 from vispec.model import decoding
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import PromptLookup

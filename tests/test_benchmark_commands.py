@@ -14,7 +14,7 @@ from vispec.demo.language import Question, answer
 from vispec.demo.phrases import COUNT_OPENINGS, NUMBERS
 from vispec.demo.questions import ask
 from vispec.demo.scenes import COLOURS, SHAPES, SPLIT_SEEDS, Scene, render, scene_of
-from vispec.evaluation import answering
+from vispec.evaluation import answerer
 from vispec.evaluation.benchmarks import BENCHMARKS
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
@@ -34,7 +34,7 @@ def folder_of(made: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_both_arms_answer(name, made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
     flags = ["--base-model-path", TARGET, "--data-folder", folder_of(made, name), "--answer-dir", str(tmp_path)]
     flags += ["--temperature", "0", "--max-new-token", "6", "--question-end", "2", "--bench-name", "b"]
     spec = ["--spec-model-path", VISPEC, "--use-ours=True", "--model-id", "ours"]
@@ -55,7 +55,7 @@ def test_both_arms_answer(name, made, tmp_path, monkeypatch, capsys):
 
 
 def test_scienceqa_with_worked_examples(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
     flags = ["--base-model-path", TARGET, "--data_root", folder_of(made, "sqa"), "--answer-file", str(tmp_path / "a")]
     flags += ["--temperature", "0", "--max-new-token", "3", "--question-end", "1", "--prompt_format", "QCM-A"]
     command = importlib.import_module("vispec.evaluation.gen_baseline_answer_sqa")

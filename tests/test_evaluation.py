@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vispec.evaluation import answering, speed
+from vispec.evaluation import answerer, speed
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
 from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.flags import asked_tree
 from vispec.evaluation.loading import Models
-from vispec.evaluation.runner import make_parser
-from vispec.evaluation.tree_flags import asked_tree
+from vispec.evaluation.run_one import make_parser
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
 
@@ -24,7 +24,7 @@ IDS = [70, 10, 50, 20, 40]
 
 @pytest.fixture(autouse=True)
 def _one_warm_up(monkeypatch):
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def finished(coco, tmp_path_factory) -> tuple[Path, Path]:
     """Answer files of both arms; tests copy them before they change anything."""
     out = tmp_path_factory.mktemp("answers")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering, "WARM_UPS", 1)
+        patch.setattr(answerer, "WARM_UPS", 1)
         return run_baseline(coco, out), run_spec(coco, out)
 
 
@@ -125,8 +125,8 @@ def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatc
     # three whole lines in another order, one of them twice, and the beginning of a fourth
     path.write_text("".join([lines[2], lines[0], lines[2], lines[1], lines[3][:40]]))
     answered = []
-    measure = answering.answer_question
-    monkeypatch.setattr(answering, "answer_question", lambda *args: answered.append(args) or measure(*args))
+    measure = answerer.answer_question
+    monkeypatch.setattr(answerer, "answer_question", lambda *args: answered.append(args) or measure(*args))
     run_spec(coco, tmp_path)
     assert len(answered) == 1 + 2
     after = read(path)
@@ -137,7 +137,7 @@ def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatc
 
 def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch):
     path = copy_of(finished[0], tmp_path)
-    monkeypatch.setattr(answering, "load_models", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a, **k: pytest.fail("the model was loaded"))
     before = path.read_text()
     run_baseline(coco, tmp_path)
     assert path.read_text() == before
@@ -184,7 +184,7 @@ def test_a_retrained_head_is_refused(coco, tmp_path, monkeypatch):
     head = load_draft(str(folder))
     head.fc.bias.data += 1
     save_draft(head, folder)
-    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
     with pytest.raises(ValueError, match="made with spec_model_sha256 .* found "):
         run_spec(coco, tmp_path, "--spec-model-path", str(folder), "--question-end", "1")
 
@@ -252,7 +252,7 @@ def test_unreadable_images_are_left_out(coco, tmp_path, capsys):
 
 
 def test_a_question_that_fails_ends_no_run_and_is_asked_again(coco, tmp_path, monkeypatch, capsys):
-    measure = answering.answer_question
+    measure = answerer.answer_question
 
     def fail(model, inputs, *rest):
         if inputs["image_sizes"][0, 1] == 48:
@@ -262,7 +262,7 @@ def test_a_question_that_fails_ends_no_run_and_is_asked_again(coco, tmp_path, mo
     flags = ["--base-model-path", TARGET, "--data-folder", str(coco), "--answer-file", str(tmp_path / "a")]
     flags += ["--temperature", "0", "--max-new-token", "4"]
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "answer_question", fail)
+        patch.setattr(answerer, "answer_question", fail)
         assert baseline_command.main(flags) == 3
     assert [line["question_id"] for line in read(tmp_path / "a")] == [10, 20, 40, 70]
     printed = capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_a_question_that_fails_ends_no_run_and_is_asked_again(coco, tmp_path, mo
 
 
 def test_an_image_that_the_processor_refuses_is_left_out(coco, tmp_path, monkeypatch, capsys):
-    build = answering.build_inputs
+    build = answerer.build_inputs
 
     def refuse(processor, turns):
         images = [item() for turn in turns for item in turn.items if not isinstance(item, str)]
@@ -280,7 +280,7 @@ def test_an_image_that_the_processor_refuses_is_left_out(coco, tmp_path, monkeyp
             raise ValueError("absolute aspect ratio must be smaller than 200")
         return build(processor, turns)
 
-    monkeypatch.setattr(answering, "build_inputs", refuse)
+    monkeypatch.setattr(answerer, "build_inputs", refuse)
     assert [line["question_id"] for line in read(run_baseline(coco, tmp_path))] == [10, 20, 40, 70]
     assert "question 50 is left out: ValueError: absolute aspect ratio" in capsys.readouterr().err
 

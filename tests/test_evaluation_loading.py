@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vispec.evaluation import answering
+from vispec.evaluation import answerer
 from vispec.evaluation.benchmarks import BENCHMARKS
-from vispec.evaluation.head_flags import asked_place
+from vispec.evaluation.flags import asked_place
 from vispec.evaluation.loading import Models, load_models
 from vispec.evaluation.measure import Generation
-from vispec.evaluation.runner import make_parser
+from vispec.evaluation.run_one import make_parser
+from vispec.evaluation.settings import asked_settings
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
@@ -31,7 +32,7 @@ def test_settings_are_those_of_the_loaded_models(tmp_path):
     tokens = fingerprint(AutoTokenizer.from_pretrained(TARGET), ids)
     DraftVocabulary(ids, head.config.vocab_size, tokens).write(tmp_path / "eagle2")
     drafts = {"medusa": str(tmp_path / "medusa"), "eagle2": str(tmp_path / "eagle2"), "lookup": None}
-    found = answering.Answerer(Models(TARGET, drafts, (900, 3, 8), dtype="auto")).loaded_settings()
+    found = answerer.Answerer(Models(TARGET, drafts, (900, 3, 8), dtype="auto")).loaded_settings()
     assert found.keys() == {"baseline", "medusa", "eagle2", "lookup"}
     assert {settings["dtype"] for settings in found.values()} == {"float32"}
     assert found["medusa"]["tree"][1] == 4 and found["medusa"]["tree"][0] < 900
@@ -42,15 +43,14 @@ def test_settings_are_those_of_the_loaded_models(tmp_path):
 
 def test_a_head_in_a_subfolder():
     """It is noted where the head was, and its weights are those of that subfolder."""
-    series = answering.Series("gqa", "eagle2", "tiny", Generation(0.0, 8))
     parser = make_parser(BENCHMARKS["gqa"], "spec")
     found = []
     subfolder = ["--spec-model-path", str(FAMILY), "--spec-subfolder", "draft_eagle2"]
     for where in (subfolder, ["--spec-model-path", EAGLE2]):
         args = parser.parse_args(["--base-model-path", TARGET, *where])
         models = Models(TARGET, {"eagle2": args.spec_model_path}, places={"eagle2": asked_place(args)})
-        noted = answering.settings_of(series, models, "data", {})
-        loaded = answering.Answerer(models).loaded_settings()["eagle2"]
+        noted = asked_settings(models, "eagle2", "gqa", "data", {}, Generation(0.0, 8), 1)
+        loaded = answerer.Answerer(models).loaded_settings()["eagle2"]
         assert noted["spec_model_sha256"] == loaded["spec_model_sha256"] is not None
         found.append(noted)
     assert found[0]["spec_model_sha256"] == found[1]["spec_model_sha256"]

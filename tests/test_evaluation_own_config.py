@@ -10,7 +10,7 @@ import torch
 from test_evaluation import TARGET, coco, read, run_baseline, run_spec  # noqa: F401
 
 from vispec import SpecModel, generate
-from vispec.evaluation import answering
+from vispec.evaluation import answerer
 from vispec.evaluation.measure import Generation, answer_question
 from vispec.prompts import build_inputs, load_processor, user_turn
 
@@ -24,7 +24,7 @@ def penalised(tmp_path, monkeypatch) -> Path:
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}))
     monkeypatch.setattr(test_evaluation, "TARGET", str(folder))
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
     return folder
 
 

@@ -17,10 +17,9 @@ from PIL import Image
 
 from vispec import embedded
 from vispec.evaluation import chart, speed
-from vispec.evaluation.answers import meta_path
+from vispec.evaluation.answer_file import meta_path
 from vispec.evaluation.benchmarks import BENCHMARKS
-from vispec.evaluation.bootstrap import DRAWS, SEED, average, estimates
-from vispec.evaluation.comparison import compare, wall_speed
+from vispec.evaluation.comparison import DRAWS, SEED, average, compare, estimates, wall_speed
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, published
 from vispec.evaluation.report import title

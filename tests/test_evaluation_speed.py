@@ -7,7 +7,7 @@ import pytest
 from answer_files import SETTINGS, choice, write
 
 from vispec.evaluation import speed
-from vispec.evaluation.answers import FORMAT
+from vispec.evaluation.answer_file import FORMAT
 from vispec.evaluation.comparison import round_in_steps
 from vispec.evaluation.measure import Answer, drafted_flags
 

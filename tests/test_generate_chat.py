@@ -36,11 +36,11 @@ def chat(monkeypatch, lines: str, *flags: str) -> int:
 @pytest.mark.parametrize("lines", ["and this?\n why? \n", "and this?\nwhy?\n\nnever asked\n"])
 def test_further_questions_see_the_conversation(lines, picture, prompts, capsys, monkeypatch):  # noqa: F811
     answers = []
-    answer = generate._answer
-    monkeypatch.setattr(generate, "_answer", lambda *given: answers.append(answer(*given)) or answers[-1])
+    answer = generate.stream_question
+    monkeypatch.setattr(generate, "stream_question", lambda *given: answers.append(answer(*given)) or answers[-1])
     assert chat(monkeypatch, lines, "--image", picture) == 0
     tokenizer = load_processor(str(GOLDEN / "llava_next" / "target")).tokenizer
-    told = [answer_text(tokenizer, one.token_ids) for one in answers]
+    told = [answer_text(tokenizer, one.output_ids) for one in answers]
     assert len(told) == 3 and capsys.readouterr().out.count(" tokens/s ") == 3
     (first,), _ = prompts[0]
     assert first.items[0] == "what?" and len(first.items) == 2

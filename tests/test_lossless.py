@@ -8,10 +8,11 @@ from pathlib import Path
 import benchmark_rows
 import pytest
 
-from vispec.evaluation import answering, gen_baseline_answer_gqa, gen_spec_answer_gqa
-from vispec.evaluation.answers import FORMAT, AnswerFile
+from vispec.evaluation import answerer, gen_baseline_answer_gqa, gen_spec_answer_gqa
+from vispec.evaluation.answer_file import FORMAT
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, find_baseline, first_position, wants_check
+from vispec.evaluation.task import Task
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 SETTINGS = {"benchmark": "gqa", "temperature": 0.0, "max_new_tokens": 9, "dtype": "float32", "num_choices": 1}
@@ -29,12 +30,16 @@ def write(path: Path, answers: dict[int, list[list[int]]], method: str, **settin
     return path
 
 
+def task(path: Path) -> Task:
+    return Task(path, {"method": "vispec"})
+
+
 def no_rerun(question):
     pytest.fail("a question was answered again")
 
 
 def check(path: Path, rerun=no_rerun) -> tuple[bool, dict]:
-    same = check_lossless(AnswerFile(path), required=True, rerun=rerun)
+    same = check_lossless(task(path), required=True, rerun=rerun)
     return same, json.loads(path.with_name(path.name + ".meta.json").read_text())["lossless"]
 
 
@@ -105,43 +110,42 @@ def test_what_keeps_models_from_float32_is_found_out_once(tmp_path, monkeypatch)
         tries.append(models.dtype)
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(answering, "load_models", no_room)
+    monkeypatch.setattr(answerer, "load_models", no_room)
     target = str(FAMILY / "target")
-    large = answering.InFloat32(Models(target, dtype="bfloat16"))
+    large = answerer.InFloat32(Models(target, dtype="bfloat16"))
     for _ in range(2):
         with pytest.raises(ValueError, match="not enough memory"):
-            large.ids_of_both_arms(None, None)
+            large.ids_of(None)
     assert tries == ["float32"]
     shutil.copytree(target, tmp_path / "quantised")
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="quantised is quantised"):
-        answering.InFloat32(Models(str(tmp_path / "quantised"))).ids_of_both_arms(None, None)
+        answerer.InFloat32(Models(str(tmp_path / "quantised"))).ids_of(None)
     assert len(tries) == 1
 
 
 def test_the_baseline_has_the_same_settings(tmp_path, capsys):
     spec = write(tmp_path / "s.jsonl", {1: [[5]]}, "vispec")
-    settings = SETTINGS | {"method": "vispec"}
     write(tmp_path / "other.jsonl", {1: [[5]]}, "eagle2")
     write(tmp_path / "cap.jsonl", {1: [[5]]}, "baseline", max_new_tokens=8)
     write(tmp_path / "half.jsonl", {1: [[5]]}, "baseline", dtype="bfloat16")
     write(tmp_path / "sqa.jsonl", {1: [[5]]}, "baseline", benchmark_options={"shot_number": 1})
     (tmp_path / "gone.jsonl.meta.json").write_text(json.dumps({"format": FORMAT, "settings": SETTINGS}))
-    assert find_baseline(spec, settings) is None
+    assert find_baseline(task(spec)) is None
     (tmp_path / "older").touch()
     (tmp_path / "older.meta.json").write_text(json.dumps({"settings": SETTINGS | {"method": "baseline"}}))
-    assert find_baseline(spec, settings) is None
+    assert find_baseline(task(spec)) is None
     assert "notice: not compared with: " in capsys.readouterr().err
     with pytest.raises(ValueError, match="no baseline's answer file of the same settings in"):
-        check_lossless(AnswerFile(spec), required=True, rerun=no_rerun)
-    assert check_lossless(AnswerFile(spec), required=False, rerun=no_rerun)
+        check_lossless(task(spec), required=True, rerun=no_rerun)
+    assert check_lossless(task(spec), required=False, rerun=no_rerun)
     right = write(tmp_path / "right", {1: [[5]]}, "baseline")
-    assert find_baseline(spec, settings) == right
+    assert find_baseline(task(spec)) == right
     older = write(tmp_path / "older", {1: [[5]]}, "baseline")
     os.utime(older, (1, 1))
-    assert find_baseline(spec, settings) == right
+    assert find_baseline(task(spec)) == right
 
 
 def test_nothing_in_common(tmp_path, capsys):
@@ -159,7 +163,7 @@ def test_when_it_is_checked():
 
 def test_command_line_in_bfloat16(tmp_path, monkeypatch, capsys):
     """A baseline's answer that is changed by hand shows, and is the same again in float32."""
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
     data = tmp_path / "data"
     data.mkdir()
     benchmark_rows.write_one("gqa", data)

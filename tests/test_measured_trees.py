@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vispec import SpecModel
-from vispec.evaluation import answering
+from vispec.evaluation import answerer
 from vispec.evaluation import gen_spec_answer_coco_caption as command
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.model import tune
@@ -24,7 +24,7 @@ ASKED, IDS = 3, [70, 10, 50, 20, 40]
 def _little_to_do(monkeypatch):
     """A benchmark that asks three of its questions, and few trees."""
     monkeypatch.setitem(BENCHMARKS, "coco_caption", replace(BENCHMARKS["coco_caption"], samples=ASKED))
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
     monkeypatch.setattr(tune, "SHAPES", (TreeShape(2, 0, 1), TreeShape(8, 3, 4)))
     monkeypatch.setattr(tune, "REPETITIONS", 1)
 
@@ -70,7 +70,7 @@ def test_a_tree_is_measured_on_questions_that_are_never_asked(tree, coco, tmp_pa
 def test_where_all_questions_are_reported_another_benchmark_is_asked_for(coco, tmp_path, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "coco_caption", replace(BENCHMARKS["coco_caption"], samples=100))
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+        patch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
         for tune_on in ([], ["--tune-on", "coco_caption"], ["--tune-on", f"coco_caption={coco}"]):
             with pytest.raises(ValueError, match="^--tree tune: all questions of coco_caption are reported"):
                 run(coco, tmp_path, "--tree", "tune", *tune_on)

@@ -4,7 +4,6 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,7 +167,7 @@ class Simulated:
 
     def __init__(self, monkeypatch, noise: float = 0.0):
         self.now = 0.0
-        monkeypatch.setattr(policies, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(policies, "now", lambda: self.now)
         self.auto = Auto(lambda shape: shape)
         self.rounds: Counter = Counter()
         self._owed = Counter()  # fractions of tokens

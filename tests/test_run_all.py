@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vispec.demo import make_benchmarks
-from vispec.evaluation import answering, gen_spec_answer_gqa, run_all, speed
+from vispec.evaluation import answerer, gen_spec_answer_gqa, run_all, speed
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.model.shape import TreeShape
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_warm_up(monkeypatch):
-    monkeypatch.setattr(answering, "WARM_UPS", 1)
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
 
 
 def flags(data: Path, out: Path, *more: str) -> list[str]:
@@ -46,7 +46,7 @@ def finished(data, tmp_path_factory) -> Path:
     """A whole run; tests copy it before they change anything."""
     out = tmp_path_factory.mktemp("answers")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering, "WARM_UPS", 1)
+        patch.setattr(answerer, "WARM_UPS", 1)
         assert run_all.main(flags(data, out, "--temperatures", "0", "1")) == 0
     return out
 
@@ -88,7 +88,7 @@ def test_the_report_reads_the_files(finished, capsys):
 
 def test_a_single_command_goes_on_with_a_file(finished, data, tmp_path, monkeypatch):
     shutil.copytree(finished / "gqa", tmp_path / "gqa")
-    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
     one = ["--base-model-path", TARGET, "--spec-model-path", EAGLE2, "--data-folder", str(data / "gqa")]
     one += ["--answer-dir", str(tmp_path), "--model-id", "eagle2", "--temperature", "0", "--max-new-token", "6"]
     assert gen_spec_answer_gqa.main(one) == 0
@@ -114,7 +114,7 @@ def test_each_method_has_its_own_measured_tree(data, tmp_path, monkeypatch):
         answerer._models[method].set_tree(TreeShape(*trees[method]))
         return trees[method], [questions[0].question_id]
 
-    monkeypatch.setattr(answering.Answerer, "tune", tune)
+    monkeypatch.setattr(answerer.Answerer, "tune", tune)
     # of the two, coco_caption has questions that are not asked
     monkeypatch.setitem(BENCHMARKS, "coco_caption", replace(BENCHMARKS["coco_caption"], samples=2))
     some = ["--tree", "tune", "--question-end", "2", "--methods", "vispec", "lookup"]
@@ -132,8 +132,13 @@ def test_each_method_has_its_own_measured_tree(data, tmp_path, monkeypatch):
 
 def test_the_methods_take_turns_and_each_is_first(data, tmp_path, monkeypatch):
     turns = []
-    begin = answering.answer_line
-    monkeypatch.setattr(answering, "answer_line", lambda *args: turns.append((args[0], args[2])) or begin(*args))
+    answer = answerer.Answerer._answer
+
+    def watched(self, ask):
+        turns.extend((ask.question.question_id, method) for method in ask.methods)
+        return answer(self, ask)
+
+    monkeypatch.setattr(answerer.Answerer, "_answer", watched)
     run_all.main(flags(data, tmp_path, "--benchmarks", "gqa"))
     asked = list(dict.fromkeys(question for question, _ in turns))
     assert [question for question, _ in turns] == [question for question in asked for _ in METHODS]
@@ -145,21 +150,21 @@ def test_goes_on_after_a_kill(finished, data, tmp_path, monkeypatch):
     """Stopped in the middle of a question, with one line cut off."""
     out = tmp_path / "answers"
     made = []
-    line = answering.answer_line
+    choice = answerer.choice_of
 
-    def stop(*args):
+    def stop(*args, **options):
         if len(made) == 6:
             raise KeyboardInterrupt
         made.append(args)
-        return line(*args)
+        return choice(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "answer_line", stop)
+        patch.setattr(answerer, "choice_of", stop)
         with pytest.raises(KeyboardInterrupt):
             run_all.main(flags(data, out))
     torn = out / "gqa" / "baseline-temperature-0.0.jsonl"
     torn.write_text(torn.read_text()[:-20])
-    monkeypatch.setattr(answering, "answer_line", lambda *args: made.append(args) or line(*args))
+    monkeypatch.setattr(answerer, "choice_of", lambda *args, **kwargs: made.append(args) or choice(*args, **kwargs))
     assert run_all.main(flags(data, out)) == 0
     # the line that was cut off, and the question that was being answered: by all methods or by none
     assert len(made) == 2 * 3 * len(METHODS) + 1 + 6 % len(METHODS)
@@ -169,7 +174,7 @@ def test_goes_on_after_a_kill(finished, data, tmp_path, monkeypatch):
 
 
 def test_dry_run_writes_and_loads_nothing(finished, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
     shutil.copytree(finished / "gqa", tmp_path / "gqa")
     cut = tmp_path / "gqa" / "vispec-temperature-0.0.jsonl"
     cut.write_text(cut.read_text()[:-20])
@@ -245,7 +250,7 @@ def test_a_difference_in_half_precision_is_looked_at_in_float32(data, tmp_path, 
     ],
 )
 def test_what_is_refused_before_loading(finished, data, monkeypatch, more, message):
-    monkeypatch.setattr(answering, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
     with pytest.raises(ValueError, match=message):
         run_all.main(flags(data, finished, *more))
 

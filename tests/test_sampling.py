@@ -14,7 +14,7 @@ from tiny_models import image_prompt, random_head, random_target, text_prompt
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vispec import SpecModel
-from vispec.ge_data.answers import collate_prompts
+from vispec.ge_data.batch_generate import collate_prompts
 from vispec.model.sampling import Accepted, Choice, Sampling, accept, row_seeds
 from vispec.model.shape import TreeShape
 from vispec.model.tree import Tree, choose_nodes
@@ -258,9 +258,7 @@ def test_whole_answers_follow_the_target(small_pair, settings):
     torch.manual_seed(5)
     answers, lengths = [], []
     for _ in range(600):
-        answer, accepted = small_pair.specgenerate(
-            **inputs, **settings, max_new_tokens=3, return_acceptance_len=True
-        )
+        answer, accepted = small_pair.specgenerate(**inputs, **settings, max_new_tokens=3, return_acceptance_len=True)
         answers.append(answer[0, -3:])
         lengths += accepted
     assert sum(lengths) > 150, "drafts were accepted"

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from vispec.evaluation import runner
+from vispec.evaluation import run_one
 from vispec.evaluation.benchmarks import BENCHMARKS
 
 SQA = BENCHMARKS["sqa"]
@@ -222,7 +222,7 @@ def test_a_hub_of_another_edition_is_refused(tmp_path, monkeypatch):
 
 
 def test_flags_have_the_published_defaults():
-    parser = runner.make_parser(SQA, "baseline")
+    parser = run_one.make_parser(SQA, "baseline")
     args = parser.parse_args(["--base-model-path", "x", "--data_root", "y"])
     assert args.data_folder == "y"
     assert (args.test_split, args.test_number, args.shot_number, args.prompt_format) == ("test", -1, 0, "QCM-ALE")

@@ -7,16 +7,15 @@ the embedded default answers; `--base-model-path` and `--spec-model-path` take a
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vispec import embedded, web
 from vispec.cli import Parser, UserError, count, one_line, run_cli, whole
-from vispec.evaluation.head_flags import add_place_flags, asked_place
+from vispec.evaluation.comparison import tau, wall_speed
+from vispec.evaluation.flags import add_place_flags, add_tree_flags, asked_place, asked_tree
 from vispec.evaluation.loading import (
     Models,
     Tree,
@@ -25,9 +24,17 @@ from vispec.evaluation.loading import (
     load_model,
     quiet_transformers,
 )
-from vispec.evaluation.measure import Generation, Kind, answer_question, is_greedy
+from vispec.evaluation.measure import (
+    Answer,
+    Arm,
+    Generation,
+    Kind,
+    answer_question,
+    is_greedy,
+    stream_question,
+    warm_up,
+)
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
-from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
 from vispec.model.shape import AUTO, TUNE
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
@@ -37,30 +44,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vispec.model.spec_model import SpecModel
-
-WARM_UP_TOKENS = 8
-"""Before `--compare`, so that no arm pays for what happens only once."""
-
-
-@dataclass
-class Streamed:
-    """A streamed answer and what it took."""
-
-    token_ids: list[int]
-    accepted: list[int]
-    """Draft tokens that each round with a draft had right, those behind an end token too."""
-    plain_steps: int
-    """Steps without a draft."""
-    seconds: float
-    """Spent in the model, prefill included; writing to the screen is not."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        return len(self.token_ids) / self.seconds
-
-    @property
-    def tau(self) -> float | None:
-        return sum(self.accepted) / len(self.accepted) if self.accepted else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     if tree == TUNE:
         print(model.tune([inputs]).report())
     generation = Generation(args.temperature, args.max_new_tokens, args.top_p, args.generation_config)
-    if args.compare:
-        _warm_up(model, inputs, generation)
     while True:
+        for kind in ("spec", *_baselines(generation)) if args.compare else ():
+            warm_up(Arm(kind, model, kind), [inputs], generation)
         answer = _print_answer(model, processor, inputs, generation, args.seed)
         print(f"{model.draft.method} {_speed(answer)}{_rounds(answer)} ({dtype_name(model)})")
         if args.compare:
@@ -89,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         question = _next_question() if args.chat else None
         if question is None:
             return 0
-        turns += [Turn("assistant", (answer_text(processor.tokenizer, answer.token_ids),)), user_turn(question)]
+        turns += [Turn("assistant", (answer_text(processor.tokenizer, answer.output_ids),)), user_turn(question)]
         inputs = build_inputs(processor, turns, args.system)
         _check_length(model, inputs)
 
@@ -174,7 +157,7 @@ def _check_length(model: "SpecModel", inputs: Mapping) -> None:
         raise UserError(f"the conversation has become too long: {length} tokens, the target has {positions} positions")
 
 
-def _print_answer(model: "SpecModel", processor, inputs: Mapping, generation: Generation, seed: int | None) -> Streamed:
+def _print_answer(model: "SpecModel", processor, inputs: Mapping, generation: Generation, seed: int | None) -> Answer:
     """Write the answer to stdout as it comes."""
     colour = wants_colour(sys.stdout)
     text = TextStream(processor.tokenizer)
@@ -183,45 +166,10 @@ def _print_answer(model: "SpecModel", processor, inputs: Mapping, generation: Ge
         sys.stdout.write(coloured(pieces, colour))
         sys.stdout.flush()
 
-    answer = _answer(model, inputs, generation, seed, lambda tokens, drafted: show(text.push(tokens, drafted)))
+    answer = stream_question(model, inputs, generation, seed, lambda tokens, drafted: show(text.push(tokens, drafted)))
     show(text.finish())
     print("\n")
     return answer
-
-
-def _answer(
-    model: "SpecModel",
-    inputs: Mapping,
-    generation: Generation,
-    seed: int | None,
-    on_round: Callable[[list[int], list[bool]], None],
-) -> Streamed:
-    """Stream an answer; only the time until each round's tokens are there counts."""
-    _seed_choices(seed)
-    rounds = model.stream(**inputs, **asdict(generation))
-    answer = Streamed([], [], 0, 0.0)
-    first = True
-    while True:
-        start = time.perf_counter()
-        step = next(rounds, None)
-        answer.seconds += time.perf_counter() - start
-        if step is None:
-            return answer
-        answer.token_ids += step.token_ids
-        if step.accepted is not None:
-            answer.accepted.append(step.accepted)
-        elif not first:
-            answer.plain_steps += 1
-        first = False
-        on_round(step.token_ids, step.drafted)
-
-
-def _seed_choices(seed: int | None) -> None:
-    """An answer's random choices follow from torch's default generator, whichever way it is made."""
-    import torch
-
-    if seed is not None:
-        torch.manual_seed(seed)
 
 
 def _baselines(generation: Generation) -> dict[Kind, str]:
@@ -230,35 +178,28 @@ def _baselines(generation: Generation) -> dict[Kind, str]:
     return {"baseline": "our own plain loop"} | ({"generate": "transformers' own generate()"} if greedy else {})
 
 
-def _warm_up(model: "SpecModel", inputs: Mapping, generation: Generation) -> None:
-    few = replace(generation, max_new_tokens=WARM_UP_TOKENS)
-    for kind in ("spec", *_baselines(generation)):
-        answer_question(model, inputs, kind, few, seed=None)
-
-
-def _compare(model: "SpecModel", inputs: Mapping, generation: Generation, seed: int | None, answer: Streamed) -> None:
+def _compare(model: "SpecModel", inputs: Mapping, generation: Generation, seed: int | None, answer: Answer) -> None:
     """Answer once more without a draft; print how much faster `answer` came, and whether it is the same."""
     comparable = is_greedy(generation.temperature) or seed is not None
     for kind, name in _baselines(generation).items():
-        _seed_choices(seed)
-        found = answer_question(model, inputs, kind, generation, seed=None)
-        plain = Streamed(found.output_ids, [], 0, found.wall_time)
+        plain = answer_question(model, inputs, kind, generation, seed)
         print(f"{kind} {_speed(plain)}: {name}")
-        same = "yes" if answer.token_ids == plain.token_ids else "no"
+        same = "yes" if answer.output_ids == plain.output_ids else "no"
         print(
-            f"speedup {answer.tokens_per_second / plain.tokens_per_second:.2f}x over {name}, outputs identical: "
+            f"speedup {wall_speed([answer]) / wall_speed([plain]):.2f}x over {name}, outputs identical: "
             + (same if comparable else "not compared, both are sampled without --seed")
         )
 
 
-def _speed(answer: Streamed) -> str:
-    return f"{answer.tokens_per_second:.1f} tokens/s ({len(answer.token_ids)} tokens in {answer.seconds:.2f} s)"
+def _speed(answer: Answer) -> str:
+    return f"{wall_speed([answer]):.1f} tokens/s ({len(answer.output_ids)} tokens in {answer.wall_time:.2f} s)"
 
 
-def _rounds(answer: Streamed) -> str:
+def _rounds(answer: Answer) -> str:
     """What the draft brought."""
-    tau = "" if answer.tau is None else f", τ {answer.tau:.2f} draft tokens accepted a round"
-    return tau + (f", {answer.plain_steps} plain steps without a draft" if answer.plain_steps else "")
+    mean = tau([answer])
+    told = "" if mean is None else f", τ {mean:.2f} draft tokens accepted a round"
+    return told + (f", {answer.plain_steps} plain steps without a draft" if answer.plain_steps else "")
 
 
 if __name__ == "__main__":

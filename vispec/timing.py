@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def now(device: "torch.device") -> float:
-    """The clock, in seconds, after all work that this thread has given to the device."""
-    if device.type == "cuda":
+def now(device: "torch.device | None" = None) -> float:
+    """The clock, in seconds; with a device, after all work that this thread has given to it."""
+    if device is not None and device.type == "cuda":
         import torch
 
         # not the whole device: another thread may be capturing a step there, which that would break
@@ -36,9 +36,9 @@ def turns(
     Args:
         budget: seconds; no repetition that would probably end later is begun, the first one always runs.
     """
-    start = time.perf_counter()
+    start = now()
     for repetition in range(repetitions):
-        spent = time.perf_counter() - start
+        spent = now() - start
         if repetition and spent + spent / repetition > budget:
             return
         for prompt in range(prompts):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vispec.cli import UserError
-from vispec.evaluation.answering import Answered, Answerer, AnswersQuestions, Ask, LeftOut
+from vispec.evaluation.answerer import Answerer, Ask, LeftOut, Outcome
 from vispec.evaluation.loading import Models
 
 MOST_DEATHS = 2
@@ -20,7 +20,7 @@ MOST_DEATHS = 2
 
 
 @contextmanager
-def loaded(models: Models, gpus_total: int) -> Iterator[AnswersQuestions]:
+def loaded(models: Models, gpus_total: int) -> Iterator["Answerer | Actors"]:
     """The models in this process, or once for every `models.gpus` of all GPUs in actors."""
     if gpus_total > 1 and gpus_total % models.gpus:
         raise UserError(f"--num-gpus-total {gpus_total}: expected a multiple of --num-gpus-per-model {models.gpus}")
@@ -67,7 +67,7 @@ class Actors:
     def loaded_settings(self) -> dict[str, dict]:
         return self._settings
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, list[Answered | LeftOut]]]:
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Outcome]]:
         """Every actor answers one question at a time; answers come as they are ready."""
         ray = self._ray
         waiting, idle = deque(asks), list(self._actors)
@@ -83,7 +83,7 @@ class Actors:
             (ready,), _ = ray.wait(list(busy), num_returns=1)
             actor, ask = busy.pop(ready)
             try:
-                outcomes = ray.get(ready)
+                outcome = ray.get(ready)
             except ray.exceptions.RayActorError:
                 self._actors.remove(actor)
                 if ask is None:  # one that dies while it loads is not replaced
@@ -95,17 +95,17 @@ class Actors:
                 if deaths[name] < MOST_DEATHS:
                     waiting.append(ask)
                 else:
-                    yield ask, [LeftOut(name, f"{MOST_DEATHS} actors died while they answered it", "died")]
+                    yield ask, LeftOut(name, f"{MOST_DEATHS} actors died while they answered it", "died")
                 continue
             if ask is not None:
                 idle.append(actor)
-                yield ask, outcomes
-            elif outcomes == self._settings:
+                yield ask, outcome
+            elif outcome == self._settings:
                 idle.append(actor)
             else:  # its answers do not belong into the same files
                 self._actors.remove(actor)
                 ray.kill(actor)
-                what = _differences([self._settings, outcomes])
+                what = _differences([self._settings, outcome])
                 print(f"an actor in place of a dead one is not used, it has loaded {what}", file=sys.stderr)
 
     def _start(self):
@@ -139,7 +139,7 @@ class _Actor:
     def loaded_settings(self) -> dict[str, dict]:
         return self._answerer.loaded_settings()
 
-    def answer(self, ask: Ask) -> list[Answered | LeftOut]:
+    def answer(self, ask: Ask) -> Outcome:
         return self._answerer.answer(ask)
 
 

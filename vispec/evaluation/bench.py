@@ -23,7 +23,7 @@ from vispec import embedded
 from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
 from vispec.evaluation import bench_report
 from vispec.evaluation.comparison import compare
-from vispec.evaluation.head_flags import add_place_flags, asked_place
+from vispec.evaluation.flags import add_place_flags, asked_place
 from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.evaluation.published import AVERAGE, published
@@ -49,7 +49,7 @@ from vispec.evaluation.round_times import (
 from vispec.files import write_atomic, write_json_atomic
 from vispec.model.shape import TreeShape
 from vispec.prompts import build_inputs, image_file, load_processor, user_turn
-from vispec.timing import in_turn
+from vispec.timing import turns
 
 VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens whose verification is timed."""
@@ -205,9 +205,8 @@ def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:
         arm.warmup(ids.shape[1], most_new_tokens(arm.shape.levels))
         work.append((spec[name], partial(run, arm, ids, speculate=True)))
         work.append((parts[name], part_timer(arm, ids)))
-    for number in tqdm(range(1 + repeats), desc="all arms", unit="time"):
-        for runs, one_run in in_turn(work, number):
-            runs.append(one_run())
+    for _, _, (runs, one_run) in tqdm(turns(work, 1, 1 + repeats), total=(1 + repeats) * len(work), desc="all arms"):
+        runs.append(one_run())
     step, theirs = median_round(baseline), median_round(generate)
     verification = {n: median(times) for n, times in verification_times(model, ids, VERIFIED, repeats).items()}
     any_costs = next(iter(costs.values()))
@@ -297,9 +296,7 @@ def projection(result: dict, row: dict, tau: float, kind: str) -> dict:
 def measured_answers(model, arms: dict, repeats: int) -> dict[str, dict]:
     """The baselines and every arm answer the embedded questions, in turn: what speed and τ really are."""
     processor = load_processor(str(embedded.TARGET))
-    inputs = [
-        build_inputs(processor, [user_turn(text, image_file(picture))]) for picture, text in embedded.questions()
-    ]
+    inputs = [build_inputs(processor, [user_turn(text, image_file(picture))]) for picture, text in embedded.questions()]
     baselines = [Arm("baseline", model, "baseline"), Arm("generate", model, "generate")]
     all_arms = [*baselines, *(Arm(name, arm, "spec") for name, arm in arms.items())]
     found = interleave(all_arms, inputs, Generation(0.0, ANSWER_TOKENS), repeats, warm_up_tokens=None)

@@ -1,4 +1,4 @@
-"""Comparing two arms: what each reached over the questions that both have answered.
+"""Comparing two arms: what each reached over the questions that both have answered, and how sure that is.
 
 The speed of an arm is the mean over questions of new tokens / wall time (seconds, the target's prefill included),
 counted over the questions that both arms have answered; the speedup is the ratio of the two. The decode-only measure is
@@ -6,21 +6,26 @@ the same over the tokens after the first one, which the prefill gives, and the t
 the mean of all rounds' accepted draft tokens, without those behind the end of an answer and without the token that the
 target adds (EAGLE counts it: tau + 1). An arm whose trees are chosen while it answers takes plain steps too, which are
 no rounds.
+
+The intervals are bootstrap intervals over questions: a benchmark's questions are a sample of those that could have been
+asked. So they are drawn anew, with replacement, many times; each draw takes a question with the answers of both arms,
+since their times belong together, and gives a value of the measure. The interval holds the middle 95 % of these values.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
+
+import numpy as np
 
 from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
 
-COMPARABLE = (
-    "benchmark", "data", "benchmark_options", "base_model", "base_model_revision", "temperature", "max_new_tokens",
-    "num_choices", "dtype", "device", "device_type", "devices", "generation_config",
-)  # fmt: skip
-"""Settings that two arms must share."""
+MEASURES = ("speedup", "decode_speedup", "tau")
+"""Of a `Comparison`, those that have intervals."""
+DRAWS = 2000
+PERCENTILES = (2.5, 97.5)
+SEED = 42
 
 TAU_CONVENTION = (
     "mean draft tokens accepted a round, those behind an answer's end and the target's own token not counted (EAGLE's "
@@ -80,15 +85,15 @@ def compare(baseline: Answers, spec: Answers) -> Comparison:
         raise UserError("the two arms have no question in common")
     speeds = [arm_speed([arm[question] for question in shared]) for arm in (baseline, spec)]
     ours = [answer for question in shared for answer in spec[question]]
-    lengths = [n for answer in ours for n in answer.accepted]
+    rounds = sum(len(answer.acceptance_lengths) for answer in ours)
     decode = [speed.decode_tokens_per_second for speed in speeds]
     return Comparison(
         questions=len(shared),
         speedup=speeds[1].tokens_per_second / speeds[0].tokens_per_second,
         decode_speedup=decode[1] / decode[0] if all(decode) else None,
-        tau=fmean(lengths) if lengths else None,
-        rounds=len(lengths),
-        plain_steps=sum(answer.last_round + 1 for answer in ours) - len(lengths),
+        tau=tau(ours),
+        rounds=rounds,
+        plain_steps=sum(answer.plain_steps for answer in ours),
         baseline=speeds[0],
         spec=speeds[1],
         identical_questions=sum(_ids(baseline[question]) == _ids(spec[question]) for question in shared),
@@ -105,6 +110,12 @@ def arm_speed(questions: Sequence[Sequence[Answer]]) -> ArmSpeed:
         decode_tokens_per_second=fmean(decode) if decode else None,
         new_tokens=sum(len(a.output_ids) for q in questions for a in q),
     )
+
+
+def tau(answers: Iterable[Answer]) -> float | None:
+    """Mean over all rounds of the draft tokens that they accepted; None where there is no round."""
+    accepted = _accepted(answers)
+    return fmean(accepted) if accepted else None
 
 
 def wall_speed(answers: Sequence[Answer]) -> float:
@@ -132,17 +143,75 @@ def round_in_steps(baseline: Sequence[Answer], spec: Sequence[Answer]) -> float 
     return round_ / step if step and round_ else None
 
 
-def refuse_differences(why: str, names: Iterable[str], one: tuple[Path, Mapping], other: tuple[Path, Mapping]) -> None:
-    """Compare settings of two answer files, each given as (path, settings).
-
-    Raises:
-        UserError: one of the names has different values; says `why` and names both files.
-    """
-    for name in names:
-        found, expected = other[1].get(name), one[1].get(name)
-        if found != expected:
-            raise UserError(f"{why}: {name} is {expected!r} in {one[0]} and {found!r} in {other[0]}")
-
-
 def _ids(answers: Sequence[Answer]) -> list[list[int]]:
     return [answer.output_ids for answer in answers]
+
+
+# --- intervals ---
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measure with what it is in the draws."""
+
+    value: float | None
+    """None where there is nothing to measure: no round, no token after the first."""
+    draws: np.ndarray | None
+    """(DRAWS,), NaN where a draw has nothing to measure. None if there was one question only: nothing to draw from."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Lower and upper bound, 95 %."""
+        if self.value is None or self.draws is None or np.isnan(self.draws).all():
+            return None
+        low, high = np.nanpercentile(self.draws, PERCENTILES)
+        return float(low), float(high)
+
+
+def estimates(
+    comparison: Comparison, baseline: Sequence[Sequence[Answer]], spec: Sequence[Sequence[Answer]], stream: int
+) -> dict[str, Estimate]:
+    """The MEASURES of a comparison with their draws.
+
+    Args:
+        comparison: of the two arms; has the values.
+        baseline, spec: all answers to each question; both arms have the questions in the same order.
+        stream: arms with the same number of questions and the same stream are drawn alike.
+    """
+    values = {name: getattr(comparison, name) for name in MEASURES}
+    questions = len(baseline)
+    if questions < 2:
+        return {name: Estimate(value, None) for name, value in values.items()}
+    drawn = np.random.default_rng([SEED, stream]).integers(questions, size=(DRAWS, questions))
+    accepted = np.array([[sum(lengths), len(lengths)] for lengths in map(_accepted, spec)], dtype=float)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any round has no τ: NaN
+        total, rounds = accepted[drawn].sum(axis=1).T
+        draws = {
+            "speedup": _mean_speed(spec, wall_speed, drawn) / _mean_speed(baseline, wall_speed, drawn),
+            "decode_speedup": _mean_speed(spec, decode_speed, drawn) / _mean_speed(baseline, decode_speed, drawn),
+            "tau": total / rounds,
+        }
+    return {name: Estimate(value, draws[name]) for name, value in values.items()}
+
+
+def average(found: Sequence[Estimate]) -> Estimate:
+    """Mean over the benchmarks that have a value; their questions are drawn independently of each other."""
+    found = [estimate for estimate in found if estimate.value is not None]
+    if not found:
+        return Estimate(None, None)
+    draws = [estimate.draws for estimate in found]
+    return Estimate(
+        float(np.mean([estimate.value for estimate in found])),
+        None if any(row is None for row in draws) else np.mean(draws, axis=0),
+    )
+
+
+def _mean_speed(arm: Sequence[Sequence[Answer]], speed: Callable, drawn: np.ndarray) -> np.ndarray:
+    """Mean speed of an arm in each draw (DRAWS,), over the questions that have one."""
+    speeds = np.array([speed(answers) for answers in arm], dtype=float)  # None becomes NaN
+    has = ~np.isnan(speeds)
+    return np.where(has, speeds, 0)[drawn].sum(axis=1) / has[drawn].sum(axis=1)
+
+
+def _accepted(answers: Iterable[Answer]) -> list[int]:
+    return [length for answer in answers for length in answer.accepted]

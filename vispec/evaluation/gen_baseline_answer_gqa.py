@@ -1,7 +1,7 @@
 """Answer gqa by plain autoregressive decoding, the arm that speedups refer to."""
 
 from vispec.cli import run_cli
-from vispec.evaluation.runner import run_benchmark
+from vispec.evaluation.run_one import run_benchmark
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,14 +1,11 @@
 """Loading a target with its draft head, for command lines."""
 
 import argparse
-import hashlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING
 
-from vispec.cli import device_name
-from vispec.model.shape import AUTO, TUNE, TreeShape
-from vispec.weights_digest import file_sha256, target_revision
+from vispec.model.shape import TUNE, TreeShape
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -129,41 +126,6 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
     return loaded
 
 
-def loaded_settings(model: "SpecModel", models: Models, method: str) -> dict:
-    """What stands behind a method's answers, as a loaded model has it and not as flags asked for it.
-
-    Returns:
-        The target's revision, dtype, device (name), device_type, number of devices, and by which layers it decodes;
-        with a draft also tree (total_token, depth, top_k, or AUTO), with a draft head draft_vocab (None where it
-        proposes all tokens) and spec_model_sha256.
-    """
-    devices = list(dict.fromkeys(model.target.devices))
-    settings = {
-        "base_model_revision": target_revision(models.base_model_path, model.target.config),
-        "dtype": dtype_name(model),
-        "device": ", ".join(dict.fromkeys(map(device_name, devices))),
-        "device_type": ", ".join(dict.fromkeys(device.type for device in devices)),
-        "devices": len(devices),
-        "layers": "lean" if model.target.lean else "stock",
-    }
-    if model.draft is not None:
-        settings["tree"] = AUTO if model.tree == AUTO else list(astuple(model.shape))
-    spec_model_path = models.drafts.get(method)
-    if spec_model_path is not None:
-        vocabulary = model.draft.draft_vocab
-        settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)
-        settings["spec_model_sha256"] = weights_sha256(spec_model_path, models.place_of(method))
-    return settings
-
-
-def weights_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None:
-    """Tells a draft head from a retrained one under the same name; None where there are no weights."""
-    from vispec.model.drafts.checkpoints import PICKLED, SAFETENSORS, find_file
-
-    file = find_file(spec_model_path, SAFETENSORS, **place) or find_file(spec_model_path, PICKLED, **place)
-    return None if file is None else file_sha256(file)
-
-
 def dtype_name(model) -> str:
     """The dtype that a model computes in, as the flag spells it."""
     return str(model.target.dtype).removeprefix("torch.")
@@ -174,8 +136,3 @@ def quiet_transformers() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-
-
-def _described(token_ids) -> str:
-    """A draft vocabulary of ids (V',) by its size and content."""
-    return f"{len(token_ids)} tokens, sha256 {hashlib.sha256(token_ids.cpu().numpy().tobytes()).hexdigest()}"

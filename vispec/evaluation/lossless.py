@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vispec.cli import UserError, one_line
-from vispec.evaluation.answer_lines import read_answers
-from vispec.evaluation.answers import AnswerFile, meta_path, read_meta
-from vispec.evaluation.comparison import COMPARABLE
+from vispec.evaluation.answer_file import QuestionId, meta_path, read_answers, read_meta
 from vispec.evaluation.measure import Answer, is_greedy
+from vispec.evaluation.settings import ARMS, shared_by
+from vispec.evaluation.task import Task
 
 RERUN_FAILS = (RuntimeError, MemoryError, ValueError, OSError, ImportError)
 """What comes of a target that is too large in float32 (torch's error is a RuntimeError), or cannot be loaded so."""
@@ -24,7 +24,7 @@ RERUN_FAILS = (RuntimeError, MemoryError, ValueError, OSError, ImportError)
 class Difference:
     """Where the two arms part first in a question's answers."""
 
-    question_id: int | str
+    question_id: QuestionId
     choice: int
     position: int
     """0-based index into the new tokens; the length of the shorter answer if it is the other's beginning."""
@@ -55,7 +55,7 @@ def wants_check(flag: bool | None, temperature: float) -> bool:
     return greedy if flag is None else flag
 
 
-def check_lossless(file: AnswerFile, required: bool, rerun: Callable[[int | str], tuple[list[int], list[int]]]) -> bool:
+def check_lossless(task: Task, required: bool, rerun: Callable[[QuestionId], Sequence[list[int]]]) -> bool:
     """Compare a finished answer file with the baseline's of the same settings, print and note what comes out.
 
     Args:
@@ -66,45 +66,47 @@ def check_lossless(file: AnswerFile, required: bool, rerun: Callable[[int | str]
     Returns:
         False where the arms differ in float32.
     """
-    meta = read_meta(file.path)
-    settings = meta["settings"] if meta else {}
-    baseline = find_baseline(file.path, settings) if file.lines else None
+    baseline = find_baseline(task) if task.lines else None
     if baseline is None:
         if required:
             raise UserError(
-                f"--check-lossless=True: no baseline's answer file of the same settings in {file.path.parent.resolve()}"
+                f"--check-lossless=True: no baseline's answer file of the same settings in {task.path.parent.resolve()}"
             )
         return True
-    result = compare_ids(read_answers(baseline), read_answers(file.path))
+    dtype = task.settings["dtype"]
+    result = compare_ids(read_answers(baseline).answers, read_answers(task.path).answers)
     note = {"baseline": baseline.name, "questions": result.questions, "identical": result.identical}
-    same = _report(result, baseline, settings["dtype"])
+    same = _report(result, baseline, dtype)
     if result.differences:
         note["first_difference"] = asdict(result.differences[0])
-    file.note("lossless", note)
-    if result.differences and settings["dtype"] != "float32":
+    task.note("lossless", note)
+    if result.differences and dtype != "float32":
         # only now, since the system may kill who asks for too much memory
         same = _answer_again(result.differences[0].question_id, rerun, note)
-        file.note("lossless", note)
+        task.note("lossless", note)
     return same
 
 
-def find_baseline(path: Path, settings: Mapping) -> Path | None:
-    """The baseline's answer file beside `path` that was made with the same settings: the latest one."""
+def find_baseline(task: Task) -> Path | None:
+    """The baseline's answer file beside a task's that was made with the same settings: the latest one."""
     found = []
-    for candidate in path.parent.iterdir():
-        if candidate == path or not meta_path(candidate).is_file():
+    for candidate in task.path.parent.iterdir():
+        if candidate == task.path or not meta_path(candidate).is_file():
             continue
         try:
             other = read_meta(candidate)["settings"]
         except UserError as error:  # another file, which nobody has named
             print(f"notice: not compared with: {error}", file=sys.stderr)
             continue
-        if other.get("method") == "baseline" and all(other.get(name) == settings.get(name) for name in COMPARABLE):
+        same = all(other.get(name) == task.settings.get(name) for name in shared_by(ARMS))
+        if other.get("method") == "baseline" and same:
             found.append(candidate)
     return max(found, key=lambda candidate: candidate.stat().st_mtime, default=None)
 
 
-def compare_ids(baseline: Mapping[int | str, Sequence[Answer]], spec: Mapping[int | str, Sequence[Answer]]) -> Identity:
+def compare_ids(
+    baseline: Mapping[QuestionId, Sequence[Answer]], spec: Mapping[QuestionId, Sequence[Answer]]
+) -> Identity:
     """Compare the output ids of all answers to the questions that both arms have answered."""
     shared = [question for question in spec if question in baseline]
     differences = [
@@ -123,7 +125,7 @@ def first_position(ids: Sequence[int], others: Sequence[int]) -> int | None:
     return None if len(ids) == len(others) else min(len(ids), len(others))
 
 
-def _first_difference(question: int | str, baseline: Sequence[Answer], spec: Sequence[Answer]) -> Difference | None:
+def _first_difference(question: QuestionId, baseline: Sequence[Answer], spec: Sequence[Answer]) -> Difference | None:
     for choice, (plain, ours) in enumerate(zip(baseline, spec, strict=True)):
         position = first_position(plain.output_ids, ours.output_ids)
         if position is not None:
@@ -149,7 +151,7 @@ def _report(result: Identity, baseline: Path, dtype: str) -> bool:
     return True
 
 
-def _answer_again(question: int | str, rerun: Callable, note: dict) -> bool:
+def _answer_again(question: QuestionId, rerun: Callable, note: dict) -> bool:
     """Answer a question in float32, print and note what comes out; False where the arms differ."""
     try:
         plain, ours = rerun(question)
@@ -162,7 +164,7 @@ def _answer_again(question: int | str, rerun: Callable, note: dict) -> bool:
     return same
 
 
-def _report_rerun(question: int | str, plain: list[int], ours: list[int]) -> bool:
+def _report_rerun(question: QuestionId, plain: list[int], ours: list[int]) -> bool:
     position = first_position(plain, ours)
     if position is None:
         print(f"lossless: question {question} again in float32: both arms give the same {len(plain)} output ids")

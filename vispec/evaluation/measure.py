@@ -1,8 +1,7 @@
 """The measurement: all arms answer through one function, with one clock and one count, and take turns in one way."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
@@ -57,6 +56,11 @@ class Answer:
         """The same without those behind the answer's end; τ is their mean."""
         return accepted_within(self.acceptance_lengths, self.last_round, len(self.output_ids))
 
+    @property
+    def plain_steps(self) -> int:
+        """Steps without a draft, of an arm that drafts."""
+        return self.last_round + 1 - len(self.acceptance_lengths)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -76,15 +80,12 @@ def answer_question(
         inputs: what the processor returned, input_ids included.
         seed: torch's seed for this answer; None leaves the generators alone.
     """
-    import torch
-
+    _seed_choices(seed)
     if kind == "generate":
         return _answer_by_generate(model, inputs, generation)
     if generation.own_config:
-        return _answer_with_own_config(model, inputs, kind, generation, seed)
+        return _answer_with_own_config(model, inputs, kind, generation)
     generate = model.specgenerate if kind == "spec" else model.baseline_generate
-    if seed is not None:
-        torch.manual_seed(seed)
     start = now(model.target.device)
     output, _, last_round, accepted, decode_time = generate(
         **inputs,
@@ -100,9 +101,42 @@ def answer_question(
     return Answer(new_ids, last_round, wall_time, decode_time, accepted if kind == "spec" else [])
 
 
-def _answer_with_own_config(
-    model: "SpecModel", inputs: Mapping, kind: Kind, generation: Generation, seed: int | None
+def stream_question(
+    model: "SpecModel",
+    inputs: Mapping,
+    generation: Generation,
+    seed: int | None,
+    on_round: Callable[[list[int], list[bool]], None],
 ) -> Answer:
+    """Answer one prompt with the draft and measure it, as `answer_question` does, round by round.
+
+    Args:
+        on_round: called with a round's new tokens and which of them the draft had right; its own time does not count.
+    """
+    _seed_choices(seed)
+    output_ids: list[int] = []
+    accepted: list[int] = []
+    seconds: list[float] = []
+    start = now(model.device)
+    for step in model.stream(**inputs, **asdict(generation)):
+        seconds.append(now(model.device) - start)
+        output_ids += step.token_ids
+        if step.accepted is not None:
+            accepted.append(step.accepted)
+        on_round(step.token_ids, step.drafted)
+        start = now(model.device)
+    return Answer(output_ids, len(seconds) - 2, sum(seconds), sum(seconds[1:]), accepted)
+
+
+def _seed_choices(seed: int | None) -> None:
+    """An answer's random choices follow from torch's default generator, whichever way it is made."""
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
+def _answer_with_own_config(model: "SpecModel", inputs: Mapping, kind: Kind, generation: Generation) -> Answer:
     from vispec.model.sampling import Sampling
 
     start = now(model.device)
@@ -110,7 +144,6 @@ def _answer_with_own_config(
         **inputs,
         **Sampling(generation.temperature, generation.top_p).options,
         max_new_tokens=generation.max_new_tokens,
-        seed=seed,
         speculate=kind == "spec",
         return_dict_in_generate=True,
     )
@@ -133,7 +166,7 @@ def generate_greedily(
 ) -> tuple[list[int], list[float]]:
     """Answer one prompt by transformers' own generate(): the new ids, and when each one came."""
     at: list[float] = []
-    streamer = SimpleNamespace(put=lambda value: at.append(time.perf_counter()), end=lambda: None)
+    streamer = SimpleNamespace(put=lambda value: at.append(now()), end=lambda: None)
     output = transformers_generate(model, inputs, max_new_tokens, own_config, streamer=streamer)
     return output[0, inputs["input_ids"].shape[1] :].tolist(), at[1:]  # the first call is the prompt
 
@@ -178,10 +211,8 @@ def interleave(
     Returns:
         For each arm by its name and each prompt, the answers of all repetitions.
     """
-    longest = min(warm_up_tokens or generation.max_new_tokens, generation.max_new_tokens)
     for arm in arms:
-        get_ready(arm, prompts, generation.max_new_tokens)
-        answer_question(arm.model, prompts[0], arm.kind, replace(generation, max_new_tokens=longest))
+        warm_up(arm, prompts, generation, warm_up_tokens)
     found: dict[str, list[list[Answer]]] = {arm.name: [[] for _ in prompts] for arm in arms}
     answered: dict[str, Answer] = {}
     for repetition, prompt, arm in turns(arms, len(prompts), repetitions, budget):
@@ -192,6 +223,13 @@ def interleave(
                 on_prompt(repetition, prompt, answered)
             answered = {}
     return found
+
+
+def warm_up(arm: Arm, prompts: Sequence[Mapping], generation: Generation, tokens: int | None = WARM_UP_TOKENS) -> None:
+    """Get ready for answers that are timed; `tokens`: longest answer to the first prompt, None is a whole one."""
+    get_ready(arm, prompts, generation.max_new_tokens)
+    longest = min(tokens or generation.max_new_tokens, generation.max_new_tokens)
+    answer_question(arm.model, prompts[0], arm.kind, replace(generation, max_new_tokens=longest))
 
 
 def get_ready(arm: Arm, prompts: Sequence[Mapping], max_new_tokens: int) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vispec.cli import Parser, UserError
-from vispec.evaluation.answering import Answerer, Task
-from vispec.evaluation.answers import read_meta
+from vispec.evaluation.answerer import Answerer
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models, as_noted
+from vispec.evaluation.task import Task
 from vispec.model.shape import TUNE
 
 
@@ -42,10 +42,9 @@ def keep_trees(tasks: Sequence[Task], models: Models) -> Models:
         return models
     kept: dict[str, dict] = {}
     for task in tasks:
-        meta = read_meta(task.file.path) if task.file.lines else None
-        found = meta["settings"] if meta else {}
+        found = task.settings if task.lines else {}
         if isinstance(found.get("asked_tree"), list):
-            kept.setdefault(task.series.method, {n: found[n] for n in ("asked_tree", "tuned_on") if n in found})
+            kept.setdefault(task.method, {n: found[n] for n in ("asked_tree", "tuned_on") if n in found})
     for method, noted in kept.items():
         _note(tasks, method, noted)
     return replace(models, tuned={method: tuple(noted["asked_tree"]) for method, noted in kept.items()})
@@ -107,8 +106,8 @@ def measure_trees(tasks: Sequence[Task], found: TuningSet | None, models: Models
 
 def _note(tasks: Sequence[Task], method: str, noted: Mapping) -> None:
     for task in tasks:
-        if task.series.method == method:
-            task.settings.update(noted)
+        if task.method == method:
+            task.asked.update(noted)
 
 
 def _tune_on(text: str) -> tuple[str, str | None]:

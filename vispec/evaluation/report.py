@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from vispec.evaluation.bootstrap import DRAWS, PERCENTILES, SEED, Estimate
-from vispec.evaluation.comparison import TAU_CONVENTION
+from vispec.evaluation.comparison import DRAWS, MEASURES, PERCENTILES, SEED, TAU_CONVENTION, Estimate
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
@@ -25,7 +24,6 @@ LEGEND = f"""\
 - identical: questions with the baseline's output ids, of those that both arms have answered
 - left out: questions that could not be asked: image unreadable, prompt too long, or actors died of it
 - the baseline's tokens/s are over all questions that it has answered"""
-MEASURES = ("speedup", "decode_speedup", "tau")
 
 
 def as_markdown(results: Results) -> str:
@@ -285,7 +283,7 @@ def _json_table(table: Table) -> dict:
             {
                 "path": str(file.path),
                 "settings": file.settings,
-                "provenance": file.provenance,
+                "provenance": file.meta.get("provenance", {}),
                 "left_out": file.left_out,
             }
             for file in table.files

@@ -12,42 +12,29 @@ from statistics import fmean
 
 from vispec.cli import UserError
 from vispec.embedded import TARGET
-from vispec.evaluation.answer_lines import read_answers
-from vispec.evaluation.answers import condition_notices, conditions, left_out_notice, left_out_of, meta_path, read_meta
-from vispec.evaluation.bootstrap import Estimate, average, estimates
+from vispec.evaluation.answer_file import (
+    AnswerFile,
+    condition_notices,
+    left_out_notice,
+    meta_path,
+    read_answers,
+    read_meta,
+    refuse_differences,
+)
 from vispec.evaluation.comparison import (
-    COMPARABLE,
     ArmSpeed,
     Comparison,
+    Estimate,
     arm_speed,
+    average,
     compare,
-    refuse_differences,
+    estimates,
     round_in_steps,
 )
-from vispec.evaluation.measure import Answer
 from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
+from vispec.evaluation.settings import ARMS, ROW, TABLE, shared_by
 
 NEEDED = ("benchmark", "method", "base_model", "temperature")
-SHARED_BY_TABLE = (
-    "base_model_revision", "dtype", "device", "device_type", "devices", "max_new_tokens", "num_choices",
-    "generation_config",
-)  # fmt: skip
-SHARED_BY_ROW = ("spec_model", "spec_model_sha256", "draft_vocab", "tree")
-"""Settings without which an average over benchmarks would mean nothing."""
-
-
-@dataclass(frozen=True)
-class AnswersOf:
-    """A method's answers to a benchmark."""
-
-    path: Path
-    settings: Mapping
-    provenance: Mapping
-    answers: Mapping[int | str, list[Answer]]
-    left_out: list[dict]
-    """{question_id, reason} of each question that could not be asked."""
-    conditions: Mapping[str, set[str]]
-    """What their speed may depend on, see `vispec.evaluation.answers.conditions`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class Row:
 
     method: str
     settings: Mapping
-    """Those that do not depend on the benchmark, see `SHARED_BY_ROW`; empty if the method has no answers here."""
+    """Those that the files of a ROW share; empty if the method has no answers here."""
     cells: Mapping[str, Cell | None]
 
     @property
@@ -93,12 +80,12 @@ class Table:
     base_model: str
     temperature: float
     settings: Mapping
-    """Those that all files share, see `SHARED_BY_TABLE`."""
+    """Those that all files of a TABLE share."""
     baseline: Mapping[str, ArmSpeed | None]
     """By benchmark, over all questions that the baseline has answered."""
     baseline_questions: Mapping[str, int]
     rows: list[Row]
-    files: list[AnswersOf]
+    files: list[AnswerFile]
 
     @property
     def target(self) -> str:
@@ -134,7 +121,7 @@ def read_results(folder: Path) -> Results:
         UserError: there is none, two hold the same cell, or settings that must agree do not.
     """
     notices: list[str] = []
-    tables: dict[tuple[str, float], dict[tuple[str, str], AnswersOf]] = defaultdict(dict)
+    tables: dict[tuple[str, float], dict[tuple[str, str], AnswerFile]] = defaultdict(dict)
     for found in _find(folder, notices):
         benchmark, method, base_model, temperature = (found.settings[name] for name in NEEDED)
         cells = tables[base_model, temperature]
@@ -154,28 +141,24 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def _find(folder: Path, notices: list[str]) -> list[AnswersOf]:
+def _find(folder: Path, notices: list[str]) -> list[AnswerFile]:
     """The answer files below a folder that have answers."""
     if not folder.is_dir():
         raise UserError(f"--results {folder}: there is no such folder")
     found = []
     for path in sorted(folder.rglob("*.jsonl")):
-        meta = read_meta(path)
-        if meta is None:
+        if read_meta(path) is None:
             notices.append(f"{path} is not counted: no {meta_path(path).name} beside it")
             continue
-        settings = meta["settings"]
-        missing = [name for name in NEEDED if name not in settings]
+        file = read_answers(path)
+        missing = [name for name in NEEDED if name not in file.settings]
         if missing:
             raise UserError(f"{meta_path(path)}: expected settings with {', '.join(NEEDED)}; no {', '.join(missing)}")
-        if settings["benchmark"] not in BENCHMARK_TITLES:
-            notices.append(f"{path} is not counted: {settings['benchmark']} is none of the eight benchmarks")
-            continue
-        answers = read_answers(path)
-        if answers:
-            left_out = left_out_of(meta, answers)
-            notices += left_out_notice(path, left_out)
-            found.append(AnswersOf(path, settings, meta.get("provenance", {}), answers, left_out, conditions(path)))
+        if file.settings["benchmark"] not in BENCHMARK_TITLES:
+            notices.append(f"{path} is not counted: {file.settings['benchmark']} is none of the eight benchmarks")
+        elif file.answers:
+            notices += left_out_notice(file)
+            found.append(file)
         else:
             notices.append(f"{path} is not counted: it has no answer yet")
     return found
@@ -191,13 +174,13 @@ def _table(
     folder: Path,
     base_model: str,
     temperature: float,
-    found: Mapping[tuple[str, str], AnswersOf],
+    found: Mapping[tuple[str, str], AnswerFile],
     methods: list[str],
     notices: list[str],
 ) -> Table:
     files = list(found.values())
     for one in files[1:]:
-        _refuse_differences("the answers cannot stand in one table", SHARED_BY_TABLE, files[0], one)
+        refuse_differences(TABLE, files[0], one)
     for method in ("baseline", *methods):
         missing = [benchmark for benchmark in BENCHMARK_TITLES if (method, benchmark) not in found]
         if missing:
@@ -210,7 +193,7 @@ def _table(
     return Table(
         base_model,
         temperature,
-        {name: files[0].settings.get(name) for name in SHARED_BY_TABLE},
+        {name: files[0].settings.get(name) for name in shared_by(TABLE)},
         {name: arm_speed(list(arm.answers.values())) if arm else None for name, arm in baseline.items()},
         {name: len(arm.answers) if arm else 0 for name, arm in baseline.items()},
         [_row(method, baseline, found, notices) for method in methods],
@@ -220,14 +203,14 @@ def _table(
 
 def _row(
     method: str,
-    baseline: Mapping[str, AnswersOf | None],
-    found: Mapping[tuple[str, str], AnswersOf],
+    baseline: Mapping[str, AnswerFile | None],
+    found: Mapping[tuple[str, str], AnswerFile],
     notices: list[str],
 ) -> Row:
     arms = {benchmark: found[method, benchmark] for benchmark in baseline if (method, benchmark) in found}
     first, *others = arms.values() or [None]
     for other in others:
-        _refuse_differences("the answers cannot stand in one row", SHARED_BY_ROW, first, other)
+        refuse_differences(ROW, first, other)
     cells: dict[str, Cell | None] = dict.fromkeys(baseline)
     for stream, (benchmark, plain) in enumerate(baseline.items()):
         if benchmark not in arms:
@@ -235,18 +218,28 @@ def _row(
         if plain is None:
             notices.append(f"{arms[benchmark].path}: no baseline to compare with")
             continue
-        cells[benchmark] = _cell(plain, arms[benchmark], stream, notices)
-    settings = {name: first.settings.get(name) for name in SHARED_BY_ROW} if first else {}
+        cells[benchmark] = compare_files(plain, arms[benchmark], notices, stream)
+    settings = {name: first.settings.get(name) for name in shared_by(ROW)} if first else {}
     return Row(method, settings, cells)
 
 
-def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str]) -> Cell | None:
-    _refuse_differences("the arms cannot be compared", COMPARABLE, baseline, spec)
-    shared = [question for question in baseline.answers if question in spec.answers]
-    notices += condition_notices(*((arm.path, arm.conditions) for arm in (baseline, spec)))
+def compare_files(baseline: AnswerFile, spec: AnswerFile, notices: list[str], stream: int = 0) -> Cell | None:
+    """A method's answers beside the baseline's; None where no question has been answered by both.
+
+    Args:
+        notices: what is to be said beside the numbers is added to them.
+        stream: of the draws, see `estimates`.
+
+    Raises:
+        UserError: the files differ in a setting that two arms must share.
+    """
+    if baseline.meta and spec.meta:
+        refuse_differences(ARMS, baseline, spec)
+    notices += condition_notices(baseline, spec)
     only_one = len(baseline.answers.keys() ^ spec.answers.keys())
     if only_one:
         notices.append(f"{spec.path}: {only_one} question(s) that only one arm has answered are not counted")
+    shared = [question for question in baseline.answers if question in spec.answers]
     if not shared:
         return None
     plain, ours = ([arm.answers[question] for question in shared] for arm in (baseline, spec))
@@ -258,7 +251,3 @@ def _cell(baseline: AnswersOf, spec: AnswersOf, stream: int, notices: list[str])
         round_in_steps(all_plain, all_ours),
         Counter(length for answer in all_ours for length in answer.accepted),
     )
-
-
-def _refuse_differences(why: str, names: tuple[str, ...], one: AnswersOf, other: AnswersOf) -> None:
-    refuse_differences(why, names, (one.path, one.settings), (other.path, other.settings))

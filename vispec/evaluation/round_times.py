@@ -6,7 +6,6 @@ round and as decoding runs its steps: replayed where these are captured in CUDA 
 everything else: acceptance, tree building, masks, the cache, and the host.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from vispec.evaluation.measure import generate_greedily
 from vispec.evaluation.roofline import Cost, attention_cost, pass_cost, timed
 from vispec.model.shape import TreeShape
+from vispec.timing import now, turns
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ def run(model: "SpecModel", ids: "torch.Tensor", speculate: bool) -> Run:
     rounds = model.stream(ids, speculate=speculate, max_new_tokens=most)
     result, before = Run(), 0.0
     for number, step in enumerate(islice(rounds, 1 + WARM_UP_ROUNDS + ROUNDS)):
-        after = time.perf_counter()
+        after = now()
         result.tokens += step.token_ids
         if number > WARM_UP_ROUNDS:
             result.seconds.append(after - before)
@@ -208,9 +208,8 @@ def verification_times(
         target.prefill(cache, ids, {})
         cache.used = length
         works = {n: verification(target, cache, n) for n in times}
-        for _ in range(repeats):
-            for n, found in times.items():
-                found += replayed(target, steps, ("verify", n, 1), works[n], repeats=1, warm=bool(found))
+        for _, _, n in turns(list(times), 1, repeats):
+            times[n] += replayed(target, steps, ("verify", n, 1), works[n], repeats=1, warm=bool(times[n]))
     return times
 
 

@@ -1,214 +1,210 @@
-"""One runner behind all `gen_<arm>_answer_<benchmark>` command lines."""
+"""Filling answer files: what all commands that answer benchmarks do once they know what is asked.
+
+The methods whose answers are to be compared are filled together, question by question. A command with a single method
+is the same with one file.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from vispec.cli import ERROR, Parser, UserError, count, parse_bool, provenance, whole, worst
-from vispec.evaluation.actors import loaded
-from vispec.evaluation.answering import (
-    InFloat32,
-    LeftOut,
-    Series,
-    Task,
-    answer_all,
-    finish,
-    open_asks,
-    report_left_out,
-    settings_of,
-)
-from vispec.evaluation.answers import AnswerFile
-from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.head_flags import FLAGS as PLACE_FLAGS
-from vispec.evaluation.head_flags import add_place_flags, asked_place, value_of
+from vispec.cli import DONE, ERROR, WITH_FAILURES, UserError, provenance, worst
+from vispec.evaluation.actors import Actors, loaded
+from vispec.evaluation.answer_file import QuestionId
+from vispec.evaluation.answerer import Answerer, Ask, InFloat32, LeftOut
+from vispec.evaluation.benchmarks import Benchmark, Question
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
-from vispec.evaluation.measure import Generation, Kind
-from vispec.evaluation.measured_trees import (
-    TuningSet,
-    add_tune_on,
-    keep_trees,
-    measure_trees,
-    require_measuring,
-    tuning_set,
-)
-from vispec.evaluation.tree_flags import add_tree_flags, asked_tree
-
-UNUSED_FLAGS = ("--image-fc", "--load-in-8bit", "--max-gpu-memory", "--tree-choices", "--label")
+from vispec.evaluation.measure import Generation
+from vispec.evaluation.measured_trees import keep_trees, measure_trees, require_measuring, tuning_set
+from vispec.evaluation.settings import asked_settings
+from vispec.evaluation.task import Task
+from vispec.timing import in_turn
 
 
-def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
-    """Answer a benchmark's questions with an arm and write its answer file."""
-    benchmark = BENCHMARKS[name]
-    args = make_parser(benchmark, arm).parse_args(argv)
-    method = _method(args, arm)
-    _notice_unused(args, arm)
-    check = arm == "spec" and wants_check(args.check_lossless, args.temperature)
-    options = {name: getattr(args, name) for name in benchmark.options}
-    all_questions, data = benchmark.questions(args.data_folder, **options)
-    questions = all_questions[asked_part(args, name, len(all_questions))]
-    file = AnswerFile(answer_path(args, method))
-    with file.alone():
-        models = _models(args, arm, method)
-        generation = Generation(args.temperature, args.max_new_token, own_config=args.generation_config)
-        series = Series(name, method, _model_id(args, method), generation, args.num_choices)
-        task = Task(series, file, settings_of(series, models, data, options))
-        models = keep_trees([task], models)
-        task.check()
-        left_out = []
-        if open_asks([task], questions):
-            require_measuring(models, args.num_gpus_total)
-            tuned_on = tuning_set(
-                models,
-                getattr(args, "tune_on", None),
-                {(name, data): options},
-                lambda other: args.data_folder if other is benchmark else None,
-            )
-            left_out = _answer(task, questions, args, models, tuned_on)
-        code = worst(finish(task, len(questions), left_out), report_left_out(benchmark, left_out))
-        if check:
+@dataclass
+class Plan:
+    """A benchmark at a temperature: the questions that are asked, and one answer file a method."""
 
-            def rerun(question_id: int | str) -> tuple[list[int], list[int]]:
-                return InFloat32(models).ids_of_both_arms(series, question_of(question_id, all_questions, data))
+    benchmark: Benchmark
+    options: Mapping
+    """Values of the benchmark's own flags."""
+    all_questions: Sequence[Question]
+    data: str
+    """Where the questions come from."""
+    asked: slice
+    generation: Generation
+    num_choices: int = 1
+    tasks: list[Task] = field(default_factory=list)
 
-            if not check_lossless(file, required=bool(args.check_lossless), rerun=rerun):
-                code = ERROR
-        return code
+    def add(self, models: Models, method: str, path: Path, model_id: str) -> None:
+        """Let a method of `models` answer too, see `Task`."""
+        terms = self.benchmark.name, self.data, self.options, self.generation, self.num_choices
+        self.tasks.append(Task(path, asked_settings(models, method, *terms), model_id))
 
+    @property
+    def questions(self) -> Sequence[Question]:
+        return self.all_questions[self.asked]
 
-def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
-    parser = Parser(
-        prog=f"python -m vispec.evaluation.gen_{arm}_answer_{benchmark.name}",
-        description=f"Answer {benchmark.name} by "
-        + ("plain autoregressive decoding." if arm == "baseline" else "tree speculative decoding."),
-    )
-    add = parser.add_argument
-    add("--base-model-path", required=True, help="the target: a folder or a hub id")
-    add("--spec-model-path", help="the draft head: a folder or a hub id")
-    where = f"local files of the benchmark (default: {benchmark.folder}{' if it exists' if benchmark.hub else ''})"
-    add("--data-folder", *benchmark.folder_flags, help=where)
-    add("--model-id", help="names the answers (default: the target's name and the method)")
-    add("--bench-name", default=benchmark.name, help="folder of the answers")
-    add("--answer-dir", default=".", help="where that folder is")
-    add("--answer-file", help="the file itself (default: <bench-name>/<model-id>-temperature-<T>.jsonl)")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--num-choices", type=count, default=1, help="answers to each question, with seeds 0, 1, …")
-    add_common_flags(parser)
-    if arm == "spec":
-        add_tree_flags(parser, "/".join(map(str, Models.tree)))
-        add_tune_on(parser)
-        add_place_flags(parser)
-        add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
-        add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
-        parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
-        parser.add_bool("--use-medusa", "the draft head is Medusa's; --depth is not used")
-        add(
-            "--check-lossless",
-            type=parse_bool,
-            nargs="?",
-            const=True,
-            metavar="True|False",
-            help="compare output ids with the baseline's file beside this one (default: greedily, if there is one)",
-        )
-    for flag, settings in benchmark.flags.items():
-        add(flag, **settings)
-    for flag in UNUSED_FLAGS:
-        add(flag, nargs="?", const=True, help=argparse.SUPPRESS)
-    return parser
+    def open_asks(self) -> list[Ask]:
+        """What is not answered yet; the methods that lack an answer take turns, see `in_turn`."""
+        asks = []
+        for number, question in enumerate(self.questions):
+            methods = [task.method for task in in_turn(self.tasks, number) if question.question_id not in task.lines]
+            if methods:
+                asks.append(self._ask(question, *methods))
+        return asks
+
+    @property
+    def open_methods(self) -> set[str]:
+        """Methods that lack answers."""
+        return {method for ask in self.open_asks() for method in ask.methods}
+
+    def ask_again(self, question_id: QuestionId, method: str) -> Ask:
+        """A question that has been answered, for the baseline and a method.
+
+        Raises:
+            UserError: the data have changed since.
+        """
+        for question in self.all_questions:
+            if question.question_id == question_id:
+                return self._ask(question, "baseline", method)
+        raise UserError(f"it is not among the questions of {self.data} any more")
+
+    def _ask(self, question: Question, *methods: str) -> Ask:
+        return Ask(question, self.benchmark.name, self.generation, self.num_choices, methods)
+
+    def finish(self, left_out: Sequence[LeftOut] = ()) -> int:
+        """Bring the files into order, print how much of what was asked is answered; returns an exit code."""
+        codes, asked = [DONE], len(self.questions)
+        for task in self.tasks:
+            task.finish()
+            answered = asked - len({one.question_id for one in left_out} - task.lines.keys())
+            print(f"{answered} of {asked} questions answered: {task.path}")
+            if asked and not answered:
+                print(f"error: no question has an answer: {task.path}", file=sys.stderr)
+                codes.append(ERROR)
+        return worst(*codes, _report_left_out(self.benchmark, left_out))
 
 
-def add_common_flags(parser: Parser) -> None:
-    """Flags of every command that answers questions."""
-    add = parser.add_argument
-    add("--max-new-token", type=count, default=1024, help="most new tokens of an answer")
-    parser.add_bool(
-        "--generation-config",
-        "apply what else the target's generation config says, such as penalties and top_k; temperature and length "
-        "stay those of the flags (default: nothing of it but end tokens)",
-    )
-    add("--question-begin", type=whole, help="first question, counted from 0")
-    add("--question-end", type=whole, help="question to stop before")
-    add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")
-    add("--num-gpus-total", type=count, default=1, help="as many models share the questions (needs Ray)")
-    parser.add_hardware()
+def run(
+    plans: Sequence[Plan],
+    models: Models,
+    args: argparse.Namespace,
+    folder_of: Callable[[Benchmark], str | None],
+    lossless: bool | None = None,
+) -> int:
+    """Fill the answer files of all plans; returns an exit code.
 
-
-def asked_part(args: argparse.Namespace, name: str, total: int) -> slice:
-    """The part of a benchmark's questions that the flags of `add_common_flags` ask for.
-
-    Raises:
-        UserError: it is empty.
+    Args:
+        args: flags, those of `add_common_flags` among them.
+        folder_of: where the data of a benchmark are looked for on whose questions trees are measured.
+        lossless: what --check-lossless says.
     """
-    part = slice(args.question_begin, args.question_end)
-    if not range(total)[part]:
-        raise UserError(
-            f"--question-begin {args.question_begin}, --question-end {args.question_end}: no question of {name} lies "
-            f"there, it has {total}"
-        )
-    return part
-
-
-def question_of(question_id: int | str, questions: Sequence[Question], data: str) -> Question:
-    """The question that an answer belongs to.
-
-    Raises:
-        UserError: the data have changed since.
-    """
-    for question in questions:
-        if question.question_id == question_id:
-            return question
-    raise UserError(f"it is not among the questions of {data} any more")
-
-
-def answer_path(args: argparse.Namespace, method: str) -> Path:
-    """Where the answers go."""
-    if args.answer_file:
-        return Path(args.answer_file)
-    return Path(args.answer_dir, args.bench_name, f"{_model_id(args, method)}-temperature-{args.temperature}.jsonl")
+    tasks = list(chain.from_iterable(plan.tasks for plan in plans))
+    with ExitStack() as held:
+        for task in tasks:
+            held.enter_context(task.alone())
+        models = keep_trees(tasks, models)
+        for task in tasks:
+            task.check()
+        code = _answer(plans, models, args, folder_of)
+        # the models are gone by now, so that there is room for float32
+        return code if _check_lossless(plans, models, lossless) else ERROR
 
 
 def _answer(
-    task: Task, questions: list[Question], args: argparse.Namespace, models: Models, tuned_on: TuningSet | None
-) -> list[LeftOut]:
-    title = f"{args.bench_name} {task.series.method}"
+    plans: Sequence[Plan], models: Models, args: argparse.Namespace, folder_of: Callable[[Benchmark], str | None]
+) -> int:
+    unfinished = []
+    for plan in plans:
+        if plan.open_methods:
+            unfinished.append(plan)
+        else:
+            plan.finish()
+    if not unfinished:
+        return DONE
+    methods = set().union(*(plan.open_methods for plan in unfinished))
+    models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
+    require_measuring(models, args.num_gpus_total)
+    reported = {(plan.benchmark.name, plan.data): plan.options for plan in plans}
+    tuned_on = tuning_set(models, getattr(args, "tune_on", None), reported, folder_of)
+    tasks = list(chain.from_iterable(plan.tasks for plan in plans))
+    made_by = provenance(args)
+    code = DONE
     with loaded(models, args.num_gpus_total) as answerer:
-        measure_trees([task], tuned_on, models, answerer)
-        return answer_all([task], questions, answerer, provenance(args), title)
+        measure_trees(tasks, tuned_on, models, answerer)
+        found = answerer.loaded_settings()
+        for task in tasks:
+            task.check(found)  # so that none is refused hours later
+        for number, plan in enumerate(unfinished, start=1):
+            title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.generation.temperature:g}"
+            code = worst(code, plan.finish(_fill(plan, answerer, made_by, title)))
+    return code
 
 
-def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
-    hardware = {"dtype": args.dtype, "device_map": args.device_map, "gpus": args.num_gpus_per_model}
-    if arm == "baseline":
-        return Models(args.base_model_path, **hardware)
-    tree = asked_tree(args, Models.tree)
-    places = {method: asked_place(args)}
-    return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, places=places, **hardware)
+def _fill(plan: Plan, answerer: Answerer | Actors, made_by: dict, title: str) -> list[LeftOut]:
+    """Append the answers that the files of a plan lack; returns the questions that get none.
+
+    Args:
+        made_by: provenance of this run.
+        title: stands beside the progress bar.
+    """
+    from tqdm import tqdm
+
+    asks = plan.open_asks()
+    unfinished = {method for ask in asks for method in ask.methods}
+    tasks = {task.method: task for task in plan.tasks if task.method in unfinished}
+    found = answerer.loaded_settings()
+    for task in tasks.values():
+        task.begin(found, made_by)
+    left_out = []
+    for ask, outcome in tqdm(answerer.answers(asks), total=len(asks), desc=title, unit="question"):
+        for method in ask.methods:
+            if isinstance(outcome, LeftOut):
+                tasks[method].leave_out(outcome.question_id, outcome.reason)
+            else:
+                tasks[method].append(ask.question.question_id, outcome[method])
+        if isinstance(outcome, LeftOut):
+            left_out.append(outcome)
+            tqdm.write(f"question {outcome.question_id} is left out: {outcome.reason}", file=sys.stderr)
+    return left_out
 
 
-def _method(args: argparse.Namespace, arm: Kind) -> str:
-    if arm == "baseline":
-        return "baseline"
-    heads = [flag for flag, given in (("--use-ours", args.use_ours), ("--use-medusa", args.use_medusa)) if given]
-    if len(heads) > 1:
-        raise UserError("--use-ours=True and --use-medusa=True: found both, expected at most one of them")
-    if args.method == "lookup":
-        heads += [flag for flag in ("--spec-model-path", *PLACE_FLAGS, "--num-q") if value_of(args, flag)]
-        if heads:
-            raise UserError(f"--method lookup has no draft head, found {', '.join(heads)}")
-        return "lookup"
-    if args.spec_model_path is None:
-        raise UserError("--spec-model-path is missing: the draft head, a folder or a hub id (or --method lookup)")
-    return {"--use-ours": "vispec", "--use-medusa": "medusa"}[heads[0]] if heads else "eagle2"
+def _report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> int:
+    """Print which questions have no answer, and why; returns an exit code."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for one in left_out:
+        names[one.kind].append(str(one.question_id))
+    if "too long" in names:
+        print(f"left out, because their prompt does not fit the target's positions: {', '.join(names['too long'])}")
+    if "unreadable" in names:
+        print(f"left out, because their image cannot be read: {', '.join(names['unreadable'])}")
+        print(f"the files of {benchmark.name} can be had from {benchmark.source}")
+    for kind, reason in (("failed", "something failed, see above"), ("died", "the actors that tried died")):
+        if kind in names:
+            print(f"error: not answered, because {reason}: {', '.join(names[kind])}", file=sys.stderr)
+    return WITH_FAILURES if {"failed", "died"} & names.keys() else DONE
 
 
-def _model_id(args: argparse.Namespace, method: str) -> str:
-    return args.model_id or f"{Path(args.base_model_path).name}-{method}"
+def _check_lossless(plans: Sequence[Plan], models: Models, asked: bool | None) -> bool:
+    """Compare the methods with the baseline, see `wants_check`; False where one differs in float32."""
+    float32 = InFloat32(models)
 
+    def rerun(plan: Plan, method: str, question_id: QuestionId) -> list[list[int]]:
+        return float32.ids_of(plan.ask_again(question_id, method))
 
-def _notice_unused(args: argparse.Namespace, arm: Kind) -> None:
-    given = [flag for flag in UNUSED_FLAGS if getattr(args, flag.strip("-").replace("-", "_")) is not None]
-    if arm == "baseline" and args.spec_model_path:
-        given.append("--spec-model-path")
-    if given:
-        print(f"notice: without effect here: {', '.join(given)}", file=sys.stderr)
+    same = True
+    for plan in plans:
+        drafted = [task for task in plan.tasks if task.method != "baseline"]
+        for task in drafted if wants_check(asked, plan.generation.temperature) else ():
+            if len(plan.tasks) > 1:
+                print(f"{plan.benchmark.name} by {task.method}:")
+            same &= check_lossless(task, required=bool(asked), rerun=partial(rerun, plan, task.method))
+    return same

@@ -11,16 +11,16 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from vispec.cli import Parser, UserError, provenance
 from vispec.evaluation import report
-from vispec.evaluation.answer_lines import read_answers
-from vispec.evaluation.answers import condition_notices, conditions, left_out_notice, left_out_of, meta_path, read_meta
+from vispec.evaluation.answer_file import left_out_notice, meta_path, read_answers
 from vispec.evaluation.chart import draw_all
-from vispec.evaluation.comparison import COMPARABLE, TAU_CONVENTION, Comparison, compare, refuse_differences
+from vispec.evaluation.comparison import TAU_CONVENTION, Comparison
 from vispec.evaluation.measure import is_greedy
-from vispec.evaluation.results import read_results
+from vispec.evaluation.results import compare_files, read_results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,29 +74,29 @@ def _report_results(args: Namespace) -> int:
 
 
 def _report_pair(args: Namespace) -> int:
-    settings, notices = _common_settings(Path(args.baseline), Path(args.spec))
-    baseline, spec = read_answers(Path(args.baseline)), read_answers(Path(args.spec))
-    for flag, path, answers in (("--baseline", args.baseline, baseline), ("--spec", args.spec, spec)):
-        if not answers:
-            raise UserError(f"{flag} {path}: it has no answer yet")
-    meta = read_meta(Path(args.baseline))
-    drafted = any(answer.acceptance_lengths for answers in baseline.values() for answer in answers)
-    if drafted or (meta and meta["settings"].get("method", "baseline") != "baseline"):
+    files = [read_answers(Path(path)) for path in (args.baseline, args.spec)]
+    baseline, spec = files
+    notices = []
+    for flag, file in (("--baseline", baseline), ("--spec", spec)):
+        if not file.answers:
+            raise UserError(f"{flag} {file.path}: it has no answer yet")
+        if file.meta is None:
+            unchecked = "that both arms had the same cap, dtype and temperature is not checked"
+            notices.append(f"no {meta_path(file.path)}: {unchecked}")
+    drafted = any(answer.acceptance_lengths for answers in baseline.answers.values() for answer in answers)
+    if drafted or baseline.settings.get("method", "baseline") != "baseline":
         raise UserError(f"--baseline {args.baseline}: these are answers of a speculative method")
-    result = compare(baseline, spec)
-    notices += condition_notices(*((path, conditions(path)) for path in (Path(args.baseline), Path(args.spec))))
-    only_one = len(baseline.keys() ^ spec.keys())
-    if only_one:
-        notices.append(f"{only_one} question(s) that only one arm has answered are not counted")
-    for path, answers in ((Path(args.baseline), baseline), (Path(args.spec), spec)):
-        notices += left_out_notice(path, left_out_of(read_meta(path), answers))
-    for notice in notices:
+    found = compare_files(baseline, spec, notices)
+    if found is None:
+        raise UserError("the two arms have no question in common")
+    for notice in chain(notices, *map(left_out_notice, files)):
         print(f"notice: {notice}", file=sys.stderr)
+    result, settings = found.comparison, spec.settings or baseline.settings
     if args.json:
         printed = {
             **asdict(result),
             "identical_share": result.identical_questions / result.questions,
-            "questions_of_one_arm_only": only_one,
+            "questions_of_one_arm_only": len(baseline.answers.keys() ^ spec.answers.keys()),
             "tau_convention": TAU_CONVENTION,
             "settings": settings,
             "provenance": provenance(args),
@@ -105,20 +105,6 @@ def _report_pair(args: Namespace) -> int:
     else:
         _print_report(result, settings)
     return 0
-
-
-def _common_settings(baseline: Path, spec: Path) -> tuple[dict, list[str]]:
-    """The settings of the pair, and what could not be checked; differing ones are refused."""
-    metas = [read_meta(path) for path in (baseline, spec)]
-    notices = [
-        f"no {meta_path(path)}: that both arms had the same cap, dtype and temperature is not checked"
-        for path, meta in zip((baseline, spec), metas, strict=True)
-        if meta is None and path.exists()
-    ]
-    ours, theirs = (meta["settings"] if meta else None for meta in metas)
-    if ours is not None and theirs is not None:
-        refuse_differences("the arms cannot be compared", COMPARABLE, (baseline, ours), (spec, theirs))
-    return theirs or ours or {}, notices
 
 
 def _print_report(result: Comparison, settings: dict) -> None:

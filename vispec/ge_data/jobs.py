@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vispec.cli import one_line
-from vispec.ge_data.answers import generate_answers
+from vispec.ge_data.batch_generate import generate_answers
 from vispec.ge_data.conversations import (
     QWEN_MAX_TOKENS,
     QWEN_SYSTEM,

@@ -5,7 +5,6 @@ at the beginning, for which everything is allocated once.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
@@ -13,6 +12,7 @@ from typing import Protocol
 
 from vispec.model.rows import Round
 from vispec.model.shape import TreeShape
+from vispec.timing import now
 
 
 class Policy(Protocol):
@@ -150,9 +150,9 @@ class AutoAnswer:
         if self._left == 0:
             self._shape = self._auto.decide()
             self._left = TRIAL
-        self._start = time.perf_counter()
+        self._start = now()
         return self._shape
 
     def learn(self, shape: TreeShape | None, rounds: Iterable[Round]) -> None:
         self._left -= 1
-        self._auto.learn(shape, time.perf_counter() - self._start, [one.accepted for one in rounds])
+        self._auto.learn(shape, now() - self._start, [one.accepted for one in rounds])

@@ -15,7 +15,6 @@ R rows of one product, I and O input and output features.
 
 import contextlib
 import hashlib
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 from vispec.remembered import recall, remember
+from vispec.timing import now
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 """(R, I) -> (R, O)."""
@@ -85,6 +85,11 @@ class Products:
             choose_kernels(self._made.values())
         return bool(stale)
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The names of the kernels that were chosen, by what they multiply."""
+        return {_key(product, rows): name for product in self._made.values() for rows, name in product.chosen.items()}
+
     def forget(self) -> None:
         """Make all products anew when they are asked for, and choose no kernels until they are expected."""
         self._made.clear()
@@ -98,6 +103,8 @@ class Product:
         self.rows: set[int] = set()
         """Numbers of rows for which kernels are to be chosen."""
         self.kernels: dict[int, Kernel] = {}
+        self.chosen: dict[int, str] = {}
+        """Their names."""
         self.copies: dict[str, Kernel] = {}
         """Those among them that read a copy, see `_copy`."""
         self.held: dict[str, int] = {}
@@ -250,7 +257,7 @@ def _choose(products: list[Product], rows: int, budget: int, remembered: Mapping
             kernel = product.copies[copy] = MAKERS[name](product, rows)
             product.held[copy] = BYTES[name] * product.weight.nbytes
             taken += product.held[copy]
-        product.kernels[rows] = kernel
+        product.kernels[rows], product.chosen[rows] = kernel, name
     return taken
 
 
@@ -268,14 +275,19 @@ def _fastest(products: list[Product], rows: int, budget: int, remembered: Mappin
     affordable = [n for n in fitting if BYTES[n] * size[n] <= budget]
     if len(affordable) == 1:
         return affordable[0]
-    out, inputs, bias = products[0].kind
-    key = f"{str(dtype).removeprefix('torch.')} {inputs}x{out}{'+b' if bias else ''} {rows}"
+    key = _key(products[0], rows)
     found = remembered.get(key)
     if found not in affordable:
         found = _measure(products[:TIMED_MATRICES], rows, affordable)
         if affordable == fitting:
             measured[key] = found
     return found
+
+
+def _key(product: Product, rows: int) -> str:
+    """What is multiplied: dtype, size and number of rows."""
+    out, inputs, bias = product.kind
+    return f"{str(product.weight.dtype).removeprefix('torch.')} {inputs}x{out}{'+b' if bias else ''} {rows}"
 
 
 def _measure(products: list[Product], rows: int, names: list[str]) -> str:
@@ -297,14 +309,14 @@ def _measure(products: list[Product], rows: int, names: list[str]) -> str:
 
 def _timed(kernels: list[Kernel], x: torch.Tensor) -> float:
     """Seconds of the fastest of some rounds over all kernels: what disturbs a measurement makes it longer."""
-    best, end = float("inf"), time.perf_counter() + TIMED_SECONDS
+    best, begin = float("inf"), now()
     for _ in range(TIMED_ROUNDS):
-        start = time.perf_counter()
+        start = now()
         for kernel in kernels:
             kernel(x)
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
+        end = now()
+        best = min(best, end - start)
+        if end - begin > TIMED_SECONDS:
             break
     return best
 

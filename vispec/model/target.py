@@ -145,6 +145,11 @@ class Target:
         if self._products is not None:
             self._products.expect(rows, self.lm_head)
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """By which kernel each product of decoding is computed, see `Products`; what is not named is PyTorch's own."""
+        return {} if self._products is None else self._products.kernels
+
     def _refresh(self) -> None:
         """With every prompt: weights may have been loaded, trained, moved or replaced since the last one."""
         self.lm_head, self.embed_tokens = self.model.get_output_embeddings(), self.model.get_input_embeddings()

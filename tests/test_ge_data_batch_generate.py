@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_models import image_prompt, random_target, reference_inputs
 from tiny_rows import TARGETS
 
-from vispec.ge_data.answers import SeededSampling, generate_answers
+from vispec.ge_data.batch_generate import SeededSampling, generate_answers
 from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.sources import Rows
 from vispec.model.target import Target

@@ -1,0 +1,196 @@
+"""Loaded models that answer the questions of benchmarks.
+
+Methods that are to be compared take turns question by question over one loaded target, so that a drifting machine hurts
+all alike.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from vispec.cli import UserError, one_line
+from vispec.evaluation.answer_file import QuestionId, choice_of
+from vispec.evaluation.benchmarks import BENCHMARKS, Question
+from vispec.evaluation.loading import Models, Tree, load_models, quiet_transformers
+from vispec.evaluation.lossless import RERUN_FAILS
+from vispec.evaluation.measure import Answer, Generation, answer_question
+from vispec.evaluation.settings import loaded_settings
+from vispec.evaluation.text import answer_text
+from vispec.pictures import UnreadableImage
+from vispec.prompts import build_inputs, load_processor
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+WARM_UPS = 3
+"""Answers that each method gives to a benchmark's first question before they count."""
+TUNED_ON = 3
+"""Questions on which `--tree tune` measures trees."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question, how it is asked, and the methods that have no answer to it yet, in the order in which they answer."""
+
+    question: Question
+    benchmark: str
+    generation: Generation
+    num_choices: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A question that gets no answer."""
+
+    question_id: QuestionId
+    reason: str
+    kind: Literal["unreadable", "too long", "failed", "died"]
+    """Its image cannot be read, its prompt does not fit the target's positions, something was raised, or actors died of
+    it. The last two may be otherwise next time."""
+
+
+Outcome = dict[str, list[dict]] | LeftOut
+"""By method the choices of a line, see `choice_of`; or none."""
+
+
+class Answerer:
+    """A loaded target with its drafts, which answers in this process."""
+
+    def __init__(self, models: Models):
+        quiet_transformers()
+        self._path, self._asked = models.base_model_path, models
+        self._models = load_models(models)
+        self._processors: dict[bool, object] = {}
+        self._warm: set[tuple[str, Generation, str]] = set()
+        self._ready: dict[str, tuple[int, int]] = {}
+        """Tokens of the shortest and of the longest prompt that a method is ready for."""
+
+    def loaded_settings(self) -> dict[str, dict]:
+        """For each method that is loaded, the settings that only loaded models tell."""
+        return {name: loaded_settings(model, self._asked, name) for name, model in self._models.items()}
+
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Outcome]]:
+        """Answer the questions."""
+        for ask in asks:
+            yield ask, self.answer(ask)
+
+    def answer(self, ask: Ask) -> Outcome:
+        """Answer a question by each of its methods in turn; if one of them fails, it is left out of all."""
+        name = ask.question.question_id
+        try:
+            return self._answer(ask)
+        except UserError:  # holds for all questions
+            raise
+        except UnreadableImage as error:
+            return LeftOut(name, one_line(error), "unreadable")
+        except Exception as error:  # whatever it is, the other questions are to be answered
+            return LeftOut(name, f"{type(error).__name__}: {one_line(error)}", "failed")
+
+    def _answer(self, ask: Ask) -> Outcome:
+        processor = self._processor(ask.benchmark)
+        inputs = build_inputs(processor, ask.question.turns)
+        length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
+        if length > positions:
+            reason = f"the prompt has {length} tokens, the target has {positions} positions"
+            return LeftOut(ask.question.question_id, reason, "too long")
+        for method in ask.methods:
+            self._get_ready(ask, method, inputs, positions)
+        choices: dict[str, list[dict]] = {method: [] for method in ask.methods}
+        for method, found in choices.items():
+            for seed in range(ask.num_choices):
+                answer = self._measure(ask, method, inputs, seed)
+                text = answer_text(processor.tokenizer, answer.output_ids)
+                found.append(choice_of(answer, text, self._models[method], drafted=method != "baseline"))
+        return choices
+
+    def _get_ready(self, ask: Ask, method: str, inputs: "BatchFeature", positions: int) -> None:
+        """Choose kernels and capture steps for an answer of any length, if a prompt of this one has not come yet."""
+        length = inputs["input_ids"].shape[1]
+        shortest, longest = self._ready.get(method, (length, length))
+        if method not in self._ready or not shortest <= length <= longest:
+            shortest, longest = min(shortest, length), max(longest, length)
+            end = min(longest + ask.generation.max_new_tokens, positions)
+            self._models[method].warmup(shortest, end - shortest)
+            self._ready[method] = shortest, longest
+        warm = ask.benchmark, ask.generation, method
+        if warm not in self._warm:
+            for _ in range(WARM_UPS):
+                self._measure(ask, method, inputs)
+            self._warm.add(warm)
+
+    def tune(self, method: str, benchmark: str, questions: Sequence[Question]) -> tuple[Tree, list[int | str]]:
+        """Measure on a benchmark's first questions which tree is the fastest; the method answers by it from now on.
+
+        Returns:
+            The tree, and the ids of the questions.
+        """
+        model, processor = self._models[method], self._processor(benchmark)
+        prompts = {}
+        for question in questions:
+            if len(prompts) == TUNED_ON:
+                break
+            try:
+                inputs = build_inputs(processor, question.turns)
+            except UserError:
+                raise
+            except Exception:  # what cannot be asked is said where it is answered
+                continue
+            if inputs["input_ids"].shape[1] <= model.target.max_positions:
+                prompts[question.question_id] = inputs
+        tuning = model.tune(list(prompts.values()))
+        print(tuning.report())
+        return astuple(tuning.shape), list(prompts)
+
+    def ids_of(self, ask: Ask) -> list[list[int]]:
+        """Output ids of each of the methods."""
+        inputs = build_inputs(self._processor(ask.benchmark), ask.question.turns)
+        return [self._measure(ask, method, inputs).output_ids for method in ask.methods]
+
+    def _measure(self, ask: Ask, method: str, inputs: "BatchFeature", seed: int = 0) -> Answer:
+        arm = "baseline" if method == "baseline" else "spec"
+        return answer_question(self._models[method], inputs, arm, ask.generation, seed)
+
+    def _processor(self, benchmark: str):
+        limits = BENCHMARKS[benchmark].pixel_limits
+        if limits not in self._processors:
+            self._processors[limits] = load_processor(self._path, limits)
+        return self._processors[limits]
+
+
+class InFloat32:
+    """The target and its drafts once more in float32, read from their files when a question is asked.
+
+    Converting loaded models there and back would leave nothing behind either, but needs room for both at once.
+    """
+
+    def __init__(self, models: Models):
+        self._models = replace(models, dtype="float32")
+        self._answerer: Answerer | None = None
+        self._obstacle: str | None = None
+
+    def ids_of(self, ask: Ask) -> list[list[int]]:
+        """Output ids of each of the methods.
+
+        Raises:
+            UserError: the models cannot be had in float32; a second time this is said without another try.
+        """
+        if self._answerer is None and self._obstacle is None:
+            self._load()
+        if self._obstacle is not None:
+            raise UserError(self._obstacle)
+        return self._answerer.ids_of(ask)
+
+    def _load(self) -> None:
+        from transformers import AutoConfig
+
+        path = self._models.base_model_path
+        try:
+            if getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None:
+                self._obstacle = f"{path} is quantised"
+                return
+            gc.collect()  # what answered before may still be there
+            self._answerer = Answerer(self._models)
+        except RERUN_FAILS as error:
+            self._obstacle = one_line(error)

@@ -1,0 +1,120 @@
+"""An answer file that is being filled: resumable, whole after a kill, sorted and free of duplicates at the end."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vispec.cli import UserError
+from vispec.evaluation.answer_file import FORMAT, AnswerFile, QuestionId, answer_line, meta_path
+from vispec.evaluation.settings import LOADED
+from vispec.files import write_atomic, write_json_atomic
+from vispec.locks import held
+
+
+class Task(AnswerFile):
+    """A method's answers to a benchmark's questions, to be put into a file."""
+
+    def __init__(self, path: Path, asked: Mapping, model_id: str = ""):
+        """Read what is there.
+
+        Args:
+            asked: the settings, without what only loaded models tell.
+            model_id: names the answers.
+        """
+        self.asked, self.model_id = dict(asked), model_id
+        self.method: str = asked["method"]
+        super().__init__(path)
+
+    def read(self) -> None:
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{self.path} is no regular file, give another --answer-file")
+        super().read()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from the file while this one fills it, and read what it holds by now.
+
+        The answer file itself is replaced when it is sorted, so a file beside it is locked, see `vispec.locks.held`.
+
+        Raises:
+            ValueError: another run has it.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
+        with held(lock, refusal):
+            self.read()
+            yield
+
+    def check(self, loaded: Mapping[str, Mapping] | None = None) -> None:
+        """Refuse a file that is not ours, and settings that differ from those of its answers.
+
+        Args:
+            loaded: by method what loaded models tell, see `Answerer.loaded_settings`; ours may lack.
+
+        Raises:
+            UserError: it names the setting.
+        """
+        if self.meta is None and (self.lines or self.torn):
+            raise UserError(
+                f"{self.path} is there, but no {meta_path(self.path).name} beside it, so it cannot be continued; move "
+                "it away or give another --answer-file"
+            )
+        if not self.lines:
+            return
+        settings = self.asked | (loaded.get(self.method, loaded["baseline"]) if loaded else {})
+        for name in sorted(self.settings.keys() | settings.keys()):
+            known, found = self.settings.get(name), settings.get(name)
+            if known != found and (name in settings or name not in LOADED):
+                raise UserError(
+                    f"{self.path} was made with {name} {known!r}, found {found!r}; move the file away or give another "
+                    "--answer-file"
+                )
+
+    def begin(self, loaded: Mapping[str, Mapping], provenance: dict) -> None:
+        """Write the settings beside the file, or note that another run goes on with it."""
+        settings = self.asked | loaded[self.method]
+        if self.torn:
+            print(f"{self.path}: the last line was cut off by a kill, its question is answered again", flush=True)
+            self._rewrite()
+        if self.meta is not None and (self.lines or self.settings == settings):
+            self.note("resumed", [*self.meta.get("resumed", []), provenance])
+        else:
+            self.meta = {"format": FORMAT, "settings": settings, "provenance": provenance}
+            self.note("left_out", [])
+
+    def append(self, question_id: QuestionId, choices: list[dict]) -> None:
+        """Add the answers to a question, each as `choice_of` gives it."""
+        line = answer_line(question_id, self.model_id, self.method, choices)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+        self.lines.setdefault(question_id, line)
+
+    def leave_out(self, question_id: QuestionId, reason: str) -> None:
+        """Note that a question could not be asked; kept by later runs until it is answered."""
+        others = [one for one in self.left_out if one["question_id"] != question_id]
+        found = [*others, {"question_id": question_id, "reason": reason}]
+        self.note("left_out", sorted(found, key=lambda one: _order(one["question_id"])))
+
+    def finish(self) -> None:
+        """Sort the file by question; what has been answered by now is no longer left out."""
+        self._rewrite()
+        self.note("left_out", self.left_out)
+
+    def note(self, name: str, value: Any) -> None:
+        """Put something that was found out beside the settings, if there are any."""
+        if self.meta is not None:
+            self.meta = self.meta | {name: value}
+            write_json_atomic(meta_path(self.path), self.meta)
+
+    def _rewrite(self) -> None:
+        lines = [self.lines[name] for name in sorted(self.lines, key=_order)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(self.path, lambda file: file.write(text.encode()))
+        self.torn = False
+
+
+def _order(question_id: QuestionId) -> tuple[bool, QuestionId]:
+    return isinstance(question_id, str), question_id
