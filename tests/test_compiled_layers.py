@@ -32,6 +32,7 @@ def on_the_cpu(monkeypatch, backend) -> None:
 def test_answers_stay_exact_and_all_layers_share_what_is_compiled(name, compiled):
     model = spec(build(name))
     assert model.target.lean and len(model.target.decoder.layers) > 1
+    assert model.target.kernels["small operations"] == "fused"
     # before and behind attention; for one row, for any number of rows, and the head's for nodes at one position
     assert_exact(model)
     assert 0 < len(compiled) <= 9
@@ -81,6 +82,7 @@ def test_without_a_compiler_layers_run_unfused_and_say_so_once(monkeypatch, capl
     model = spec(llava())
     assert model.target.lean
     assert_exact(model)
+    assert model.target.kernels["small operations"] == "unfused"
     told = [record.getMessage() for record in caplog.records if "unfused" in record.getMessage()]
     assert told and all("no compiler here" in line and "\n" not in line for line in told)
     before = len(told)

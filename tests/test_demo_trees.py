@@ -9,6 +9,7 @@ import pytest
 from vispec import embedded
 from vispec.demo import __main__ as demo
 from vispec.demo import runner, tau, trees
+from vispec.evaluation.measure import Answer
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 
@@ -40,10 +41,10 @@ def test_no_question_both_chooses_a_tree_and_reports_it():
 
 
 def test_a_round_is_measured_in_plain_steps():
-    baseline = [trees.Answer([1, 2, 3, 4, 5], 3, wall_time=9.0, decode_time=4.0, acceptance_lengths=[])]
-    spec = [trees.Answer([1, 2, 3, 4, 5], 1, wall_time=6.0, decode_time=3.0, acceptance_lengths=[1, 1])]
-    generate = [replace(baseline[0], wall_time=12.0)]
-    row = trees._row("8/3/3", baseline, generate, spec)
+    baseline = Answer([1, 2, 3, 4, 5], 3, wall_time=9.0, decode_time=4.0, acceptance_lengths=[])
+    spec = Answer([1, 2, 3, 4, 5], 1, wall_time=6.0, decode_time=3.0, acceptance_lengths=[1, 1])
+    generate = replace(baseline, wall_time=12.0)
+    row = trees._row("8/3/3", [[baseline]], [[generate]], [[spec]])
     assert (row.tau, row.round_in_steps, row.speedup, row.outputs_identical) == (1.0, 1.5, 1.5, True)
     assert row.speedup_over_generate == 2.0
 

@@ -101,6 +101,8 @@ def test_line_format(finished):
     assert choice.keys() - plain["choices"][0].keys() == {"acceptance_length"}
     assert choice["captured"] == plain["choices"][0]["captured"] == "none"
     assert choice["index"] == 0
+    # products over one token in both arms, those over a tree's tokens in one of them
+    assert plain["choices"][0]["kernels"] and choice["kernels"].keys() - plain["choices"][0]["kernels"].keys()
     (ids,) = choice["output_ids"]
     assert choice["new_tokens"] == [len(ids)] and 1 <= len(ids) <= 12
     assert choice["idxs"] == [len(choice["acceptance_length"]) - 1]

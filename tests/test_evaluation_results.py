@@ -117,25 +117,25 @@ def test_equal_questions_have_an_interval_of_one_point(folder):
         assert estimate.interval == pytest.approx((estimate.value, estimate.value))
 
 
-def random_arms(questions: int) -> tuple[dict, dict]:
+def random_arms(questions: int) -> tuple[list, list]:
     random.seed(3)
-    arms: tuple[dict, dict] = ({}, {})
-    for question in range(questions):
+    arms: tuple[list, list] = ([], [])
+    for _ in range(questions):
         tokens = random.randint(1, 30)  # one token: nothing is decoded and there is no round
         for index, found in enumerate(arms):
             decode = 0.0 if tokens == 1 else tokens * random.uniform(0.5, 1.5)
             lengths = [random.randint(0, 4) for _ in range(tokens // 3)] if index else []
-            found[question] = [Answer([1] * tokens, tokens - 2, 1 + decode, decode, lengths)]
+            found.append([Answer([1] * tokens, tokens - 2, 1 + decode, decode, lengths)])
     return arms
 
 
 def test_draws_are_those_of_a_slow_computation():
     arms = random_arms(8)
     comparison = compare(*arms)
-    found = estimates(comparison, *(list(answers.values()) for answers in arms), stream=5)
+    found = estimates(comparison, *arms, stream=5)
     drawn = np.random.default_rng([SEED, 5]).integers(8, size=(DRAWS, 8))
     for draw in range(0, DRAWS, 20):
-        one = compare(*({i: answers[question] for i, question in enumerate(drawn[draw])} for answers in arms))
+        one = compare(*([answers[question] for question in drawn[draw]] for answers in arms))
         for name, estimate in found.items():
             assert estimate.draws[draw] == pytest.approx(getattr(one, name))
     for name, estimate in found.items():
@@ -146,9 +146,9 @@ def test_draws_are_those_of_a_slow_computation():
 def test_interval_is_near_that_of_other_draws():
     arms = random_arms(40)
     comparison = compare(*arms)
-    found = estimates(comparison, *(list(answers.values()) for answers in arms), stream=0)["speedup"]
+    found = estimates(comparison, *arms, stream=0)["speedup"]
     random.seed(9)
-    speeds = [[wall_speed(answers) for answers in one.values()] for one in arms]
+    speeds = [[wall_speed(answers) for answers in one] for one in arms]
     ratios = []
     for _ in range(4000):
         drawn = random.choices(range(40), k=40)
@@ -161,8 +161,8 @@ def test_interval_is_near_that_of_other_draws():
 
 
 def test_one_question_has_no_interval():
-    one = {1: [Answer([1, 2], 0, 2.0, 1.0, [1])]}
-    found = estimates(compare(one, one), list(one.values()), list(one.values()), stream=0)
+    one = [[Answer([1, 2], 0, 2.0, 1.0, [1])]]
+    found = estimates(compare(one, one), one, one, stream=0)
     assert found["speedup"].value == 1.0 and found["speedup"].interval is None
     assert average(list(found.values())).interval is None and average([]).value is None
 

@@ -115,12 +115,12 @@ def test_the_two_forms_of_the_command_exclude_each_other(files, tmp_path, capsys
 def test_cost_of_a_round():
     # 0.6 s for 2 rounds against 1 s for 10 plain steps
     plain, ours = Answer([1] * 11, 9, 9.0, 1.0, []), Answer([1] * 11, 1, 9.0, 0.6, [4, 4])
-    assert round_in_steps([plain], [ours]) == pytest.approx(3.0)
-    assert round_in_steps([plain], [Answer([1], -1, 9.0, 0.0, [])]) is None
+    assert round_in_steps([[plain]], [[ours]]) == pytest.approx(3.0)
+    assert round_in_steps([[plain]], [[Answer([1], -1, 9.0, 0.0, [])]]) is None
     # what holds plain steps does not say how long its rounds took
     mixed = Answer([1] * 11, 6, 9.0, 5.0, [3])
-    assert round_in_steps([plain], [ours, mixed]) == pytest.approx(3.0)
-    assert round_in_steps([plain], [mixed, Answer([1] * 11, 9, 9.0, 1.0, [])]) is None
+    assert round_in_steps([[plain]], [[ours], [mixed]]) == pytest.approx(3.0)
+    assert round_in_steps([[plain]], [[mixed], [Answer([1] * 11, 9, 9.0, 1.0, [])]]) is None
 
 
 def test_plain_steps_are_no_rounds(files, capsys):
@@ -156,8 +156,9 @@ def test_arms_that_ran_otherwise_are_told(tmp_path, capsys):
     def made_by(torch: str, revision: str | None = None) -> dict:
         return {"versions": {"torch": torch, "transformers": "4.51.3"}, "git_revision": revision}
 
-    plain = [choice([5, 6], wall=2.0, decode=1.5) | {"captured": "all"}]
-    ours = [choice([5, 6], wall=1.0, decode=0.5, accepted=[0]) | {"captured": "none"}]
+    kernels = {"float32 8x8 1": "linear", "float32 8x16 1": "mkl", "float32 8x8 12": "mkl"}
+    plain = [choice([5, 6], wall=2.0, decode=1.5) | {"captured": "all", "kernels": {"float32 8x8 1": "onednn"}}]
+    ours = [choice([5, 6], wall=1.0, decode=0.5, accepted=[0]) | {"captured": "none", "kernels": kernels}]
     baseline = write(tmp_path / "b.jsonl", {1: plain}, made_by("2.6", "abc"), method="baseline", layers="lean")
     spec = write(tmp_path / "s.jsonl", {1: ours}, made_by("2.7"), method="vispec", layers="stock")
     assert speed.main(["--baseline", str(baseline), "--spec", str(spec)]) == 0
@@ -167,5 +168,6 @@ def test_arms_that_ran_otherwise_are_told(tmp_path, capsys):
             ("torch", "2.6", "2.7"),
             ("decoder layers", "lean", "stock"),
             ("captured steps", "all", "none"),
+            ("the kernel of float32 8x8 1", "onednn", "linear"),
         )
     ]

@@ -105,6 +105,23 @@ def test_terminal_gets_colours(picture, capsys, monkeypatch):
     assert "\x1b[32m" in capsys.readouterr().out
 
 
+def test_what_lies_behind_the_answers_end_is_not_in_tau(picture, capsys, monkeypatch):
+    answers = []
+    stream = generate.stream_question
+    monkeypatch.setattr(generate, "stream_question", lambda *given: answers.append(stream(*given)) or answers[-1])
+    flags = [*pair("llava_next", "vispec")[:2], "--method", "lookup", "--tree", "30/3/8", "--image", picture, "what?"]
+    generate.main([*flags, "--max-new-tokens", "40"])
+    lengths = answers[0].acceptance_lengths
+    cut = next(number for number, accepted in enumerate(lengths) if accepted > 1)
+    end = 1 + sum(lengths[:cut]) + cut  # the tokens before that round, so that it gives its first one only
+    capsys.readouterr()
+    generate.main([*flags, "--max-new-tokens", str(end + 1)])
+    answer = answers[1]
+    assert answer.acceptance_lengths == lengths[: cut + 1] and len(answer.output_ids) == end + 1
+    said = (sum(lengths[:cut]) + 1) / (cut + 1)
+    assert f", τ {said:.2f} draft tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tree", [["--total-token", "-1"], ["--tree", "tune"]])
 def test_measured_tree(tree, picture, capsys, monkeypatch):
     monkeypatch.setattr(tune, "SHAPES", (TreeShape(2, 0, 1), TreeShape(8, 3, 4)))

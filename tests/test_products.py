@@ -300,6 +300,16 @@ def test_what_was_measured_is_read_by_the_next_process(memory, measured, tmp_pat
     assert done.stdout.strip() == str({rows: found[f"float32 32x48 {rows}"] for rows in (1, 12)})
 
 
+def test_a_target_names_its_kernels_as_they_are_remembered(kernels, tmp_path):
+    kernels("onednn")
+    target = Target(llava())
+    target.expect([1, 8])
+    found = target.kernels
+    assert set(found.values()) == {"onednn"} and {key.split()[-1] for key in found} == {"1", "8"}
+    assert found == json.loads(kernel_file(tmp_path / "onednn" / "vispec").read_text())
+    assert Target(llava(), fast=False).kernels == {}
+
+
 def test_kernels_stay_while_weights_do():
     target = Target(llava(attention_bias=True, mlp_bias=True))
     target.expect([1, 8])

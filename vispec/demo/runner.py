@@ -111,7 +111,7 @@ def one_reply(reply: Reply) -> Comparison:
 
 def _beside(replies: list[Reply], other: Kind) -> Comparison:
     """ViSpec beside another arm."""
-    return compare(*({i: [reply.measured(arm)] for i, reply in enumerate(replies)} for arm in (other, "spec")))
+    return compare(*([[reply.measured(arm)] for reply in replies] for arm in (other, "spec")))
 
 
 def _question(index: int) -> Asked:

@@ -9,10 +9,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from vispec import embedded
 from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
+from vispec.evaluation.comparison import tau
 from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
 from vispec.files import write_json_atomic
@@ -37,9 +37,9 @@ def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tok
     arm = model.with_tree(TreeShape(*tree), draft)
     generation = Generation(temperature=0.0, max_new_tokens=max_new_tokens)
     answers = [answer_question(arm, prompt, "spec", generation) for prompt in inputs]
-    lengths = [length for answer in answers for length in answer.accepted]
+    rounds = sum(len(answer.acceptance_lengths) for answer in answers)
     digest = hashlib.blake2b(repr([answer.output_ids for answer in answers]).encode(), digest_size=8).hexdigest()
-    return {"tau": fmean(lengths), "rounds": len(lengths), "answers": digest}
+    return {"tau": tau(answers), "rounds": rounds, "answers": digest}
 
 
 def weights_digest(folder: Path) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli, whole
-from vispec.evaluation.comparison import RATIOS, compare, round_in_steps
+from vispec.evaluation.comparison import RATIOS, Questions, compare, round_in_steps
 from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
-from vispec.evaluation.measure import Answer, Arm, Generation, interleave, typical
+from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.files import write_json_atomic
 from vispec.model.shape import TreeShape
 
@@ -51,14 +51,13 @@ def measure(model, trees: list[Tree], inputs: list[dict], repetitions: int, max_
         shape = TreeShape(*tree)
         arms.append(Arm(str(shape), model.with_tree(shape), "spec"))
     found = interleave(arms, inputs, Generation(temperature=0.0, max_new_tokens=max_new_tokens), repetitions)
-    answers = {arm: [typical(repeated) for repeated in of_prompts] for arm, of_prompts in found.items()}
+    answers = {arm: [[typical(repeated)] for repeated in of_prompts] for arm, of_prompts in found.items()}
     baseline, generate = answers.pop("baseline"), answers.pop("generate")
     return [_row(tree, baseline, generate, spec) for tree, spec in answers.items()]
 
 
-def _row(tree: str, baseline: list[Answer], generate: list[Answer], spec: list[Answer]) -> Row:
-    plain, theirs, ours = (dict(enumerate([answer] for answer in arm)) for arm in (baseline, generate, spec))
-    found, over = compare(plain, ours), compare(theirs, ours).speedup
+def _row(tree: str, baseline: Questions, generate: Questions, spec: Questions) -> Row:
+    found, over = compare(baseline, spec), compare(generate, spec).speedup
     return Row(tree, found.tau, round_in_steps(baseline, spec), found.speedup, over, found.outputs_identical)
 
 

@@ -25,6 +25,7 @@ from vispec.evaluation import bench_report
 from vispec.evaluation.comparison import compare
 from vispec.evaluation.flags import add_place_flags, asked_place
 from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
+from vispec.evaluation.lossless import first_position
 from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.evaluation.published import AVERAGE, published
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
@@ -300,7 +301,7 @@ def measured_answers(model, arms: dict, repeats: int) -> dict[str, dict]:
     baselines = [Arm("baseline", model, "baseline"), Arm("generate", model, "generate")]
     all_arms = [*baselines, *(Arm(name, arm, "spec") for name, arm in arms.items())]
     found = interleave(all_arms, inputs, Generation(0.0, ANSWER_TOKENS), repeats, warm_up_tokens=None)
-    answers = {arm: {i: [typical(repeated)] for i, repeated in enumerate(found[arm])} for arm in found}
+    answers = {arm: [[typical(repeated)] for repeated in of_prompts] for arm, of_prompts in found.items()}
     measured = {}
     for name in arms:
         ours, generates = (asdict(compare(answers[one.name], answers[name])) for one in baselines)
@@ -321,7 +322,7 @@ def median_round(runs: list[Run]) -> float:
 def first_difference(ours: list[int], theirs: list[int]) -> dict:
     """Where two arms' tokens part, as far as both go."""
     compared = min(len(ours), len(theirs))
-    place = next((i for i in range(compared) if ours[i] != theirs[i]), None)
+    place = first_position(ours[:compared], theirs[:compared])
     return {"compared": compared, "identical": place is None, "first_difference": place}
 
 

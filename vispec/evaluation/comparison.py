@@ -12,13 +12,13 @@ asked. So they are drawn anew, with replacement, many times; each draw takes a q
 since their times belong together, and gives a value of the measure. The interval holds the middle 95 % of these values.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 
 import numpy as np
 
-from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
 
 MEASURES = ("speedup", "decode_speedup", "tau")
@@ -37,8 +37,8 @@ RATIOS = (
     "generate() on the same target."
 )
 
-Answers = Mapping[Hashable, Sequence[Answer]]
-"""All answers to each question."""
+Questions = Sequence[Sequence[Answer]]
+"""All answers of an arm to each question; arms that are compared have the same questions in the same order."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,14 @@ class Comparison:
         return self.identical_questions == self.questions
 
 
-def compare(baseline: Answers, spec: Answers) -> Comparison:
-    """Compare two arms over the questions that both have answered.
-
-    Raises:
-        UserError: there is none.
-    """
-    shared = [question for question in baseline if question in spec]
-    if not shared:
-        raise UserError("the two arms have no question in common")
-    speeds = [arm_speed([arm[question] for question in shared]) for arm in (baseline, spec)]
-    ours = [answer for question in shared for answer in spec[question]]
+def compare(baseline: Questions, spec: Questions) -> Comparison:
+    """Compare two arms."""
+    speeds = [arm_speed(arm) for arm in (baseline, spec)]
+    ours = list(chain.from_iterable(spec))
     rounds = sum(len(answer.acceptance_lengths) for answer in ours)
     decode = [speed.decode_tokens_per_second for speed in speeds]
     return Comparison(
-        questions=len(shared),
+        questions=len(baseline),
         speedup=speeds[1].tokens_per_second / speeds[0].tokens_per_second,
         decode_speedup=decode[1] / decode[0] if all(decode) else None,
         tau=tau(ours),
@@ -96,11 +89,11 @@ def compare(baseline: Answers, spec: Answers) -> Comparison:
         plain_steps=sum(answer.plain_steps for answer in ours),
         baseline=speeds[0],
         spec=speeds[1],
-        identical_questions=sum(_ids(baseline[question]) == _ids(spec[question]) for question in shared),
+        identical_questions=sum(_ids(plain) == _ids(ours) for plain, ours in zip(baseline, spec, strict=True)),
     )
 
 
-def arm_speed(questions: Sequence[Sequence[Answer]]) -> ArmSpeed:
+def arm_speed(questions: Questions) -> ArmSpeed:
     """Speed of an arm: the mean of each question's own speed."""
     wall = [wall_speed(answers) for answers in questions]
     decode = [speed for answers in questions if (speed := decode_speed(answers)) is not None]
@@ -129,14 +122,14 @@ def decode_speed(answers: Sequence[Answer]) -> float | None:
     return sum(len(a.output_ids) - 1 for a in decoded) / sum(a.decode_time for a in decoded) if decoded else None
 
 
-def round_in_steps(baseline: Sequence[Answer], spec: Sequence[Answer]) -> float | None:
+def round_in_steps(baseline: Questions, spec: Questions) -> float | None:
     """Time of a draft round over the time of a plain step, both without prefill; None where nothing tells them.
 
     An answer with plain steps among its rounds does not say what a round took, so it is not counted.
     """
-    drafted = [answer for answer in spec if len(answer.acceptance_lengths) > answer.last_round]
+    drafted = [answer for answer in chain.from_iterable(spec) if not answer.plain_steps]
     times = []
-    for answers in (baseline, drafted):
+    for answers in (list(chain.from_iterable(baseline)), drafted):
         rounds = sum(answer.last_round + 1 for answer in answers)
         times.append(sum(answer.decode_time for answer in answers) / rounds if rounds else 0.0)
     step, round_ = times
@@ -168,14 +161,11 @@ class Estimate:
         return float(low), float(high)
 
 
-def estimates(
-    comparison: Comparison, baseline: Sequence[Sequence[Answer]], spec: Sequence[Sequence[Answer]], stream: int
-) -> dict[str, Estimate]:
+def estimates(comparison: Comparison, baseline: Questions, spec: Questions, stream: int) -> dict[str, Estimate]:
     """The MEASURES of a comparison with their draws.
 
     Args:
         comparison: of the two arms; has the values.
-        baseline, spec: all answers to each question; both arms have the questions in the same order.
         stream: arms with the same number of questions and the same stream are drawn alike.
     """
     values = {name: getattr(comparison, name) for name in MEASURES}
@@ -206,7 +196,7 @@ def average(found: Sequence[Estimate]) -> Estimate:
     )
 
 
-def _mean_speed(arm: Sequence[Sequence[Answer]], speed: Callable, drawn: np.ndarray) -> np.ndarray:
+def _mean_speed(arm: Questions, speed: Callable, drawn: np.ndarray) -> np.ndarray:
     """Mean speed of an arm in each draw (DRAWS,), over the questions that have one."""
     speeds = np.array([speed(answers) for answers in arm], dtype=float)  # None becomes NaN
     has = ~np.isnan(speeds)

@@ -7,8 +7,8 @@ arms, where the difference has to go away.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vispec.cli import UserError, one_line
 from vispec.evaluation.answer_file import QuestionId, meta_path, read_answers, read_meta
@@ -20,27 +20,13 @@ RERUN_FAILS = (RuntimeError, MemoryError, ValueError, OSError, ImportError)
 """What comes of a target that is too large in float32 (torch's error is a RuntimeError), or cannot be loaded so."""
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Where the two arms part first in a question's answers."""
 
     question_id: QuestionId
     choice: int
     position: int
     """0-based index into the new tokens; the length of the shorter answer if it is the other's beginning."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What was compared, over the questions that both arms have answered."""
-
-    questions: int
-    differences: list[Difference]
-    """One for each question that was answered differently, in the order of the file."""
-
-    @property
-    def identical(self) -> int:
-        return self.questions - len(self.differences)
 
 
 def wants_check(flag: bool | None, temperature: float) -> bool:
@@ -74,15 +60,17 @@ def check_lossless(task: Task, required: bool, rerun: Callable[[QuestionId], Seq
             )
         return True
     dtype = task.settings["dtype"]
-    result = compare_ids(read_answers(baseline).answers, read_answers(task.path).answers)
-    note = {"baseline": baseline.name, "questions": result.questions, "identical": result.identical}
-    same = _report(result, baseline, dtype)
-    if result.differences:
-        note["first_difference"] = asdict(result.differences[0])
+    plain, ours = read_answers(baseline).answers, read_answers(task.path).answers
+    shared = [question for question in ours if question in plain]
+    differences = [found for question in shared if (found := _difference(question, plain[question], ours[question]))]
+    note = {"baseline": baseline.name, "questions": len(shared), "identical": len(shared) - len(differences)}
+    same = _report(note, differences, baseline, dtype)
+    if differences:
+        note["first_difference"] = differences[0]._asdict()
     task.note("lossless", note)
-    if result.differences and dtype != "float32":
+    if differences and dtype != "float32":
         # only now, since the system may kill who asks for too much memory
-        same = _answer_again(result.differences[0].question_id, rerun, note)
+        same = _answer_again(differences[0].question_id, rerun, note)
         task.note("lossless", note)
     return same
 
@@ -104,19 +92,6 @@ def find_baseline(task: Task) -> Path | None:
     return max(found, key=lambda candidate: candidate.stat().st_mtime, default=None)
 
 
-def compare_ids(
-    baseline: Mapping[QuestionId, Sequence[Answer]], spec: Mapping[QuestionId, Sequence[Answer]]
-) -> Identity:
-    """Compare the output ids of all answers to the questions that both arms have answered."""
-    shared = [question for question in spec if question in baseline]
-    differences = [
-        difference
-        for question in shared
-        if (difference := _first_difference(question, baseline[question], spec[question]))
-    ]
-    return Identity(len(shared), differences)
-
-
 def first_position(ids: Sequence[int], others: Sequence[int]) -> int | None:
     """Index at which two answers part; None if they are the same."""
     for position, (one, other) in enumerate(zip(ids, others, strict=False)):
@@ -125,7 +100,7 @@ def first_position(ids: Sequence[int], others: Sequence[int]) -> int | None:
     return None if len(ids) == len(others) else min(len(ids), len(others))
 
 
-def _first_difference(question: QuestionId, baseline: Sequence[Answer], spec: Sequence[Answer]) -> Difference | None:
+def _difference(question: QuestionId, baseline: Sequence[Answer], spec: Sequence[Answer]) -> Difference | None:
     for choice, (plain, ours) in enumerate(zip(baseline, spec, strict=True)):
         position = first_position(plain.output_ids, ours.output_ids)
         if position is not None:
@@ -133,17 +108,17 @@ def _first_difference(question: QuestionId, baseline: Sequence[Answer], spec: Se
     return None
 
 
-def _report(result: Identity, baseline: Path, dtype: str) -> bool:
+def _report(note: Mapping, differences: Sequence[Difference], baseline: Path, dtype: str) -> bool:
     """Print what was compared; False where the arms differ in float32."""
-    if not result.questions:
+    identical, questions = note["identical"], note["questions"]
+    if not questions:
         print(f"lossless: {baseline} has answered none of these questions, so nothing is compared")
         return True
-    share = 100 * result.identical / result.questions
-    text = f"{result.identical} of {result.questions} questions ({share:.1f} %) with the output ids of {baseline}"
-    print(f"lossless: {text}, in {dtype}")
-    if not result.differences:
+    share = f"{100 * identical / questions:.1f} %"
+    print(f"lossless: {identical} of {questions} questions ({share}) with the output ids of {baseline}, in {dtype}")
+    if not differences:
         return True
-    first = result.differences[0]
+    first = differences[0]
     print(f"lossless: first difference in question {first.question_id}, at new token {first.position}, counted from 0")
     if dtype == "float32":
         print("error: the arms differ in float32, where they must not", file=sys.stderr)

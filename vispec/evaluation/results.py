@@ -7,6 +7,7 @@ answers is None, and a notice says which file would fill it.
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -243,11 +244,10 @@ def compare_files(baseline: AnswerFile, spec: AnswerFile, notices: list[str], st
     if not shared:
         return None
     plain, ours = ([arm.answers[question] for question in shared] for arm in (baseline, spec))
-    comparison = compare(baseline.answers, spec.answers)
-    all_plain, all_ours = ([answer for answers in arm for answer in answers] for arm in (plain, ours))
+    comparison = compare(plain, ours)
     return Cell(
         comparison,
         estimates(comparison, plain, ours, stream),
-        round_in_steps(all_plain, all_ours),
-        Counter(length for answer in all_ours for length in answer.accepted),
+        round_in_steps(plain, ours),
+        Counter(length for answer in chain.from_iterable(ours) for length in answer.accepted),
     )

@@ -147,8 +147,15 @@ class Target:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """By which kernel each product of decoding is computed, see `Products`; what is not named is PyTorch's own."""
-        return {} if self._products is None else self._products.kernels
+        """What the lean pass computes by which kernel: products by dtype, size and rows, as `Products` chose them.
+
+        What is not named is PyTorch's own.
+        """
+        if self._products is None:
+            return {}
+        fused = self._text.fused
+        told = {} if fused is None else {"small operations": "fused" if fused else "unfused"}
+        return self._products.kernels | told
 
     def _refresh(self) -> None:
         """With every prompt: weights may have been loaded, trained, moved or replaced since the last one."""

@@ -124,8 +124,14 @@ class LeanLayers:
         self.heads = heads_of(layers[0].self_attn)
         self._before, self._after = before_attention, after_attention
         if layers[0].self_attn.q_proj.weight.device.type == COMPILED_ON:
-            self._before, self._after = _compiled(before_attention), _compiled(after_attention)
+            self._before, self._after = Fused(before_attention), Fused(after_attention)
         self._build()
+
+    @property
+    def fused(self) -> bool | None:
+        """Whether torch.compile fuses their small operations; None where it is not asked to, as on a CPU."""
+        parts = self._before, self._after
+        return all(part.works for part in parts) if isinstance(parts[0], Fused) else None
 
     def _build(self) -> None:
         self._structure = self._found_structure()
@@ -178,27 +184,30 @@ def _lean_norm(part):
     return CpuNorm.of(part) if isinstance(part, Norm) and part.weight.is_cpu else part
 
 
-def _compiled(stock: Callable) -> Callable:
-    """The function by torch.compile; where that fails it runs as it is, and one line says so."""
-    fused = torch.compile(stock, dynamic=True, backend=BACKEND)
+class Fused:
+    """A function by torch.compile; where that fails it runs as it is, and one line says so."""
 
-    def either(*args):
-        nonlocal fused
-        if fused is None:
-            return stock(*args)
+    def __init__(self, stock: Callable):
+        self._stock, self._compiled = stock, torch.compile(stock, dynamic=True, backend=BACKEND)
+
+    @property
+    def works(self) -> bool:
+        return self._compiled is not None
+
+    def __call__(self, *args):
+        if self._compiled is None:
+            return self._stock(*args)
         try:
-            return fused(*args)
+            return self._compiled(*args)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, no Triton, …: all have classes of their own
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise  # the capture failed, not the compiler, which has done its work before
-            fused = None
+            self._compiled = None
             reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
             logger.warning("decoder layers run unfused: torch.compile failed (%s)", reason)
-            return stock(*args)
-
-    return either
+            return self._stock(*args)
 
 
 # --- a target's text decoder ---
@@ -272,6 +281,11 @@ class LeanDecoder:
         except Exception as error:  # parts of known names that compute otherwise, with any sizes
             reason = " ".join(str(error).split())
             raise UnknownLayer(f"the lean pass of {type(self._decoder).__name__} fails ({reason})") from error
+
+    @property
+    def fused(self) -> bool | None:
+        """See `LeanLayers.fused`."""
+        return self._layers.fused
 
     def refresh(self) -> None:
         check_norm(self._decoder.norm)
