@@ -1,5 +1,6 @@
 """Nothing that is timed waits for a capture: whoever measures gets ready for all sizes that come."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,28 @@ def cleared_by(monkeypatch, module, eager: set) -> None:
     monkeypatch.setattr(module, "turns", turns)
 
 
-def test_arms_that_take_turns(captures, eager, model, monkeypatch):
+@pytest.mark.parametrize(("method", "tree"), [("eagle2", None), ("medusa", None), ("lookup", None), ("lookup", "auto")])
+def test_arms_that_take_turns(captures, eager, monkeypatch, method, tree):
+    model = model_of(random_target("llava_1.5", 0, vocabulary=12), method)
+    if tree is not None:
+        model.set_tree(tree)
     cleared_by(monkeypatch, measure, eager)
     arms = [Arm("baseline", model, "baseline"), Arm("spec", model, "spec")]
     found = interleave(arms, prompts(model), Generation(0.0, CAPTURED_BUCKET + 4), repetitions=1)
     assert any(len(answer.output_ids) > CAPTURED_BUCKET for (answer,) in found["spec"])
     assert eager == set() and captures
+
+
+def test_batches(captures, eager, model, monkeypatch):
+    """Rows leave a batch one after the other, and those that are left have steps of their own."""
+    script = Path(__file__).parent.parent / "scripts" / "bench_batches.py"
+    spec = importlib.util.spec_from_file_location("bench_batches", script)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    cleared_by(monkeypatch, bench, eager)
+    bench.measure(model, prompts(model), [3, 1], 1, 12, 0.0)
+    assert eager == set()
+    assert any(key[:2] == ("verify", 2) for key in captures), "all answers end together"
 
 
 def test_trees_that_are_measured(captures, eager, model, monkeypatch):
