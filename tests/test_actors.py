@@ -137,7 +137,7 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
 
     ray = OneProcess()
     monkeypatch.setattr(actors, "_ray", lambda: ray)
-    monkeypatch.setattr(actors, "_Actor", Actor)
+    monkeypatch.setattr(actors, "Answerer", Actor)
     asks = [Ask(question, "gqa", Generation(0.0, 4), 1, ()) for question in questions(None)]
     shared = actors.Actors(Models("target", device_map="cpu"), 2)
     found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]

@@ -53,7 +53,7 @@ class Actors:
                 f"--num-gpus-total: {copies} models need {copies * gpus} GPUs, Ray has {found:g} (on CPUs: "
                 "--device-map cpu)"
             )
-        self._kind = self._ray.remote(num_gpus=gpus)(_Actor)
+        self._kind = self._ray.remote(num_gpus=gpus)(Answerer)
         self._models = models
         self._actors = []
         for _ in range(copies):
@@ -128,19 +128,6 @@ class Actors:
 
     def close(self) -> None:
         self._ray.shutdown()
-
-
-class _Actor:
-    """What an actor's process runs."""
-
-    def __init__(self, models: Models):
-        self._answerer = Answerer(models)
-
-    def loaded_settings(self) -> dict[str, dict]:
-        return self._answerer.loaded_settings()
-
-    def answer(self, ask: Ask) -> Outcome:
-        return self._answerer.answer(ask)
 
 
 def _differences(found: Sequence[dict[str, dict]]) -> str:

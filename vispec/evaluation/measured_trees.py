@@ -55,6 +55,7 @@ def tuning_set(
     asked: tuple[str, str | None] | None,
     reported: Mapping[tuple[str, str], Mapping],
     folder_of: Callable[[Benchmark], str | None],
+    gpus_total: int,
 ) -> TuningSet | None:
     """Where trees are measured; None if all of `models` are known.
 
@@ -64,10 +65,12 @@ def tuning_set(
         folder_of: where the data of a benchmark are looked for if --tune-on does not say it.
 
     Raises:
-        UserError: all questions are reported.
+        UserError: all questions are reported, or there are several models, each of which would choose its own tree.
     """
     if all(models.tree_of(method) != TUNE for method in models.drafts):
         return None
+    if gpus_total > models.gpus:
+        raise UserError("--tree tune or --total-token -1 measures with one model: begin without --num-gpus-total")
     for name, folder in [asked] if asked else dict.fromkeys((name, None) for name, _ in reported):
         benchmark = BENCHMARKS[name]
         folder = folder or folder_of(benchmark)
@@ -81,16 +84,6 @@ def tuning_set(
         f"--tree tune: all questions of {names} are reported, and a tree has to be measured on others: give another "
         "benchmark, --tune-on BENCHMARK or --tune-on BENCHMARK=FOLDER"
     )
-
-
-def require_measuring(models: Models, gpus_total: int) -> None:
-    """Refuse to measure trees by several models, each of which would choose its own.
-
-    Raises:
-        UserError: there is a tree to be measured.
-    """
-    if gpus_total > models.gpus and any(models.tree_of(method) == TUNE for method in models.drafts):
-        raise UserError("--tree tune or --total-token -1 measures with one model: begin without --num-gpus-total")
 
 
 def measure_trees(tasks: Sequence[Task], found: TuningSet | None, models: Models, answerer: Answerer) -> None:

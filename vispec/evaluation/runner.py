@@ -22,7 +22,7 @@ from vispec.evaluation.benchmarks import Benchmark, Question
 from vispec.evaluation.loading import Models
 from vispec.evaluation.lossless import check_lossless, wants_check
 from vispec.evaluation.measure import Generation
-from vispec.evaluation.measured_trees import keep_trees, measure_trees, require_measuring, tuning_set
+from vispec.evaluation.measured_trees import keep_trees, measure_trees, tuning_set
 from vispec.evaluation.settings import asked_settings
 from vispec.evaluation.task import Task
 from vispec.timing import in_turn
@@ -132,9 +132,8 @@ def _answer(
         return DONE
     methods = set().union(*(plan.open_methods for plan in unfinished))
     models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
-    require_measuring(models, args.num_gpus_total)
     reported = {(plan.benchmark.name, plan.data): plan.options for plan in plans}
-    tuned_on = tuning_set(models, getattr(args, "tune_on", None), reported, folder_of)
+    tuned_on = tuning_set(models, getattr(args, "tune_on", None), reported, folder_of, args.num_gpus_total)
     tasks = list(chain.from_iterable(plan.tasks for plan in plans))
     made_by = provenance(args)
     code = DONE
