@@ -94,6 +94,20 @@ def test_a_single_command_goes_on_with_a_file(finished, data, tmp_path, monkeypa
     assert gen_spec_answer_gqa.main(one) == 0
 
 
+def test_arms_that_ran_otherwise_are_told(finished, data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "answers")
+    monkeypatch.setattr(answerer, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    assert run_all.main(flags(data, tmp_path / "answers")) == 0
+    assert "differ" not in capsys.readouterr().err
+    path = tmp_path / "answers" / "gqa" / "lookup-temperature-0.0.jsonl"
+    found = meta(path)
+    found["provenance"]["versions"]["torch"] = "1.0"
+    path.with_name(path.name + ".meta.json").write_text(json.dumps(found))
+    assert run_all.main(flags(data, tmp_path / "answers")) == 0
+    (notice,) = [line for line in capsys.readouterr().err.splitlines() if "differ" in line]
+    assert notice.startswith("notice: the arms differ in torch: ") and notice.endswith(f", 1.0 in {path}")
+
+
 def test_trees_that_are_chosen_while_it_answers(finished, data, tmp_path, capsys):
     assert run_all.main(flags(data, tmp_path, "--tree", "auto", "--benchmarks", "gqa")) == 0
     baseline = ids(tmp_path / "gqa" / "baseline-temperature-0.0.jsonl")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product, starmap
 from pathlib import Path
 
 from vispec.cli import DONE, ERROR, WITH_FAILURES, UserError, provenance, worst
 from vispec.evaluation.actors import Actors, loaded
-from vispec.evaluation.answer_file import QuestionId
+from vispec.evaluation.answer_file import QuestionId, condition_notices
 from vispec.evaluation.answerer import Answerer, Ask, InFloat32, LeftOut
 from vispec.evaluation.benchmarks import Benchmark, Question
 from vispec.evaluation.loading import Models
@@ -81,7 +81,11 @@ class Plan:
         return Ask(question, self.benchmark.name, self.generation, self.num_choices, methods)
 
     def finish(self, left_out: Sequence[LeftOut] = ()) -> int:
-        """Bring the files into order, print how much of what was asked is answered; returns an exit code."""
+        """Bring the files into order; print how much of what was asked is answered, and what arms differ in.
+
+        Returns:
+            An exit code.
+        """
         codes, asked = [DONE], len(self.questions)
         for task in self.tasks:
             task.finish()
@@ -90,6 +94,9 @@ class Plan:
             if asked and not answered:
                 print(f"error: no question has an answer: {task.path}", file=sys.stderr)
                 codes.append(ERROR)
+        plain = [task for task in self.tasks if task.method == "baseline"]
+        for notice in chain.from_iterable(starmap(condition_notices, product(plain, self.tasks))):
+            print(f"notice: {notice}", file=sys.stderr)
         return worst(*codes, _report_left_out(self.benchmark, left_out))
 
 
