@@ -45,6 +45,7 @@ Questions = Sequence[Sequence[Answer]]
 class ArmSpeed:
     """How fast an arm is. None where nothing was decoded after the first token."""
 
+    questions: int
     tokens_per_second: float
     ms_per_token: float
     """Inverse of tokens_per_second."""
@@ -98,6 +99,7 @@ def arm_speed(questions: Questions) -> ArmSpeed:
     wall = [wall_speed(answers) for answers in questions]
     decode = [speed for answers in questions if (speed := decode_speed(answers)) is not None]
     return ArmSpeed(
+        questions=len(questions),
         tokens_per_second=fmean(wall),
         ms_per_token=1000 / fmean(wall),
         decode_tokens_per_second=fmean(decode) if decode else None,

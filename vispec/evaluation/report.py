@@ -130,7 +130,8 @@ def _speeds(table: Table) -> list[list[str]]:
 
 def _behind(table: Table) -> list[list[str]]:
     """What a speedup is made of: questions, time without prefill, cost of a round, identity."""
-    lines = [[title("baseline"), "questions", *map(_count, table.baseline_questions.values()), ""]]
+    asked = [_count(speed.questions if speed else 0) for speed in table.baseline.values()]
+    lines = [[title("baseline"), "questions", *asked, ""]]
     lines += _left_out(table, "baseline")
     for row in table.rows:
         cells = row.cells.values()
@@ -227,7 +228,7 @@ def _csv_lines(table: Table) -> list[dict]:
     for benchmark, speed in table.baseline.items():
         line = common | {"method": "baseline", "benchmark": benchmark}
         if speed:
-            line |= {"questions": table.baseline_questions[benchmark], "tokens_per_second": speed.tokens_per_second}
+            line |= {"questions": speed.questions, "tokens_per_second": speed.tokens_per_second}
             line |= {"decode_tokens_per_second": speed.decode_tokens_per_second}
         lines.append(line)
     line = common | {"method": "baseline", "benchmark": AVERAGE, "tokens_per_second": table.baseline_average}
@@ -273,10 +274,7 @@ def _json_table(table: Table) -> dict:
         "base_model": table.base_model,
         "temperature": table.temperature,
         "settings": table.settings,
-        "baseline": {
-            name: {"questions": table.baseline_questions[name], **vars(speed)} if speed else None
-            for name, speed in table.baseline.items()
-        },
+        "baseline": {name: vars(speed) if speed else None for name, speed in table.baseline.items()},
         "methods": [_json_row(row) for row in table.rows],
         "published_not_measured_here": pairs or None,
         "files": [

@@ -84,7 +84,6 @@ class Table:
     """Those that all files of a TABLE share."""
     baseline: Mapping[str, ArmSpeed | None]
     """By benchmark, over all questions that the baseline has answered."""
-    baseline_questions: Mapping[str, int]
     rows: list[Row]
     files: list[AnswerFile]
 
@@ -196,7 +195,6 @@ def _table(
         temperature,
         {name: files[0].settings.get(name) for name in shared_by(TABLE)},
         {name: arm_speed(list(arm.answers.values())) if arm else None for name, arm in baseline.items()},
-        {name: len(arm.answers) if arm else 0 for name, arm in baseline.items()},
         [_row(method, baseline, found, notices) for method in methods],
         files,
     )
