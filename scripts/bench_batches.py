@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli
 from vispec.evaluation.bench import one_device
-from vispec.evaluation.loading import load_model, parse_tree, quiet_transformers
+from vispec.evaluation.flags import parse_tree
+from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import is_greedy, transformers_generate
 from vispec.evaluation.random_pairs import TARGETS, build_draft, build_target, sizes_of
 from vispec.files import write_json_atomic
@@ -94,8 +95,7 @@ def loaded_pair(args) -> tuple["SpecModel", list[dict]]:
     from vispec.prompts import build_inputs, load_processor, user_turn
 
     target, draft = (args.target, args.draft) if args.target else embedded.require_weights()
-    tree = dict(zip(("total_token", "depth", "top_k"), args.tree, strict=True))
-    model = load_model(target, draft, dtype=args.dtype, device_map=args.device_map, **tree)
+    model = load_model(target, draft, dtype=args.dtype, device_map=args.device_map, tree=args.tree)
     processor = load_processor(target)
     return model, [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)]
 
@@ -118,7 +118,7 @@ def random_pair(args) -> tuple["SpecModel", list[dict]]:
         {"input_ids": row[None, :length], "attention_mask": torch.ones(1, length, dtype=torch.long)}
         for row, length in zip(ids, lengths, strict=True)
     ]
-    return SpecModel(target, build_draft(sizes, target), *args.tree), prompts
+    return SpecModel(target, build_draft(sizes, target), tree=args.tree), prompts
 
 
 def measure(model, prompts: list[dict], sizes: list[int], repetitions: int, max_new_tokens: int, temperature: float):

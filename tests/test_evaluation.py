@@ -16,6 +16,7 @@ from vispec.evaluation.loading import Models
 from vispec.evaluation.run_one import make_parser
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
+from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
@@ -320,7 +321,7 @@ def test_a_part_without_questions_is_refused(coco, tmp_path, part):
 def test_defaults_are_the_authors():
     args = make_parser(BENCHMARKS["coco_caption"], "spec").parse_args(["--base-model-path", "a"])
     assert (args.temperature, args.max_new_token, args.num_choices) == (1.0, 1024, 1)
-    assert asked_tree(args, Models.tree) == (30, 3, 8)
+    assert asked_tree(args, Models.tree) == TreeShape(30, 3, 8)
 
 
 def test_a_choice_is_the_same_however_many_follow(coco, tmp_path):

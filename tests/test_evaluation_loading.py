@@ -17,6 +17,7 @@ from vispec.evaluation.settings import asked_settings
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
+from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, EAGLE2 = str(FAMILY / "target"), str(FAMILY / "draft_eagle2")
@@ -32,7 +33,7 @@ def test_settings_are_those_of_the_loaded_models(tmp_path):
     tokens = fingerprint(AutoTokenizer.from_pretrained(TARGET), ids)
     DraftVocabulary(ids, head.config.vocab_size, tokens).write(tmp_path / "eagle2")
     drafts = {"medusa": str(tmp_path / "medusa"), "eagle2": str(tmp_path / "eagle2"), "lookup": None}
-    found = answerer.Answerer(Models(TARGET, drafts, (900, 3, 8), dtype="auto")).loaded_settings()
+    found = answerer.Answerer(Models(TARGET, drafts, TreeShape(900, 3, 8), dtype="auto")).loaded_settings()
     assert found.keys() == {"baseline", "medusa", "eagle2", "lookup"}
     assert {settings["dtype"] for settings in found.values()} == {"float32"}
     assert found["medusa"]["tree"][1] == 4 and found["medusa"]["tree"][0] < 900

@@ -126,7 +126,7 @@ def test_each_method_has_its_own_measured_tree(data, tmp_path, monkeypatch):
     def tune(answerer, method, benchmark, questions):
         measured.append((method, benchmark, len(questions)))
         answerer._models[method].set_tree(TreeShape(*trees[method]))
-        return trees[method], [questions[0].question_id]
+        return TreeShape(*trees[method]), [questions[0].question_id]
 
     monkeypatch.setattr(answerer.Answerer, "tune", tune)
     # of the two, coco_caption has questions that are not asked

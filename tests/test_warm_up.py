@@ -88,7 +88,7 @@ def test_questions_of_a_benchmark(captures, eager, monkeypatch):
 
     monkeypatch.setattr(answerer.Answerer, "_get_ready", watched)
     draft = str(FAMILY / "draft_vispec")
-    loaded = answerer.Answerer(Models(str(FAMILY / "target"), {"vispec": draft}, tree=(8, 2, 4)))
+    loaded = answerer.Answerer(Models(str(FAMILY / "target"), {"vispec": draft}, tree=TreeShape(8, 2, 4)))
     generation = Generation(0.0, CAPTURED_BUCKET)
     for number, words in enumerate((20, 1, 40)):
         question = Question(number, (user_turn("what " * words),))

@@ -1,6 +1,7 @@
 """What all command lines share: their flags' parser, one-line errors, provenance."""
 
 import argparse
+import json
 import os
 import platform
 import signal
@@ -138,7 +139,7 @@ def provenance(args: argparse.Namespace | dict) -> dict:
     arguments = args if isinstance(args, dict) else vars(args)
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "arguments": {k: v for k, v in arguments.items() if isinstance(v, str | int | float | bool | list | None)},
+        "arguments": json.loads(json.dumps(arguments, default=str)),
         "versions": {
             "vispec": __version__,
             **{name: _version(name) for name in ("torch", "transformers", "accelerate", "numpy")},

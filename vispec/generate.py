@@ -18,8 +18,6 @@ from vispec.evaluation.comparison import tau, wall_speed
 from vispec.evaluation.flags import add_place_flags, add_tree_flags, asked_place, asked_tree
 from vispec.evaluation.loading import (
     Models,
-    Tree,
-    as_spec_model_takes,
     dtype_name,
     load_model,
     quiet_transformers,
@@ -35,7 +33,7 @@ from vispec.evaluation.measure import (
     warm_up,
 )
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
-from vispec.model.shape import AUTO, TUNE
+from vispec.model.shape import AUTO, TUNE, TreeShape
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
 from vispec.video import read_video
@@ -53,12 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     turns = [user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))]
     # what is wrong is said before minutes of loading
     _check_sampling(args)
-    shape = as_spec_model_takes(tree)
     quiet_transformers()
     processor = load_processor(base)
     inputs = build_inputs(processor, turns, args.system)
-    options = {"method": args.method, "dtype": dtype, "device_map": args.device_map, "tree": shape}
-    model = load_model(base, spec, **options, **place)
+    options = {"method": args.method, "dtype": dtype, "device_map": args.device_map}
+    model = load_model(base, spec, tree=None if tree == TUNE else tree, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())
     generation = Generation(args.temperature, args.max_new_tokens, args.top_p, args.generation_config)
@@ -106,7 +103,7 @@ def _make_parser() -> Parser:
     return parser
 
 
-def _pair(args: argparse.Namespace) -> tuple[str, str | None, Tree | str, str]:
+def _pair(args: argparse.Namespace) -> tuple[str, str | None, TreeShape | str, str]:
     """Paths of target and draft head (none for lookup), the tree, and the dtype."""
     base, spec = args.base_model_path, args.spec_model_path
     if args.method == "lookup":
@@ -118,7 +115,7 @@ def _pair(args: argparse.Namespace) -> tuple[str, str | None, Tree | str, str]:
     if base is None:
         base, spec = embedded.require_weights()
         spec = None if args.method == "lookup" else spec
-        dtype, shape = args.dtype or embedded.DTYPE, tuple(embedded.TREE.values())
+        dtype, shape = args.dtype or embedded.DTYPE, TreeShape(**embedded.TREE)
     return base, spec, asked_tree(args, shape, AUTO), dtype
 
 

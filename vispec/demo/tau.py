@@ -13,7 +13,8 @@ from pathlib import Path
 from vispec import embedded
 from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
 from vispec.evaluation.comparison import tau
-from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
+from vispec.evaluation.flags import parse_tree
+from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
 from vispec.files import write_json_atomic
 from vispec.model.shape import TreeShape
@@ -23,7 +24,7 @@ QUESTIONS = 28
 """Two of each kind."""
 
 
-def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tokens: int) -> dict:
+def measure_tau(model, draft, tree: TreeShape, inputs: Sequence[Mapping], max_new_tokens: int) -> dict:
     """Answer all prompts by a head.
 
     Args:
@@ -34,7 +35,7 @@ def measure_tau(model, draft, tree: Tree, inputs: Sequence[Mapping], max_new_tok
     Returns:
         `tau`, the mean of all rounds' accepted draft tokens; `rounds`, how many; `answers`, a digest of all output ids.
     """
-    arm = model.with_tree(TreeShape(*tree), draft)
+    arm = model.with_tree(tree, draft)
     generation = Generation(temperature=0.0, max_new_tokens=max_new_tokens)
     answers = [answer_question(arm, prompt, "spec", generation) for prompt in inputs]
     rounds = sum(len(answer.acceptance_lengths) for answer in answers)
@@ -69,21 +70,21 @@ def main(argv: list[str] | None = None) -> int:
         (folder, tree)
         for folder, weights in wanted.items()
         for tree in args.trees
-        if heads.get(folder, {}).get("weights") != weights or _name(tree) not in heads[folder]["trees"]
+        if heads.get(folder, {}).get("weights") != weights or str(tree) not in heads[folder]["trees"]
     ]
     for folder, tree, found in _measured(args, missing):
         if heads.get(folder, {}).get("weights") != wanted[folder]:
             heads[folder] = {"weights": wanted[folder], "trees": {}}
-        heads[folder]["trees"][_name(tree)] = found
+        heads[folder]["trees"][str(tree)] = found
         if args.json:
             write_json_atomic(args.json, {"settings": settings, "heads": heads, "provenance": provenance(args)})
     for folder in wanted:
-        taus = ", ".join(f"τ {heads[folder]['trees'][_name(tree)]['tau']:.3f} at {_name(tree)}" for tree in args.trees)
+        taus = ", ".join(f"τ {heads[folder]['trees'][str(tree)]['tau']:.3f} at {str(tree)}" for tree in args.trees)
         print(f"{folder}: {taus}")
     return 0
 
 
-def _measured(args, missing: list[tuple[str, Tree]]):
+def _measured(args, missing: list[tuple[str, TreeShape]]):
     """(folder, tree, what was measured) one after the other; the target is loaded only where something is missing."""
     if not missing:
         return
@@ -110,10 +111,6 @@ def _begun(path: Path | None, settings: dict) -> dict:
     if differences := changes(earlier["settings"], settings):
         raise UserError(f"--json {path} holds other measurements ({differences}); choose another file")
     return earlier["heads"]
-
-
-def _name(tree: Tree) -> str:
-    return "/".join(map(str, tree))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from vispec import embedded
 from vispec.cli import DTYPES, Parser, count, provenance, run_cli, whole
 from vispec.evaluation.comparison import RATIOS, Questions, compare, round_in_steps
-from vispec.evaluation.loading import Tree, load_model, parse_tree, quiet_transformers
+from vispec.evaluation.flags import parse_tree
+from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.files import write_json_atomic
 from vispec.model.shape import TreeShape
@@ -39,7 +40,7 @@ class Row:
     outputs_identical: bool
 
 
-def measure(model, trees: list[Tree], inputs: list[dict], repetitions: int, max_new_tokens: int) -> list[Row]:
+def measure(model, trees: list[TreeShape], inputs: list[dict], repetitions: int, max_new_tokens: int) -> list[Row]:
     """Answer every prompt by the baseline, by generate() and with every tree, in turn.
 
     Args:
@@ -47,9 +48,7 @@ def measure(model, trees: list[Tree], inputs: list[dict], repetitions: int, max_
         inputs: what the processor returned for each prompt.
     """
     arms = [Arm("baseline", model, "baseline"), Arm("generate", model, "generate")]
-    for tree in dict.fromkeys(trees):
-        shape = TreeShape(*tree)
-        arms.append(Arm(str(shape), model.with_tree(shape), "spec"))
+    arms += [Arm(str(tree), model.with_tree(tree), "spec") for tree in dict.fromkeys(trees)]
     found = interleave(arms, inputs, Generation(temperature=0.0, max_new_tokens=max_new_tokens), repetitions)
     answers = {arm: [[typical(repeated)] for repeated in of_prompts] for arm, of_prompts in found.items()}
     baseline, generate = answers.pop("baseline"), answers.pop("generate")

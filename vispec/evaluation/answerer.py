@@ -6,17 +6,18 @@ all alike.
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from vispec.cli import UserError, one_line
 from vispec.evaluation.answer_file import QuestionId, choice_of
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
-from vispec.evaluation.loading import Models, Tree, load_models, quiet_transformers
+from vispec.evaluation.loading import Models, load_models, quiet_transformers
 from vispec.evaluation.lossless import RERUN_FAILS
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.settings import loaded_settings
 from vispec.evaluation.text import answer_text
+from vispec.model.shape import TreeShape
 from vispec.pictures import UnreadableImage
 from vispec.prompts import build_inputs, load_processor
 
@@ -120,7 +121,7 @@ class Answerer:
                 self._measure(ask, method, inputs)
             self._warm.add(warm)
 
-    def tune(self, method: str, benchmark: str, questions: Sequence[Question]) -> tuple[Tree, list[int | str]]:
+    def tune(self, method: str, benchmark: str, questions: Sequence[Question]) -> tuple[TreeShape, list[QuestionId]]:
         """Measure on a benchmark's first questions which tree is the fastest; the method answers by it from now on.
 
         Returns:
@@ -141,7 +142,7 @@ class Answerer:
                 prompts[question.question_id] = inputs
         tuning = model.tune(list(prompts.values()))
         print(tuning.report())
-        return astuple(tuning.shape), list(prompts)
+        return tuning.shape, list(prompts)
 
     def ids_of(self, ask: Ask) -> list[list[int]]:
         """Output ids of each of the methods."""

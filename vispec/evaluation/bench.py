@@ -23,8 +23,8 @@ from vispec import embedded
 from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
 from vispec.evaluation import bench_report
 from vispec.evaluation.comparison import compare
-from vispec.evaluation.flags import add_place_flags, asked_place
-from vispec.evaluation.loading import Tree, dtype_name, load_model, parse_tree, quiet_transformers
+from vispec.evaluation.flags import add_place_flags, asked_place, parse_tree
+from vispec.evaluation.loading import dtype_name, load_model, quiet_transformers
 from vispec.evaluation.lossless import first_position
 from vispec.evaluation.measure import Arm, Generation, interleave, typical
 from vispec.evaluation.published import AVERAGE, published
@@ -56,7 +56,6 @@ VERIFIED = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of tokens whose verification is timed."""
 TAUS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Values of τ for which tokens/s and speedup are projected."""
-DEFAULT_TREE = (30, 3, 8)
 IMAGES = 8
 """In the prompt for which the draft's cache is worked out beside that of the text."""
 ANSWER_TOKENS = 200
@@ -71,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     quiet_transformers()
     torch.manual_seed(0)
     model = load_pair(args)
-    trees = args.trees or [tuple(embedded.TREE.values()) if is_embedded(args) else DEFAULT_TREE]
-    ids = random_prompt(model, args.prompt_tokens, max(depth for _, depth, _ in trees))
+    trees = args.trees or [TreeShape(**embedded.TREE) if is_embedded(args) else TreeShape()]
+    ids = random_prompt(model, args.prompt_tokens, max(tree.depth for tree in trees))
     rates = measure_rates(model.device, model.target.dtype)
     arms = spec_arms(model, trees)
     answers = measured_answers(model, arms, args.repeats) if is_embedded(args) else {}
@@ -180,15 +179,14 @@ def random_prompt(model, length: int, depth: int):
     return ids.masked_fill(ids == image_token_id(model.target.config), 0)
 
 
-def spec_arms(model, trees: list[Tree]) -> dict:
+def spec_arms(model, trees: list[TreeShape]) -> dict:
     """A `SpecModel` for every tree; where the head has a draft vocabulary, each tree first without and then with it."""
-    shapes = [TreeShape(*tree) for tree in trees]
     heads = {"": model}
     if model.draft.draft_vocab is not None:
         everything = copy.copy(model.draft)  # the same layers
         everything.draft_vocab = None
-        heads = {"": model.with_tree(shapes[0], everything), f" of {len(model.draft.draft_vocab)} tokens": model}
-    return {f"{shape}{name}": arm.with_tree(shape) for shape in shapes for name, arm in heads.items()}
+        heads = {"": model.with_tree(trees[0], everything), f" of {len(model.draft.draft_vocab)} tokens": model}
+    return {f"{shape}{name}": arm.with_tree(shape) for shape in trees for name, arm in heads.items()}
 
 
 def measure(arms: dict, ids, rates: Rates, repeats: int) -> dict:

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 
 from vispec.cli import Parser, UserError, count, whole
-from vispec.evaluation.loading import Tree, parse_tree
-from vispec.model.shape import AUTO, TUNE
+from vispec.model.shape import AUTO, TUNE, TreeShape
 
 PLACES = {"--spec-revision": "revision", "--spec-subfolder": "subfolder"}
 """And what `vispec.model.drafts.load_draft` calls them."""
@@ -100,6 +100,14 @@ def value_of(args: argparse.Namespace, flag: str):
 # --- which trees are drafted ---
 
 
+def parse_tree(text: str) -> TreeShape:
+    """A draft tree as command lines write it: total_token/depth/top_k."""
+    try:
+        return TreeShape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_tree_flags(parser: Parser, default: str) -> None:
     """Flags that `asked_tree` reads; `default`: what the help says of a command that is given none of them."""
     add = parser.add_argument
@@ -119,7 +127,7 @@ def add_tree_flags(parser: Parser, default: str) -> None:
     add("--top-k", type=count, help="nodes expanded a level of the tree")
 
 
-def asked_tree(args: argparse.Namespace, shape: Tree, default: Tree | str | None = None) -> Tree | str:
+def asked_tree(args: argparse.Namespace, shape: TreeShape, default: TreeShape | str | None = None) -> TreeShape | str:
     """What the flags of `add_tree_flags` ask for.
 
     Args:
@@ -128,8 +136,9 @@ def asked_tree(args: argparse.Namespace, shape: Tree, default: Tree | str | None
 
     Raises:
         UserError: --tree and another one were given.
+        ValueError: no tree has these sizes.
     """
-    given = [flag for flag, name in SIZES.items() if getattr(args, name) is not None]
+    given = {flag: size for flag in SIZES if (size := value_of(args, flag)) is not None}
     if args.tree is not None:
         if given:
             raise UserError(f"--tree and {', '.join(given)} both say what the tree is, expected only one of them")
@@ -138,11 +147,10 @@ def asked_tree(args: argparse.Namespace, shape: Tree, default: Tree | str | None
         return TUNE
     if not given:
         return shape if default is None else default
-    sizes = (getattr(args, name) for name in SIZES.values())
-    return tuple(own if asked is None else asked for asked, own in zip(sizes, shape, strict=True))
+    return replace(shape, **{SIZES[flag]: size for flag, size in given.items()})
 
 
-def _tree(text: str) -> Tree | str:
+def _tree(text: str) -> TreeShape | str:
     return text if text in (AUTO, TUNE) else parse_tree(text)
 
 

@@ -1,17 +1,13 @@
 """Loading a target with its draft head, for command lines."""
 
-import argparse
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vispec.model.shape import TUNE, TreeShape
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
-
-Tree = tuple[int, int, int]
-"""total_token, depth, top_k."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,7 @@ class Models:
     base_model_path: str
     drafts: Mapping[str, str | None] = field(default_factory=dict)
     """Draft heads by method; None for lookup, which has none."""
-    tree: Tree | str = (30, 3, 8)
+    tree: TreeShape | str = TreeShape()
     """AUTO: chosen while answers are made; TUNE: to be measured, the default one until then."""
     num_q: int | None = None
     """Queries of a vision adaptor, checked against its weights; None takes what they have."""
@@ -30,42 +26,17 @@ class Models:
     device_map: str | None = None
     """transformers' device_map; None takes the first GPU, all of them if `gpus` > 1, or the CPU."""
     gpus: int = 1
-    tuned: Mapping[str, Tree] = field(default_factory=dict)
+    tuned: Mapping[str, TreeShape] = field(default_factory=dict)
     """By method, what stands in place of TUNE because earlier answers have it."""
     places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By method, revision and subfolder of its draft head where they were asked for."""
 
-    def tree_of(self, method: str) -> Tree | str:
+    def tree_of(self, method: str) -> TreeShape | str:
         return self.tuned.get(method, self.tree)
 
     def place_of(self, method: str) -> Mapping[str, str]:
         """Where in its folder or hub repository a draft head is."""
         return self.places.get(method, {})
-
-
-def parse_tree(text: str) -> Tree:
-    """A draft tree as command lines write it: total_token/depth/top_k."""
-    try:
-        shape = TreeShape.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return astuple(shape)
-
-
-def as_spec_model_takes(tree: Tree | str) -> TreeShape | str | None:
-    """A tree as `SpecModel` takes it: the default one where it is still to be measured.
-
-    Raises:
-        ValueError: it has no such shape.
-    """
-    if tree == TUNE:
-        return None
-    return tree if isinstance(tree, str) else TreeShape(*tree)
-
-
-def as_noted(tree: Tree | str) -> list[int] | str:
-    """A tree as JSON gives it back."""
-    return tree if isinstance(tree, str) else list(tree)
 
 
 def load_model(
@@ -106,10 +77,8 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
     from vispec.model.drafts import PromptLookup, load_draft
     from vispec.model.drafts.checkpoints import find_draft
 
-    # what is wrong is said before minutes of loading
-    trees = {method: as_spec_model_takes(models.tree_of(method)) for method in models.drafts}
     for method, path in models.drafts.items():
-        if path is not None:
+        if path is not None:  # what is wrong is said before minutes of loading
             find_draft(path, **models.place_of(method))
     plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
     target = plain.target
@@ -122,7 +91,8 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
             draft = load_draft(path, method, models.num_q, target.dtype, embedding, **place).to(target.device)
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(models.base_model_path)
-        loaded[method] = SpecModel(target, draft, tree=trees[method])
+        tree = models.tree_of(method)
+        loaded[method] = SpecModel(target, draft, tree=None if tree == TUNE else tree)
     return loaded
 
 

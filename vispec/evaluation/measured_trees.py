@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from vispec.cli import Parser, UserError
 from vispec.evaluation.answerer import Answerer
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from vispec.evaluation.loading import Models, as_noted
+from vispec.evaluation.loading import Models
+from vispec.evaluation.settings import as_noted
 from vispec.evaluation.task import Task
-from vispec.model.shape import TUNE
+from vispec.model.shape import TUNE, TreeShape
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def keep_trees(tasks: Sequence[Task], models: Models) -> Models:
             kept.setdefault(task.method, {n: found[n] for n in ("asked_tree", "tuned_on") if n in found})
     for method, noted in kept.items():
         _note(tasks, method, noted)
-    return replace(models, tuned={method: tuple(noted["asked_tree"]) for method, noted in kept.items()})
+    return replace(models, tuned={method: TreeShape(*noted["asked_tree"]) for method, noted in kept.items()})
 
 
 def tuning_set(

@@ -73,7 +73,7 @@ def _make_parser() -> Parser:
     add("--data-root", type=Path, help="folder with the benchmarks' folders (default: each one's own; the hub)")
     add("--dry-run", action="store_true", help="print what would be done")
     add_common_flags(parser)
-    add_tree_flags(parser, "/".join(map(str, Models.tree)))
+    add_tree_flags(parser, str(Models.tree))
     add_tune_on(parser)
     return parser
 

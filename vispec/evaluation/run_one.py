@@ -60,7 +60,7 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
     add("--num-choices", type=count, default=1, help="answers to each question, with seeds 0, 1, …")
     add_common_flags(parser)
     if arm == "spec":
-        add_tree_flags(parser, "/".join(map(str, Models.tree)))
+        add_tree_flags(parser, str(Models.tree))
         add_tune_on(parser)
         add_place_flags(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")

@@ -8,9 +8,9 @@ from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple
 
 from vispec.cli import device_name
-from vispec.evaluation.loading import Models, as_noted, dtype_name
+from vispec.evaluation.loading import Models, dtype_name
 from vispec.evaluation.measure import Generation
-from vispec.model.shape import AUTO
+from vispec.model.shape import AUTO, TreeShape
 from vispec.weights_digest import file_sha256, target_revision
 
 if TYPE_CHECKING:
@@ -121,13 +121,18 @@ def loaded_settings(model: "SpecModel", models: Models, method: str) -> dict:
         "layers": "lean" if model.target.lean else "stock",
     }
     if model.draft is not None:
-        settings["tree"] = AUTO if model.tree == AUTO else list(astuple(model.shape))
+        settings["tree"] = as_noted(AUTO if model.tree == AUTO else model.shape)
     draft = models.drafts.get(method)
     if draft is not None:
         vocabulary = model.draft.draft_vocab
         settings["draft_vocab"] = None if vocabulary is None else _described(vocabulary.token_ids)
         settings["spec_model_sha256"] = _head_sha256(draft, models.place_of(method))
     return settings
+
+
+def as_noted(tree: TreeShape | str) -> list[int] | str:
+    """A tree as JSON gives it back."""
+    return tree if isinstance(tree, str) else list(astuple(tree))
 
 
 def _head_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None:
