@@ -27,7 +27,9 @@ def test_rows_are_those_of_the_trees(monkeypatch, tmp_path, capsys):
     options = ["--questions", "2", "--first-question", "30", "--repetitions", "1", "--json", str(file)]
     assert trees.main([*options, "--trees", "2/0/1", "30/3/8"]) == 0
     assert asked == [(2, 30)]
-    small, large = json.loads(file.read_text())["rows"]
+    found = json.loads(file.read_text())
+    assert found["provenance"]["arguments"]["trees"] == ["2/0/1", "30/3/8"]
+    small, large = found["rows"]
     assert (small["tree"], large["tree"]) == ("2/0/1", "30/3/8")
     assert 0 < small["tau"] < large["tau"]  # only one node is drafted in the small one
     assert small["outputs_identical"] and large["outputs_identical"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vispec.model.sampling import Choice, Sampling, draw
+from vispec.model.shape import TreeShape
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 RUN = "Qwen2.5-VL-7B-Instruct/bfloat16/32768"
@@ -126,9 +127,10 @@ def test_the_bench_gets_the_run(check, tmp_path):
 
     flags = bench.parse(command[2:])
     assert (flags.random_weights, flags.dtype, flags.draft_vocab) == ("Qwen2.5-VL-7B-Instruct", "bfloat16", 32768)
-    assert (flags.device_map, flags.repeats, flags.trees) == ("cpu", 2, [(30, 3, 8)])
+    assert (flags.device_map, flags.repeats, flags.trees) == ("cpu", 2, [TreeShape(30, 3, 8)])
     batches = script("bench_batches").parse(check.batches_command(args, tmp_path)[1:])
-    assert (batches.random_weights, batches.dtype, batches.tree) == ("Qwen2.5-VL-3B-Instruct", "bfloat16", (30, 3, 8))
+    assert (batches.random_weights, batches.dtype) == ("Qwen2.5-VL-3B-Instruct", "bfloat16")
+    assert batches.tree == TreeShape(30, 3, 8)
 
 
 def test_the_table_comes_whatever_happens(check, monkeypatch, tmp_path, capsys):

@@ -31,7 +31,8 @@ def run_benchmark(name: str, arm: Kind, argv: list[str] | None = None) -> int:
     args = make_parser(benchmark, arm).parse_args(argv)
     method = _method(args, arm)
     _notice_unused(args, arm)
-    lossless = arm == "spec" and wants_check(args.check_lossless, args.temperature) and args.check_lossless
+    lossless = args.check_lossless if arm == "spec" else None
+    wants_check(lossless, args.temperature)  # refuses it before anything is loaded
     options = {name: getattr(args, name) for name in benchmark.options}
     questions, data = benchmark.questions(args.data_folder, **options)
     generation = Generation(args.temperature, args.max_new_token, own_config=args.generation_config)
