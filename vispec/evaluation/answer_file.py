@@ -90,17 +90,17 @@ class AnswerFile:
     @cached_property
     def conditions(self) -> dict[str, list[str]]:
         """What answers do not say but their speed may depend on: each with the values of all runs and answers."""
-        meta, found = self.meta or {}, defaultdict(set)
+        meta, found = self.meta or {}, defaultdict(list)
         for run in (meta.get("provenance", {}), *meta.get("resumed", [])):
             for package in ("torch", "transformers"):
-                found[package].add(run.get("versions", {}).get(package))
-            found["git revision"].add(run.get("git_revision"))
-        found["decoder layers"].add(self.settings.get("layers"))
+                found[package].append(run.get("versions", {}).get(package))
+            found["git revision"].append(run.get("git_revision"))
+        found["decoder layers"].append(self.settings.get("layers"))
         for choice in (choice for line in self.lines.values() for choice in line["choices"]):
-            found["captured steps"].add(choice.get("captured"))
+            found["captured steps"].append(choice.get("captured"))
             for product, kernel in choice.get("kernels", {}).items():
-                found[f"the kernel of {product}"].add(kernel)
-        told = {name: sorted(str(value) for value in values - {None}) for name, values in found.items()}
+                found[f"the kernel of {product}"].append(kernel)
+        told = {name: sorted({str(v) for v in values if v is not None}) for name, values in found.items()}
         return {name: values for name, values in told.items() if values}
 
 
@@ -182,6 +182,10 @@ def read_meta(path: Path) -> dict | None:
         )
     _check_kinds(meta, value, META_KINDS)
     _check_kinds(meta, value["settings"], {name: setting.kinds for name, setting in SETTINGS.items()})
+    for name in ("asked_tree", "tree"):
+        tree = value["settings"].get(name)
+        if isinstance(tree, list) and list(map(type, tree)) != [int] * 3:
+            raise UserError(f"{meta}: {name} cannot be {reprlib.repr(tree)}")
     for run in (value.get("provenance", {}), *value.get("resumed", [])):
         _check_kinds(meta, run, RUN_KINDS)
     for one in value.get("left_out", []):

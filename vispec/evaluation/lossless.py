@@ -59,7 +59,7 @@ def check_lossless(task: Task, required: bool, rerun: Callable[[QuestionId], Seq
                 f"--check-lossless=True: no baseline's answer file of the same settings in {task.path.parent.resolve()}"
             )
         return True
-    dtype = task.settings["dtype"]
+    dtype = task.settings.get("dtype")
     plain, ours = read_answers(baseline).answers, read_answers(task.path).answers
     shared = [question for question in ours if question in plain]
     differences = [found for question in shared if (found := _difference(question, plain[question], ours[question]))]
@@ -108,7 +108,7 @@ def _difference(question: QuestionId, baseline: Sequence[Answer], spec: Sequence
     return None
 
 
-def _report(note: Mapping, differences: Sequence[Difference], baseline: Path, dtype: str) -> bool:
+def _report(note: Mapping, differences: Sequence[Difference], baseline: Path, dtype: str | None) -> bool:
     """Print what was compared; False where the arms differ in float32."""
     identical, questions = note["identical"], note["questions"]
     if not questions:
