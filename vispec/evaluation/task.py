@@ -64,9 +64,10 @@ class Task(AnswerFile):
         if not self.lines:
             return
         settings = self.asked | (loaded.get(self.method, loaded["baseline"]) if loaded else {})
+        unknown = () if loaded and self.method in loaded else LOADED
         for name in sorted(self.settings.keys() | settings.keys()):
             known, found = self.settings.get(name), settings.get(name)
-            if known != found and (name in settings or name not in LOADED):
+            if known != found and (name in settings or name not in unknown):
                 raise UserError(
                     f"{self.path} was made with {name} {known!r}, found {found!r}; move the file away or give another "
                     "--answer-file"
