@@ -17,7 +17,10 @@ from vispec.model.families import PER_TOKEN, Shown, equal_images, has_rows, merg
 logger = logging.getLogger("vispec")
 
 CROPS = {"pixel_values": "image_num_crops", "pixel_values_local": "num_local_patches"}
-"""Inputs with an entry for each crop of an image, and those that say how many each image has."""
+CROPS |= dict.fromkeys(("pixel_values_videos", "video_position_ids"), "num_frames_per_video")
+"""Inputs with an entry for each crop of an image or frame of a video, and those that say how many each of them has."""
+POOLED = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
+"""Molmo2's tokens by the numbers of their patches, and those patches."""
 
 SinglePrompt = tuple[torch.Tensor, dict]
 """input_ids (1, L) without padding, and the other inputs."""
@@ -114,8 +117,9 @@ def _inputs_of_rows(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Map
         for own, piece in zip(rows, pieces, strict=True):
             if len(piece):
                 own[name] = piece
-    if "image_token_pooling" in inputs:
-        _rebase_pooling(rows, inputs["pixel_values"].shape[1])
+    for name, pixels in POOLED.items():
+        if name in inputs:
+            _rebase_pooling(rows, name, pixels)
     return rows
 
 
@@ -137,6 +141,9 @@ def _sizes(config, name: str, inputs: Mapping, shown: Shown) -> list[int]:
         return _sums(grids.prod(dim=1), counts)
     if name == "video_compression_mask":  # one entry for each token before some were dropped
         return _sums(grids.prod(dim=1) // merge_sizes(config, inputs, medium) ** 2, counts)
+    if medium == "video" and "video_grids" in inputs and name != "video_grids":
+        frames = torch.as_tensor(inputs["video_grids"])
+        return _sums(frames.prod(dim=1) if name in POOLED else frames[:, 0], counts)
     if name == "batch_num_images":
         return _groups(inputs[name], counts)
     if CROPS.get(name) in inputs:
@@ -172,11 +179,10 @@ def _groups(sizes: torch.Tensor | Sequence[int], counts: list[int]) -> list[int]
     return [stop - start for start, stop in pairwise(places)]
 
 
-def _rebase_pooling(rows: list[dict], patches: int) -> None:
-    """Molmo2's tokens name the patches that they pool by their place among all crops of the batch; -1 is none."""
-    crops = 0
+def _rebase_pooling(rows: list[dict], name: str, pixels: str) -> None:
+    """Their numbers count the patches of all the batch; -1 is none."""
+    before = 0
     for own in rows:
-        if "image_token_pooling" in own:
-            pooling = own["image_token_pooling"]
-            own["image_token_pooling"] = torch.where(pooling >= 0, pooling - crops * patches, pooling)
-            crops += len(own["pixel_values"])
+        if name in own:
+            own[name] = torch.where(own[name] >= 0, own[name] - before, own[name])
+            before += own[pixels].shape[0] * own[pixels].shape[1]

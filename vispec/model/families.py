@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel
@@ -105,9 +106,11 @@ def what_is_shown(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mappi
     told = inputs.get("mm_token_type_ids")
     if told is not None:  # GLM's videos are made of image tokens
         kinds[(ids == image_token_id(model.config)) & (told.cpu() == 2)] = 2
+    if "video_grids" in inputs:  # Molmo2's too, which takes no images beside them
+        kinds[kinds == 1] = 2
     images, broken = _of_images(model, kinds == 1, inputs), _has_breaks(model.config, inputs)
     videos = _of_videos(model.config, kinds == 2, inputs)
-    dealt = [_deal(kinds == 1, images, "image", broken), _deal(kinds == 2, videos, "video", False)]
+    dealt = [_deal(kinds == 1, images, "image", broken), _deal(kinds == 2, videos, "video", broken)]
     return Shown(
         runs=[sorted(run for items in row for item in items for run in item) for row in zip(*dealt, strict=True)],
         images=[len(items) for items in dealt[0]],
@@ -202,8 +205,8 @@ def _has_pixtral(config) -> bool:
 
 
 def _has_breaks(config, inputs: Mapping) -> bool:
-    """Whether a row of an image's patches may end with a token of its own."""
-    return _has_pixtral(config) or "image_grids" in inputs
+    """Whether a row of patches may end with a token of its own."""
+    return _has_pixtral(config) or "image_grids" in inputs or "video_grids" in inputs
 
 
 def _pixtral_lengths(config, sizes) -> list[int]:
@@ -314,6 +317,11 @@ def _of_videos(config, where: torch.Tensor, inputs: Mapping) -> list[list[int]] 
         raise ValueError(f"the prompt has {total} video tokens, but pixel_values_videos is not among its inputs")
     if grids is not None:
         return _grid_frames(config, grids, inputs)
+    if "video_grids" in inputs:  # Molmo2's count tokens
+        return [[height * width] * frames for frames, height, width in torch.as_tensor(inputs["video_grids"]).tolist()]
+    if "num_frames_per_video" in inputs:  # Gemma 4's stand apart
+        lengths = iter([end - start for row in where for start, end in _stretches(row)])
+        return [list(islice(lengths, frames)) for frames in torch.as_tensor(inputs["num_frames_per_video"]).tolist()]
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5:
         return None
     videos, frames = pixels.shape[:2]

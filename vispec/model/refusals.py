@@ -48,6 +48,9 @@ def refuse_decoder(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Modul
             f"{name} merges images inside its text decoder {kind} (which takes {own}), which tree decoding does not "
             "do yet"
         )
+    whole = inspect.signature(type(model).forward).parameters
+    if "past_key_values" not in whole and not any(part.kind is part.VAR_KEYWORD for part in whole.values()):
+        raise ValueError(f"{name} does not hand keys and values to its text decoder (it takes no past_key_values)")
     if not getattr(model, "_supports_cache_class", True):  # Fuyu under transformers 4
         raise ValueError(f"{name} takes its keys and values as tuples, which tree decoding does not do")
     missing = [part for part in DECODER_INPUTS if part not in takes]

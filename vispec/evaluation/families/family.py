@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from vispec.evaluation.families.towers import without_timm
 
 Inputs = dict[str, torch.Tensor]
 
@@ -45,18 +48,22 @@ class Family:
     images: Layout | None = None
     """None: text alone is tried."""
     videos: Layout | None = None
+    video_as_image: bool = False
+    """Videos are made of the tokens of images; only the kinds of the tokens tell."""
     kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Inputs of the shape of input_ids, and the ids where they are 1."""
     join: Callable[[list[Inputs]], Inputs] | None = None
     """The image inputs of a batch from those of its prompts; None concatenates."""
+    made_by: str = ""
+    """The name of its class, where AutoModelForImageTextToText knows none: such a model is handed over as an object."""
     remark: str = ""
     """What the tiny model has that is not plain."""
 
 
 def config_of(family: Family) -> PretrainedConfig | None:
-    """None where this version of transformers has no such class behind AutoModelForImageTextToText."""
+    """None where this version of transformers has no such class."""
     made = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else None
-    if made is None or made not in AutoModelForImageTextToText._model_mapping:
+    if made is None or not (family.made_by or made in AutoModelForImageTextToText._model_mapping):
         return None
     return made(**family.config)
 
@@ -66,15 +73,19 @@ def tiny_model(family: Family, seed: int = 0) -> PreTrainedModel | None:
     config = config_of(family)
     if config is None:
         return None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_timm():
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config).float().eval()
+        build = getattr(transformers, family.made_by) if family.made_by else AutoModelForImageTextToText.from_config
+        model = build(config).float().eval()
     randomize(model, seed)
     output = model.get_output_embeddings()
     if output is not None:
         with torch.no_grad():  # some models would look for the image of an image token that they said themselves
             output.weight[BREAK:] = 0
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PADDING
+    for part in model.modules():  # InstructBLIP's language model has settings of its own
+        settings = getattr(part, "generation_config", None)
+        if settings is not None:
+            settings.eos_token_id, settings.pad_token_id = None, PADDING
     return model
 
 

@@ -33,13 +33,24 @@ def grids(patch: tuple[int, ...], around: bool = True, lined: bool = False, **mo
     return layout
 
 
-def grid_clips(patch: tuple[int, ...], stamped: bool = False, around: bool = True, **more) -> Layout:
-    """Videos of patches of this shape; `stamped`: every frame is marked on its own, with a token for its time."""
+def grid_clips(
+    patch: tuple[int, ...], stamped: bool = False, around: bool = True, joined: int = 1, pooled: bool = False, **more
+) -> Layout:
+    """Videos of patches of this shape, 2 x 2 to a token.
+
+    Args:
+        stamped: every frame is marked on its own, with a token for its time.
+        around: tokens start and end a video.
+        joined: frames of the grid that the model makes one.
+        pooled: all of them are.
+        more: given to every video alike.
+    """
 
     def layout(sizes: list[int]) -> Shown:
-        table = torch.tensor([CLIPS[size] for size in sizes])
+        table = torch.tensor([CLIPS[size] for size in sizes]) * torch.tensor([joined, 1, 1])
         ids = []
         for frames, height, width in table.tolist():
+            frames = 1 if pooled else frames // joined
             frame = [VIDEO] * (height * width // 4)
             if stamped:
                 ids.append([token for number in range(frames) for token in (3 + number, START, *frame, END)])
@@ -126,11 +137,15 @@ FAMILIES = {
         "glm4v",
         {"text_config": {**TEXT, **_GLM_ROPE}, "vision_config": _GLM_TOWER, **_GLM_MARKS},
         grids((_FLAT,)),
+        grid_clips((_FLAT,), stamped=True),
+        video_as_image=True,
     ),
     "glm4v_moe": Family(
         "glm4v_moe",
         {"text_config": {**TEXT, **_GLM_ROPE, **_GLM_MOE}, "vision_config": _GLM_TOWER, **_GLM_MARKS},
         grids((_FLAT,)),
+        grid_clips((_FLAT,), stamped=True),
+        video_as_image=True,
     ),
     "glm46v": Family(
         "glm46v",
@@ -140,11 +155,15 @@ FAMILIES = {
             **_GLM_MARKS,
         },
         grids((_FLAT,)),
+        grid_clips((_FLAT,), stamped=True),
+        video_as_image=True,
     ),
     "glm_ocr": Family(
         "glm_ocr",
         {"text_config": {**TEXT, **_GLM_ROPE}, "vision_config": _GLM_TOWER, **_GLM_MARKS},
         grids((_FLAT,)),
+        grid_clips((_FLAT,), stamped=True),
+        video_as_image=True,
     ),
     "paddleocr_vl": Family(
         "paddleocr_vl",
@@ -172,6 +191,7 @@ FAMILIES = {
             **_GLM_MARKS,
         },
         grids((_STILL,)),
+        grid_clips((_STILL,), joined=2),
         kinds={"moe_mm_token_type_ids": (IMAGE, START, END, VIDEO)},
     ),
     "video_llama_3": Family(

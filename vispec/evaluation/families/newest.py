@@ -4,7 +4,7 @@ import torch
 
 from vispec.evaluation.families.family import END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, Family, Inputs, Shown
 from vispec.evaluation.families.further import SAM
-from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grids, mrope
+from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grid_clips, grids, mrope
 from vispec.evaluation.families.squares import CLIP, GRANITE, LAYERS, WINDOW
 from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
 from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
@@ -63,6 +63,18 @@ FAMILIES = {
             **MARKS,
         },
         grids((3 * 7 * 7,)),
+        grid_clips((3 * 7 * 7,), stamped=True),
+    ),
+    "qwen3_5 (full attention)": Family(
+        "qwen3_5",
+        {
+            "text_config": {**TEXT, "layer_types": ["full_attention"] * 2, "head_dim": 16}
+            | mrope(1, 1, 0, mrope_interleaved=True),
+            "vision_config": QWEN3_TOWER,
+            **MARKS,
+        },
+        grids((3 * 2 * 7 * 7,)),
+        grid_clips((3 * 2 * 7 * 7,), stamped=True),
     ),
     "granite_docling": Family(
         "granite_docling",

@@ -115,6 +115,7 @@ FAMILIES = {
             "video_token_id": VIDEO,
         },
         grids((3 * 2 * 7 * 7,)),
+        grid_clips((3 * 2 * 7 * 7,)),
     ),
     "cosmos3_omni": Family(
         "cosmos3_omni",

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from vispec.evaluation.families.family import BREAK, PADDING, TEXT_FROM, Family, Inputs
+from vispec.evaluation.families.family import BREAK, IMAGE, PADDING, TEXT_FROM, VIDEO, Family, Inputs
 from vispec.model.families import token_kinds
 from vispec.model.inputs import forward_parameters
 
@@ -34,6 +34,8 @@ def prompt_of(family: Family, model: PreTrainedModel, layout: str, seed: int) ->
     inputs |= {name: torch.isin(input_ids, torch.tensor(marks)).long() for name, marks in family.kinds.items()}
     if "mm_token_type_ids" in forward_parameters(model) and "mm_token_type_ids" not in inputs:
         inputs["mm_token_type_ids"] = token_kinds(model.config, input_ids)
+    if family.video_as_image:
+        input_ids[input_ids == VIDEO] = IMAGE
     for of in filter(None, shown):
         inputs |= of.inputs(generator)
     return inputs

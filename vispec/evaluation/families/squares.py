@@ -35,6 +35,8 @@ CLIP = {**SQUARE, "model_type": "clip_vision_model"}
 SIGLIP = {**SQUARE, "model_type": "siglip_vision_model"}
 COARSE = {**SIGLIP, "patch_size": 14}
 """2 x 2 patches."""
+TIMM = {"model_type": "timm_wrapper", "architecture": "any"}
+STOOD_IN = "a convolution for the tower, which the library timm makes"
 LLAMA, MISTRAL, QWEN2 = ({**TEXT, "model_type": kind} for kind in ("llama", "mistral", "qwen2"))
 MARKS = {"image_token_index": IMAGE, "image_token_id": IMAGE}
 BOTH_MARKS = {**MARKS, "video_token_index": VIDEO, "video_token_id": VIDEO}
@@ -61,6 +63,12 @@ FAMILIES = {
         {"text_config": LLAMA, "vision_config": CLIP, **BOTH_MARKS},
         squares(16, "pixel_values_images"),
         clips(8, 17),
+    ),
+    "fast_vlm": Family(
+        "fast_vlm",
+        {"text_config": QWEN2, "vision_config": {**TIMM, "hidden_size": 32}, **MARKS},
+        squares(4),
+        remark=STOOD_IN,
     ),
     "gemma3": Family(
         "gemma3",

@@ -26,7 +26,7 @@ hand: no processor and no published weights are used.
 - {WORKS}: plain decoding and trees ({TREE}: nodes, depth, width) give the model's own greedy `generate()` token for
   token in float32, {NEW_TOKENS} tokens, with prompt lookup and with a draft that knows the answer on changing branches.
 - heads: random ViSpec and EAGLE-2 heads, two images. batch: three rows with two images, none and one, padded on the
-  left, each answered as alone. video: a video alone, and after an image.
+  left, each answered as alone. video: one, two that touch, and a batch of rows with one, none and another.
 - {NOT_TRIED}: not tried here, or the family does not have it.
 """
 

@@ -20,7 +20,19 @@ from vispec.evaluation.families.family import (
     Layout,
     Shown,
 )
-from vispec.evaluation.families.squares import BOTH_MARKS, CLIP, GRANITE, LLAMA, MARKS, MISTRAL, QWEN2, SIGLIP, clips
+from vispec.evaluation.families.squares import (
+    BOTH_MARKS,
+    CLIP,
+    GRANITE,
+    LLAMA,
+    MARKS,
+    MISTRAL,
+    QWEN2,
+    SIGLIP,
+    STOOD_IN,
+    TIMM,
+    clips,
+)
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
 """LLaVA-NeXT's choice of tiles, height and width."""
@@ -44,6 +56,12 @@ def tiles(tokens: int, side: int = 28) -> Layout:
         return Shown(ids, inputs)
 
     return layout
+
+
+def two_tiles(sizes: list[int]) -> Shown:
+    """PerceptionLM: a small picture and a tile of 4 tokens each, (N, 2, C, H, W)."""
+    pixels = (len(sizes), 2, 3, 28, 28)
+    return Shown([[IMAGE] * 8 for _ in sizes], lambda noise: {"pixel_values": torch.randn(*pixels, generator=noise)})
 
 
 # --- a base tile and tiles without their padding ---
@@ -152,13 +170,28 @@ def crops(sizes: list[int]) -> Shown:
     return Shown(ids, inputs)
 
 
+def frames(sizes: list[int]) -> Shown:
+    """Molmo2: n + 2 frames of 2 x 2 patches; two patches make a token, and the tokens are those of images."""
+    ids = [[token for number in range(size + 2) for token in (3 + number, START, IMAGE, IMAGE, END)] for size in sizes]
+    total = sum(sizes) + 2 * len(sizes)
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        pixels = torch.randn(total, 4, 7 * 7 * 3, generator=noise)
+        pooling, grids = torch.arange(total * 4).reshape(-1, 2), torch.tensor([[size + 2, 2, 1] for size in sizes])
+        return {"pixel_values_videos": pixels, "video_token_pooling": pooling, "video_grids": grids}
+
+    return Shown(ids, inputs)
+
+
 def rebase(parts: list[Inputs]) -> Inputs:
     """Molmo2 numbers the patches of a whole batch."""
-    parts, before = [dict(part) for part in parts if part], 0
-    for part in parts:
-        pooling = part["image_token_pooling"]
-        part["image_token_pooling"] = torch.where(pooling < 0, pooling, pooling + before * 4)
-        before += len(part["pixel_values"])
+    parts = [dict(part) for part in parts if part]
+    for name, pixels in (("image_token_pooling", "pixel_values"), ("video_token_pooling", "pixel_values_videos")):
+        before = 0
+        for part in parts:
+            if name in part:
+                part[name] = torch.where(part[name] < 0, part[name], part[name] + before * 4)
+                before += len(part[pixels])
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -189,6 +222,18 @@ FAMILIES = {
         {"text_config": QWEN2, "vision_config": SIGLIP, "image_grid_pinpoints": PINPOINTS, **BOTH_MARKS},
         alone_or_not,
         clips(3, 4, newline=1),
+    ),
+    "perception_lm": Family(
+        "perception_lm",
+        {
+            "text_config": LLAMA,
+            "vision_config": {**TIMM, "model_args": {"embed_dim": 32}},
+            "vision_use_cls_token": False,
+            **BOTH_MARKS,
+        },
+        two_tiles,
+        clips(3, 4),
+        remark=STOOD_IN,
     ),
     "internvl": Family(
         "internvl",
@@ -257,6 +302,7 @@ FAMILIES = {
             "image_patch_id": IMAGE,
         },
         crops,
+        frames,
         join=rebase,
     ),
 }

@@ -20,9 +20,10 @@ PROMPTS = {
     "one image": (".a.",),
     "two images": (".a.b.",),
     "touching": (".ab.",),
-    "video": (".A.", ".a.A."),
+    "video": (".A.", ".AB."),
+    "image and video": (".a.A.",),
 }
-BATCH = (".a.b.", "...", ".b..")
+BATCHES = {"video": (".A.", "...", ".B.."), "batch": (".a.b.", "...", ".b..")}
 COLUMNS = (*PROMPTS, "heads", "batch")
 NEW_TOKENS = 24
 TREE = "12/3/4"
@@ -60,17 +61,17 @@ def try_family(family: Family, seed: int = 0) -> dict[str, Outcome] | None:
 
 
 def _try_column(family: Family, model: PreTrainedModel, column: str, seed: int) -> Outcome:
-    shown = family.videos if column == "video" else family.images
-    if shown is None and column != "text":
+    wanted = {"text": (), "video": (family.videos,), "image and video": (family.images, family.videos)}
+    if None in wanted.get(column, (family.images,)):
         return Outcome(NOT_TRIED)
     try:
-        if column == "batch":
-            _compare_batch(family, model, seed)
-        elif column == "heads":
+        if column == "heads":
             _compare_heads(model, prompt_of(family, model, ".a.b.", seed))
-        else:
-            for layout in PROMPTS[column]:
-                _compare(model, prompt_of(family, model, layout, seed))
+        for layout in PROMPTS.get(column, ()):
+            _compare(model, prompt_of(family, model, layout, seed))
+        if column in BATCHES:
+            prompts = [prompt_of(family, model, layout, seed + row) for row, layout in enumerate(BATCHES[column])]
+            _compare_batch(family, model, prompts)
     except Exception as error:
         return _outcome(error)
     return Outcome(WORKS)
@@ -108,9 +109,8 @@ def _compare_heads(model: PreTrainedModel, prompt: Inputs) -> None:
         _require(answer, expected, f"a {method} head")
 
 
-def _compare_batch(family: Family, model: PreTrainedModel, seed: int) -> None:
+def _compare_batch(family: Family, model: PreTrainedModel, prompts: list[Inputs]) -> None:
     """Every row is answered as its prompt alone."""
-    prompts = [prompt_of(family, model, layout, seed + row) for row, layout in enumerate(BATCH)]
     texts = [own_answer(model, prompt)[0] for prompt in prompts]
     expected = torch.stack([text[-NEW_TOKENS:] for text in texts])
     batch = batch_of(family, prompts)
@@ -136,7 +136,8 @@ def own_answer(model: PreTrainedModel, prompt: Inputs) -> torch.Tensor:
 def _require(found: torch.Tensor, expected: torch.Tensor, arm: str) -> None:
     for row, (ours, theirs) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
         if ours != theirs:
-            place = next(i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1])
+            equal = [pair[0] == pair[1] for pair in zip(ours, theirs, strict=False)]
+            place = [*equal, False].index(False)
             new = place - (len(theirs) - NEW_TOKENS)
             raise OtherTokens(f"{arm}: row {row} parts from generate() at new token {new}")
 
