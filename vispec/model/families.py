@@ -121,9 +121,10 @@ def what_is_shown(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mappi
 
 def merge_sizes(config, inputs: Mapping, medium: str) -> int | torch.Tensor | None:
     """Patches along a side that become one token: a number, or one for each image or video; None if it is not known."""
-    vision = config.vision_config
-    merged = inputs.get(f"{medium}_merge_sizes", getattr(vision, "spatial_merge_size", None))
-    return getattr(vision, "merge_kernel_size", [None])[0] if merged is None else merged
+    vision, told = config.vision_config, inputs.get(f"{medium}_merge_sizes")
+    if told is None:
+        told = getattr(vision, "spatial_merge_size", getattr(vision, "merge_size", None))
+    return getattr(vision, "merge_kernel_size", [None])[0] if told is None else told
 
 
 def _token(config, *names: str) -> int | None:
@@ -175,11 +176,17 @@ def _stretches(is_image: torch.Tensor) -> list[Span]:
     return list(zip(starts, ends, strict=True))
 
 
+def _grouped(where: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """The lengths of so many stretches, one after the other."""
+    lengths = iter([end - start for row in where for start, end in _stretches(row)])
+    return [list(islice(lengths, count)) for count in counts]
+
+
 # --- images ---
 
 
 def _of_images(model: PreTrainedModel, where: torch.Tensor, inputs: Mapping) -> list[list[int]] | None:
-    """Tokens of each image; None where only the stretches tell."""
+    """Tokens of the runs of each image; None where only the stretches tell."""
     if not where.any():
         return []
     config = model.config
@@ -192,6 +199,8 @@ def _of_images(model: PreTrainedModel, where: torch.Tensor, inputs: Mapping) -> 
             lengths = _grid_lengths(config, inputs)
         elif "image_grids" in inputs:  # Molmo2: a small picture of the whole, then its crops
             lengths = [a * b + c * d for a, b, c, d in torch.as_tensor(inputs["image_grids"]).tolist()]
+        elif (crops := _crops_apart(where, inputs)) is not None:
+            return crops
         else:
             lengths = _equal_lengths(config.model_type, where, inputs)
     except KeyError as missing:
@@ -247,6 +256,13 @@ def _grid_lengths(config, inputs: Mapping) -> list[int] | None:
     if config.model_type == "hunyuan_vl":  # a token ends every row, and one stands at either end
         return [height // merged * (width // merged + 1) + 2 for _, height, width in grids.tolist()]
     return (grids.prod(dim=1) // merged**2).tolist()
+
+
+def _crops_apart(where: torch.Tensor, inputs: Mapping) -> list[list[int]] | None:
+    """Step 3.7's: crops and the whole picture, with tokens of their own around each; None where that is not so."""
+    counts = [1 + crops for crops in torch.as_tensor(inputs.get("num_local_patches", [])).tolist()]
+    stretches = sum(len(_stretches(row)) for row in where)
+    return _grouped(where, counts) if counts and stretches == sum(counts) else None
 
 
 def _equal_lengths(family: str, where: torch.Tensor, inputs: Mapping) -> list[int] | None:
@@ -320,8 +336,7 @@ def _of_videos(config, where: torch.Tensor, inputs: Mapping) -> list[list[int]] 
     if "video_grids" in inputs:  # Molmo2's count tokens
         return [[height * width] * frames for frames, height, width in torch.as_tensor(inputs["video_grids"]).tolist()]
     if "num_frames_per_video" in inputs:  # Gemma 4's stand apart
-        lengths = iter([end - start for row in where for start, end in _stretches(row)])
-        return [list(islice(lengths, frames)) for frames in torch.as_tensor(inputs["num_frames_per_video"]).tolist()]
+        return _grouped(where, torch.as_tensor(inputs["num_frames_per_video"]).tolist())
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 5:
         return None
     videos, frames = pixels.shape[:2]

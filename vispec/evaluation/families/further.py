@@ -1,4 +1,4 @@
-"""Families that read more than images: audio, two towers, questions of their own; and those that are refused as such."""
+"""Families that read more than images: audio, two towers, questions of their own; some are refused by what they are."""
 
 import torch
 

@@ -1,14 +1,28 @@
-"""Families of later kinds, some of which are tried on text alone, and those that are refused by what they are."""
+"""Families of later kinds, and those that are refused by what they are."""
+
+from functools import partial
 
 import torch
 
-from vispec.evaluation.families.family import END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, Family, Inputs, Shown
+from vispec.evaluation.families.family import (
+    BREAK,
+    END,
+    IMAGE,
+    SQUARE,
+    START,
+    TEXT,
+    VIDEO,
+    VISION,
+    Family,
+    Inputs,
+    Shown,
+)
 from vispec.evaluation.families.further import SAM
 from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grid_clips, grids, mrope
-from vispec.evaluation.families.squares import CLIP, GRANITE, LAYERS, WINDOW
+from vispec.evaluation.families.squares import BOTH_MARKS, CLIP, GRANITE, LAYERS, WINDOW
 from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
 from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
-from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS
+from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS, placed, placed_frames
 
 _EVERY_OTHER = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _EVERY_OTHER |= {"sliding_window": WINDOW, "head_dim": 16}
@@ -23,6 +37,8 @@ _VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
 _VISUAL = 20
 """Ids of ordinary text that also stand for a quantised patch."""
 _SHAPES = ((4, 4), (2, 4))
+_DOTS = ((4, 6), (2, 4))
+_PATCH = (3 * 2 * 7 * 7,)
 
 
 def shaped(sizes: list[int]) -> Shown:
@@ -49,8 +65,43 @@ def tile_rows(sizes: list[int]) -> Shown:
     return Shown([[START, *[IMAGE] * 4, END] for _ in sizes], inputs)
 
 
+def quantised(sizes: list[int]) -> Shown:
+    """Emu 3: a token for every pixel of tiny pictures, and one behind each of their rows."""
+    sides = [_DOTS[size] for size in sizes]
+
+    def inputs(noise: torch.Generator) -> Inputs:
+        return {"pixel_values": torch.randn(len(sizes), 3, 4, 6, generator=noise), "image_sizes": torch.tensor(sides)}
+
+    return Shown([[START, *[IMAGE] * (height * (width + 1)), END] for height, width in sides], inputs)
+
+
+def _with_crops(side: int, sizes: list[int], noise: torch.Generator) -> Inputs:
+    """The whole of every picture, and n crops of it."""
+    inputs = {"pixel_values": torch.randn(len(sizes), 3, side, side, generator=noise)}
+    if sum(sizes):
+        inputs["pixel_values_local"] = torch.randn(sum(sizes), 3, side, side, generator=noise)
+    return {**inputs, "num_local_patches": torch.tensor(sizes)}
+
+
+def in_one(sizes: list[int]) -> Shown:
+    """DeepSeek-OCR 2: 144 tokens each, and one behind them."""
+    return Shown([[IMAGE] * (144 * (size + 1) + 1) for size in sizes], partial(_with_crops, 64, sizes))
+
+
+def apart(sizes: list[int]) -> Shown:
+    """Step 3.7: 4 tokens each, with tokens of their own around."""
+    return Shown([[START, *[IMAGE] * 4, END] * (size + 1) for size in sizes], partial(_with_crops, 56, sizes))
+
+
 def _lfm2(*kinds: str) -> dict:
     return {"text_config": {**TEXT, "model_type": "lfm2", "layer_types": list(kinds)}, **_LFM2}
+
+
+def _minimax(*kinds: str) -> dict:
+    text = {**TEXT, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    text |= {"dense_intermediate_size": 48, "shared_intermediate_size": 48, "layer_types": list(kinds)}
+    tower = {**VISION, "patch_size": 7, "image_size": 28}
+    return {"text_config": text, "vision_config": tower, "projector_hidden_size": 32, **BOTH_MARKS}
 
 
 FAMILIES = {
@@ -73,8 +124,8 @@ FAMILIES = {
             "vision_config": QWEN3_TOWER,
             **MARKS,
         },
-        grids((3 * 2 * 7 * 7,)),
-        grid_clips((3 * 2 * 7 * 7,), stamped=True),
+        grids(_PATCH),
+        grid_clips(_PATCH, stamped=True),
     ),
     "granite_docling": Family(
         "granite_docling",
@@ -113,7 +164,7 @@ FAMILIES = {
             },
             "image_token_id": IMAGE,
         },
-        remark="text alone",
+        in_one,
     ),
     "lfm2_vl": Family("lfm2_vl", _lfm2("conv", "full_attention")),
     "lfm2_vl (full attention)": Family("lfm2_vl", _lfm2("full_attention", "full_attention"), shaped),
@@ -121,23 +172,27 @@ FAMILIES = {
         "gemma4_unified",
         {
             "text_config": {**TEXT, **_EVERY_OTHER, "final_logit_softcapping": 5.0},
-            "vision_config": None,
+            "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 16}
+            | {"output_proj_dims": 64},
             "audio_config": None,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
             "audio_token_id": 1,
         },
-        remark=f"{_WINDOWED}, capped logits; text alone",
+        placed(2, 3 * 8 * 8),
+        placed_frames(2, 3 * 8 * 8),
+        remark=f"{_WINDOWED}, capped logits",
     ),
     "step3p7": Family(
         "step3p7",
         {
             "text_config": {**TEXT, **_EVERY_OTHER, **_SPARSE, "share_expert_dim": 32}
             | {"mlp_layer_types": ["dense", "sparse"] * 2},
-            "vision_config": SQUARE,
+            "vision_config": {**SQUARE, "image_size": 56},
             "image_token_id": IMAGE,
         },
-        remark=f"{_WINDOWED}; text alone",
+        apart,
+        remark=_WINDOWED,
     ),
     "muse_glimmer": Family(
         "muse_glimmer",
@@ -149,7 +204,9 @@ FAMILIES = {
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
         },
-        remark=f"{_WINDOWED}, capped logits; text alone",
+        grids(_PATCH),
+        grid_clips(_PATCH, stamped=True),
+        remark=f"{_WINDOWED}, capped logits",
     ),
     "muse_spark": Family(
         "muse_spark",
@@ -163,7 +220,9 @@ FAMILIES = {
             "video_token_id": VIDEO,
             "audio_token_id": 1,
         },
-        remark=f"{_WINDOWED}, capped logits; text alone",
+        grids(_PATCH),
+        grid_clips(_PATCH, stamped=True),
+        remark=f"{_WINDOWED}, capped logits",
     ),
     "mistral4": Family(
         "mistral4",
@@ -176,10 +235,10 @@ FAMILIES = {
             "text_config": TEXT,
             "vq_config": {**_VQ, "hidden_size": 32, "attn_resolutions": [1], "codebook_size": _VISUAL}
             | {"temporal_downsample_factor": 1},
-            "vocabulary_map": {"<image>": IMAGE}
+            "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": BREAK}
             | {f"<|visual token {number:06d}|>": number + 5 for number in range(_VISUAL)},
         },
-        remark="text alone",
+        quantised,
     ),
     "chameleon": Family(
         "chameleon",
@@ -189,17 +248,9 @@ FAMILIES = {
             "vocabulary_map": {"<image>": IMAGE, **{f"IMGIMG{letter}Z": ord(letter) - 60 for letter in "ABCDEFGHI"}},
         },
     ),
-    "minimax_m3_vl": Family(
-        "minimax_m3_vl",
-        {
-            "text_config": {**TEXT, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
-            | {"dense_intermediate_size": 48, "shared_intermediate_size": 48}
-            | {"layer_types": ["minimax_m3_sparse", "full_attention"]},
-            "vision_config": {**VISION, "patch_size": 7, "image_size": 28},
-            "projector_hidden_size": 32,
-            "image_token_index": IMAGE,
-            "video_token_index": VIDEO,
-        },
+    "minimax_m3_vl": Family("minimax_m3_vl", _minimax("minimax_m3_sparse", "full_attention")),
+    "minimax_m3_vl (full attention)": Family(
+        "minimax_m3_vl", _minimax("full_attention", "full_attention"), grids(_PATCH), grid_clips(_PATCH)
     ),
     "qwen4_exp": Family(
         "qwen4_exp",

@@ -2,7 +2,19 @@
 
 import torch
 
-from vispec.evaluation.families.family import BREAK, END, IMAGE, START, TEXT, VIDEO, VISION, Family, Inputs, Layout, Shown
+from vispec.evaluation.families.family import (
+    BREAK,
+    END,
+    IMAGE,
+    START,
+    TEXT,
+    VIDEO,
+    VISION,
+    Family,
+    Inputs,
+    Layout,
+    Shown,
+)
 from vispec.evaluation.families.grids import grid_clips, grids
 from vispec.evaluation.families.squares import LAYERS, SIGLIP, STOOD_IN, WINDOW, squares
 
