@@ -19,14 +19,12 @@ from vispec.evaluation.families.family import (
 )
 from vispec.evaluation.families.further import SAM
 from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grid_clips, grids, mrope
-from vispec.evaluation.families.squares import BOTH_MARKS, CLIP, GRANITE, LAYERS, WINDOW
+from vispec.evaluation.families.squares import BOTH_MARKS, CLIP, EVERY_OTHER, GRANITE, LAYERS, WINDOWED
 from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
 from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
 from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS, placed, placed_frames
 
-_EVERY_OTHER = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_EVERY_OTHER |= {"sliding_window": WINDOW, "head_dim": 16}
-_WINDOWED = "layers with a window of 8 tokens"
+_WIDE = {**TEXT, **EVERY_OTHER, "head_dim": 16}
 _SPARSE = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LFM2_TOWER = {**VISION, "patch_size": 7, "num_patches": 16, "model_type": "siglip2_vision_model"}
 _LFM2 = {"vision_config": _LFM2_TOWER, "projector_hidden_size": 32, "image_token_id": IMAGE}
@@ -171,7 +169,7 @@ FAMILIES = {
     "gemma4_unified": Family(
         "gemma4_unified",
         {
-            "text_config": {**TEXT, **_EVERY_OTHER, "final_logit_softcapping": 5.0},
+            "text_config": {**_WIDE, "final_logit_softcapping": 5.0},
             "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 16}
             | {"output_proj_dims": 64},
             "audio_config": None,
@@ -181,23 +179,23 @@ FAMILIES = {
         },
         placed(2, 3 * 8 * 8),
         placed_frames(2, 3 * 8 * 8),
-        remark=f"{_WINDOWED}, capped logits",
+        remark=f"{WINDOWED}, capped logits",
     ),
     "step3p7": Family(
         "step3p7",
         {
-            "text_config": {**TEXT, **_EVERY_OTHER, **_SPARSE, "share_expert_dim": 32}
+            "text_config": {**_WIDE, **_SPARSE, "share_expert_dim": 32}
             | {"mlp_layer_types": ["dense", "sparse"] * 2},
             "vision_config": {**SQUARE, "image_size": 56},
             "image_token_id": IMAGE,
         },
         apart,
-        remark=_WINDOWED,
+        remark=WINDOWED,
     ),
     "muse_glimmer": Family(
         "muse_glimmer",
         {
-            "text_config": {**TEXT, **_EVERY_OTHER},
+            "text_config": _WIDE,
             "vision_config": _MUSE_TOWER,
             "out_hidden_size": 128,
             "projector_hidden_size": 32,
@@ -206,12 +204,12 @@ FAMILIES = {
         },
         grids(_PATCH),
         grid_clips(_PATCH, stamped=True),
-        remark=f"{_WINDOWED}, capped logits",
+        remark=f"{WINDOWED}, capped logits",
     ),
     "muse_spark": Family(
         "muse_spark",
         {
-            "text_config": {**TEXT, **_EVERY_OTHER, **_SPARSE, "moe_hidden_size": 32},
+            "text_config": {**_WIDE, **_SPARSE, "moe_hidden_size": 32},
             "vision_config": _MUSE_TOWER,
             "audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 64, "conv_kernel_size": 3},
             "out_hidden_size": 128,
@@ -222,7 +220,7 @@ FAMILIES = {
         },
         grids(_PATCH),
         grid_clips(_PATCH, stamped=True),
-        remark=f"{_WINDOWED}, capped logits",
+        remark=f"{WINDOWED}, capped logits",
     ),
     "mistral4": Family(
         "mistral4",

@@ -1,5 +1,7 @@
 """Prompts of a family as its processor would return them: text is random, pictures are noise."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -41,8 +43,8 @@ def prompt_of(family: Family, model: PreTrainedModel, layout: str, seed: int) ->
     return inputs
 
 
-def batch_of(family: Family, prompts: list[Inputs]) -> Inputs:
-    """What the processor would return for all of these prompts: padded on the left."""
+def batch_of(prompts: list[Inputs], join: Callable[[list[Inputs]], Inputs] | None = None) -> Inputs:
+    """What the processor would return for all of these prompts: padded on the left; `join` as in Family."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     per_token = [name for name, value in prompts[0].items() if value.shape == prompts[0]["input_ids"].shape]
     batch = {}
@@ -51,7 +53,7 @@ def batch_of(family: Family, prompts: list[Inputs]) -> Inputs:
         padded = [F.pad(prompt[name], (longest - prompt[name].shape[1], 0), value=fill) for prompt in prompts]
         batch[name] = torch.cat(padded)
     parts = [{name: value for name, value in prompt.items() if name not in per_token} for prompt in prompts]
-    if family.join is not None:
-        return {**batch, **family.join(parts)}
+    if join is not None:
+        return {**batch, **join(parts)}
     names = {name: None for part in parts for name in part}
     return {**batch, **{name: torch.cat([part[name] for part in parts if name in part]) for name in names}}

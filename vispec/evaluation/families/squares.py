@@ -42,8 +42,10 @@ MARKS = {"image_token_index": IMAGE, "image_token_id": IMAGE}
 BOTH_MARKS = {**MARKS, "video_token_index": VIDEO, "video_token_id": VIDEO}
 WINDOW = 8
 LAYERS = {"num_hidden_layers": 4}
-_EVERY_OTHER = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
-_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}
+EVERY_OTHER = {**LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
+EVERY_OTHER |= {"sliding_window_pattern": 2}  # as transformers 4 reads it
+WINDOWED = "layers with a window of 8 tokens"
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}
 
 
 GRANITE = {"model_type": "granite", "logits_scaling": 4.0, "embedding_multiplier": 2.0}
@@ -73,7 +75,7 @@ FAMILIES = {
     "gemma3": Family(
         "gemma3",
         {
-            "text_config": {**TEXT, **LAYERS, **_GEMMA, **_EVERY_OTHER, "sliding_window_pattern": 2},
+            "text_config": {**TEXT, **GEMMA, **EVERY_OTHER},
             "vision_config": COARSE,
             "mm_tokens_per_image": 4,
             "boi_token_index": START,
@@ -82,7 +84,7 @@ FAMILIES = {
         },
         squares(4, around=True),
         kinds={"token_type_ids": (IMAGE,)},
-        remark="layers with a window of 8 tokens, capped logits",
+        remark=f"{WINDOWED}, capped logits",
     ),
     "paligemma": Family(
         "paligemma",
@@ -99,7 +101,7 @@ FAMILIES = {
     "paligemma (Gemma 2)": Family(
         "paligemma",
         {
-            "text_config": {**TEXT, **LAYERS, **_GEMMA, "model_type": "gemma2", "sliding_window": WINDOW},
+            "text_config": {**TEXT, **LAYERS, **GEMMA, "model_type": "gemma2", "sliding_window": WINDOW},
             "vision_config": {**COARSE, "projection_dim": 64},
             "projection_dim": 64,
             "hidden_size": 64,
@@ -107,6 +109,6 @@ FAMILIES = {
         },
         squares(4),
         kinds={"token_type_ids": ()},
-        remark="layers with a window of 8 tokens, capped logits",
+        remark=f"{WINDOWED}, capped logits",
     ),
 }

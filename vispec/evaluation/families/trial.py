@@ -1,6 +1,6 @@
 """One family's trial: both arms against the model's own generate(), greedy, token for token in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,7 @@ def _try_column(family: Family, model: PreTrainedModel, column: str, seed: int) 
             _compare(model, prompt_of(family, model, layout, seed))
         if column in BATCHES:
             prompts = [prompt_of(family, model, layout, seed + row) for row, layout in enumerate(BATCHES[column])]
-            _compare_batch(family, model, prompts)
+            _compare_batch(model, prompts, family.join)
     except Exception as error:
         return _outcome(error)
     return Outcome(WORKS)
@@ -109,11 +109,11 @@ def _compare_heads(model: PreTrainedModel, prompt: Inputs) -> None:
         _require(answer, expected, f"a {method} head")
 
 
-def _compare_batch(family: Family, model: PreTrainedModel, prompts: list[Inputs]) -> None:
+def _compare_batch(model: PreTrainedModel, prompts: list[Inputs], join: Callable | None) -> None:
     """Every row is answered as its prompt alone."""
     texts = [own_answer(model, prompt)[0] for prompt in prompts]
     expected = torch.stack([text[-NEW_TOKENS:] for text in texts])
-    batch = batch_of(family, prompts)
+    batch = batch_of(prompts, join)
     for name, draft in _drafts(model, texts):
         answer = SpecModel(model, draft, tree=TREE).specgenerate(**batch, max_new_tokens=NEW_TOKENS)
         _require(answer[:, -NEW_TOKENS:], expected, f"a batch, {name}")

@@ -16,11 +16,9 @@ from vispec.evaluation.families.family import (
     Shown,
 )
 from vispec.evaluation.families.grids import grid_clips, grids
-from vispec.evaluation.families.squares import LAYERS, SIGLIP, STOOD_IN, WINDOW, squares
+from vispec.evaluation.families.squares import EVERY_OTHER, LAYERS, SIGLIP, STOOD_IN, WINDOW, WINDOWED, squares
 
-_WINDOWED = "layers with a window of 8 tokens"
-_EVERY_OTHER = {**LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
-_COHERE = {**TEXT, **_EVERY_OTHER, "model_type": "cohere2", "logit_scale": 0.3, "sliding_window_pattern": 2}
+_COHERE = {**TEXT, **EVERY_OTHER, "model_type": "cohere2", "logit_scale": 0.3}
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
 LATENT |= {"qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1, "moe_intermediate_size": 16}
 LATENT_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
@@ -33,8 +31,8 @@ _GEMMA3N_AUDIO |= {"conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "
 _GEMMA3N_AUDIO |= {"sscp_conv_channel_size": [4, 4]}
 _TOWER = {"depth": 1, "hidden_size": 32, "num_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
 _TOWER |= {"out_hidden_size": 64, "patch_size": 7, "spatial_merge_size": 2, "fullatt_block_indexes": [0]}
-_CHUNKS = {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 96, "num_local_experts": 2}
-_CHUNKS |= {"interleave_moe_layer_step": 2, "head_dim": 16}
+CHUNKS = {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 96, "num_local_experts": 2}
+CHUNKS |= {"interleave_moe_layer_step": 2, "head_dim": 16}
 _LLAMA4_TOWER = {**VISION, "intermediate_size": 128, "vision_output_dim": 32, "image_size": 28, "patch_size": 7}
 _LLAMA4_TOWER |= {"projector_input_dim": 32, "projector_output_dim": 32}
 
@@ -80,7 +78,7 @@ FAMILIES = {
         }
         | {"image_token_index": IMAGE, "image_token_id": IMAGE},
         squares(4, around=True),
-        remark=f"{_WINDOWED}, scaled logits",
+        remark=f"{WINDOWED}, scaled logits",
     ),
     "cohere2_vision": Family(
         "cohere2_vision",
@@ -91,7 +89,7 @@ FAMILIES = {
         }
         | {"alignment_intermediate_size": 96, "image_token_id": IMAGE},
         squares(4, around=True),
-        remark=f"{_WINDOWED}, scaled logits",
+        remark=f"{WINDOWED}, scaled logits",
     ),
     "gemma4": Family(
         "gemma4",
@@ -106,7 +104,7 @@ FAMILIES = {
         },
         placed(4, 3 * 4 * 4),
         placed_frames(4, 3 * 4 * 4),
-        remark=f"{_WINDOWED}, embeddings by layer, capped logits",
+        remark=f"{WINDOWED}, embeddings by layer, capped logits",
     ),
     "gemma3n": Family(
         "gemma3n",
@@ -120,11 +118,11 @@ FAMILIES = {
             "audio_token_id": END,
         },
         squares(4),
-        remark=f"{_WINDOWED}, embeddings by layer, capped logits; {STOOD_IN}",
+        remark=f"{WINDOWED}, embeddings by layer, capped logits; {STOOD_IN}",
     ),
     "llama4": Family(
         "llama4",
-        {"text_config": {**TEXT, **LAYERS, **_CHUNKS}, "vision_config": _LLAMA4_TOWER, "image_token_index": IMAGE}
+        {"text_config": {**TEXT, **LAYERS, **CHUNKS}, "vision_config": _LLAMA4_TOWER, "image_token_index": IMAGE}
         | {"image_token_id": IMAGE},
         squares(4, around=True),
         remark="layers that see chunks of 8 tokens",
@@ -132,14 +130,14 @@ FAMILIES = {
     "exaone4_5": Family(
         "exaone4_5",
         {
-            "text_config": {**TEXT, **_EVERY_OTHER, "head_dim": 16, "model_type": "exaone4"},
+            "text_config": {**TEXT, **EVERY_OTHER, "head_dim": 16, "model_type": "exaone4"},
             "vision_config": _TOWER,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
         },
         grids((3 * 2 * 7 * 7,)),
         grid_clips((3 * 2 * 7 * 7,)),
-        remark=_WINDOWED,
+        remark=WINDOWED,
     ),
     "kimi_k25": Family(
         "kimi_k25",
