@@ -6,7 +6,7 @@ from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
 from tiny_models import FAMILIES, image_prompt, random_head, random_target, same_target, text_prompt
 
 from vispec import SpecModel
-from vispec.ge_data.batch_generate import collate_prompts
+from vispec.evaluation.families.prompts import batch_of
 from vispec.model import decoding
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import PromptLookup
@@ -19,14 +19,6 @@ PADDING = 0
 
 def prompts_of(target) -> list[dict]:
     return [image_prompt(target, seed, layout) for seed, layout in enumerate(LAYOUTS)]
-
-
-def batch_of(prompts: list[dict]) -> dict:
-    """What a processor would return for all of them: padded on the left, images one after the other."""
-    names = [name for prompt in prompts for name in prompt]
-    alike = [{name: p[name] for name in ("input_ids", "attention_mask")} for p in prompts]
-    images = {name: torch.cat([p[name] for p in prompts if name in p]) for name in names if name not in alike[0]}
-    return {**collate_prompts(alike, PADDING), **images}
 
 
 def alone(model: SpecModel, prompt: dict, arm: str, **options) -> tuple[list[int], list]:

@@ -32,7 +32,6 @@ TEXT_FROM = 3
 LLAVA_NEXT_TOKENS = {(40, 60): 70, (60, 40): 72, (56, 56): 88, (20, 70): 34}
 """Tokens of an image by its (height, width), as LLaVA-NeXT's processor counts them for the recorded config."""
 QWEN_GRIDS = ((1, 4, 6), (1, 2, 2), (1, 6, 4))
-QWEN_VIDEOS = ((2, 4, 4), (3, 2, 2))
 """Grids of videos: (pairs of frames, height, width) in patches."""
 
 
@@ -199,32 +198,22 @@ def image_prompt(target: PreTrainedModel, seed: int, layout: str = "a.b") -> dic
     """What a processor would return for a prompt.
 
     Args:
-        layout: "." is a few tokens of text, every other character one image; equal letters are equal image sizes. For
-            Qwen a capital letter is a video.
+        layout: "." is a few tokens of text, every other character one image; equal letters are equal image sizes.
     """
     generator = torch.Generator().manual_seed(seed)
     config = target.config
-    names = sorted(set(filter(str.islower, layout)))
-    ids, sizes, videos = [], [], []
+    names = sorted(set(layout) - {"."})
+    ids, sizes = [], []
     for piece in layout:
         if piece == ".":
             ids += _text(target, 5, generator)
-            continue
-        if piece.isupper():
-            videos.append(QWEN_VIDEOS["AB".index(piece)])
-            video = [config.video_token_id] * _tokens(config, videos[-1])
-            ids += [config.vision_start_token_id, *video, config.vision_end_token_id]
             continue
         sizes.append(_size(config, names.index(piece)))
         image = [image_token_id(config)] * _tokens(config, sizes[-1])
         ids += [config.vision_start_token_id, *image, config.vision_end_token_id] if _is_qwen(config) else image
     input_ids = torch.tensor([ids])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        **_pixels(config, sizes, generator),
-        **_video_pixels(config, videos, generator),
-    }
+    pixels = _pixels(config, sizes, generator)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **pixels}
 
 
 def reference_inputs(target: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -278,13 +267,3 @@ def _pixels(config, sizes: list[tuple[int, ...]], generator: torch.Generator) ->
         "pixel_values": torch.randn(len(sizes), 5, 3, 28, 28, generator=generator),
         "image_sizes": torch.tensor(sizes),
     }
-
-
-def _video_pixels(config, grids: list[tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    if not grids:
-        return {}
-    pixels = _pixels(config, grids, generator)
-    inputs = {"pixel_values_videos": pixels["pixel_values"], "video_grid_thw": pixels["image_grid_thw"]}
-    if config.model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([1.0, 0.5][: len(grids)])
-    return inputs

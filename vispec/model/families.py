@@ -14,6 +14,7 @@ from fractions import Fraction
 from itertools import islice
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.pairs import Span
@@ -84,6 +85,12 @@ PLACEHOLDERS_AS: dict[str, Callable] = {
     "muse_spark": lambda config: 0,
 }
 """The id that placeholders of images, videos and sounds are embedded as, by `model_type`: config -> id."""
+
+
+def tables_behind_text(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules that embed the ids from their `vocab_offset` on, in that order: Gemma 3n's of images and sounds."""
+    tables = [module for module in model.modules() if hasattr(module, "vocab_offset")]
+    return sorted(tables, key=lambda table: table.vocab_offset)
 
 
 def image_spans(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapping) -> list[list[Span]]:

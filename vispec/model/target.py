@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
-from vispec.model.families import embedded_ids, image_spans, token_kinds
+from vispec.model.families import embedded_ids, image_spans, tables_behind_text, token_kinds
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
@@ -97,7 +97,8 @@ class Target:
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
-        self._stock = StockDecoder(self.decoder, _position_axes(self.decoder, self.text_config))
+        axes = _position_axes(self.decoder, self.text_config)
+        self._stock = StockDecoder(self.decoder, axes, tables_behind_text(model))
         self._products: Products | None = None
         self._text: StockDecoder | LeanDecoder = self._stock
         if self.fast:

@@ -9,7 +9,7 @@ B rows, n tokens of a pass, R = B n, H hidden size, T = query + key + value head
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -218,10 +218,11 @@ class StockDecoder:
 
     Args:
         axes: of the positions that it takes, more than one for M-RoPE.
+        tables: see `vispec.model.families.tables_behind_text`.
     """
 
-    def __init__(self, decoder: nn.Module, axes: int):
-        self.decoder, self._axes = decoder, axes
+    def __init__(self, decoder: nn.Module, axes: int, tables: Sequence[nn.Module] = ()):
+        self.decoder, self._axes, self._tables = decoder, axes, tables
         takes = inspect.signature(type(decoder).forward).parameters
         # decoders with windows ask the device for it, to cut a mask by it that is ours; no longer in transformers 5
         self._further = {"last_cache_position": 0} if "last_cache_position" in takes else {}
@@ -246,13 +247,25 @@ class StockDecoder:
             mask: (B, 1, n, m), added to the scores; None where nothing is hidden.
         """
         return self.decoder(
-            **{"input_ids" if self.reads_ids else "inputs_embeds": embeds},
+            **self._given(embeds),
             attention_mask=mask,
             position_ids=self.places(positions),
             past_key_values=cache,
             use_cache=True,
             **self._further,
         ).last_hidden_state
+
+    def _given(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.reads_ids:
+            return {"inputs_embeds": embeds}
+        if not self._tables:
+            return {"input_ids": embeds}
+        ids, embeds = embeds, self.decoder.embed_tokens(embeds)
+        for table in self._tables:
+            first, end = table.vocab_offset, table.vocab_offset + table.vocab_size
+            own = table(input_ids=ids.clamp(first, end - 1)).to(embeds.dtype)
+            embeds = torch.where((ids >= first)[..., None], own, embeds)
+        return {"inputs_embeds": embeds, "per_layer_inputs": self.decoder.get_per_layer_inputs(ids)}
 
 
 class LeanDecoder:

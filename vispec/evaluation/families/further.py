@@ -75,7 +75,7 @@ FAMILIES = {
         "qwen2_5_omni_thinker",
         {"text_config": {**TEXT, **mrope(2, 3, 3)}, "vision_config": QWEN25_TOWER, **_OMNI},
         grids(_PATCH),
-        grid_clips(_PATCH, video_second_per_grid=1.0),
+        grid_clips(_PATCH, video_second_per_grid=(1.0, 0.5)),
         remark="no sound",
     ),
     "qwen3_omni_moe_thinker": Family(
@@ -86,7 +86,7 @@ FAMILIES = {
             **_OMNI,
         },
         grids(_PATCH),
-        grid_clips(_PATCH, video_second_per_grid=1.0),
+        grid_clips(_PATCH, video_second_per_grid=(1.0, 0.5)),
         remark="no sound",
     ),
     "deepseek_vl_hybrid": Family(

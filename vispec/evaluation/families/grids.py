@@ -18,7 +18,7 @@ def grids(patch: tuple[int, ...], around: bool = True, lined: bool = False, **mo
     Args:
         around: tokens start and end an image.
         lined: HunYuan's: a token ends every row, and one stands at either end, all of them image tokens.
-        more: given to every image alike.
+        more: further inputs, by size.
     """
 
     def layout(sizes: list[int]) -> Shown:
@@ -28,7 +28,7 @@ def grids(patch: tuple[int, ...], around: bool = True, lined: bool = False, **mo
             tokens = height // 2 * (width // 2 + 1) + 2 if lined else height * width // 4
             ids.append([START, *[IMAGE] * tokens, END] if around else [IMAGE] * tokens)
 
-        return Shown(ids, _patched("pixel_values", "image_grid_thw", table, patch, more))
+        return Shown(ids, _patched("pixel_values", "image_grid_thw", table, patch, _further(more, sizes)))
 
     return layout
 
@@ -43,7 +43,7 @@ def grid_clips(
         around: tokens start and end a video.
         joined: frames of the grid that the model makes one.
         pooled: all of them are.
-        more: given to every video alike.
+        more: further inputs, by size.
     """
 
     def layout(sizes: list[int]) -> Shown:
@@ -57,18 +57,20 @@ def grid_clips(
             else:
                 ids.append([START, *frame * frames, END] if around else frame * frames)
 
-        return Shown(ids, _patched("pixel_values_videos", "video_grid_thw", table, patch, more))
+        return Shown(ids, _patched("pixel_values_videos", "video_grid_thw", table, patch, _further(more, sizes)))
 
     return layout
 
 
-def _patched(pixels: str, grids: str, table: torch.Tensor, patch: tuple[int, ...], more: Mapping) -> Callable:
-    """Inputs of these names: noise in the patches of all grids of `table`, and `more` once for each of them."""
+def _further(more: Mapping[str, tuple], sizes: list[int]) -> Inputs:
+    return {name: torch.tensor([values[size] for size in sizes]) for name, values in more.items()}
+
+
+def _patched(pixels: str, grids: str, table: torch.Tensor, patch: tuple[int, ...], further: Inputs) -> Callable:
+    """Inputs of these names: noise in the patches of all grids of `table`."""
 
     def inputs(noise: torch.Generator) -> Inputs:
-        values = torch.randn(int(table.prod(dim=1).sum()), *patch, generator=noise)
-        every = {name: torch.tensor([value] * len(table)) for name, value in more.items()}
-        return {pixels: values, grids: table, **every}
+        return {pixels: torch.randn(int(table.prod(dim=1).sum()), *patch, generator=noise), grids: table, **further}
 
     return inputs
 
@@ -119,7 +121,7 @@ FAMILIES = {
         "qwen2_5_vl",
         _qwen2(QWEN25_TOWER),
         grids((_FLAT,)),
-        grid_clips((_FLAT,), second_per_grid_ts=1.0),
+        grid_clips((_FLAT,), second_per_grid_ts=(1.0, 0.5)),
     ),
     "qwen3_vl": Family(
         "qwen3_vl",
@@ -197,7 +199,7 @@ FAMILIES = {
     "video_llama_3": Family(
         "video_llama_3",
         {"text_config": QWEN2, "vision_config": {**VISION, "patch_size": 7}, **MARKS},
-        grids((_STILL,), around=False, image_merge_sizes=2),
-        grid_clips((_STILL,), around=False, video_merge_sizes=2),
+        grids((_STILL,), around=False, image_merge_sizes=(2, 2)),
+        grid_clips((_STILL,), around=False, video_merge_sizes=(2, 2)),
     ),
 }
