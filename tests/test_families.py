@@ -9,7 +9,7 @@ from tiny_models import GOLDEN, LLAVA_NEXT_TOKENS, image_prompt, random_target
 from transformers import AutoProcessor
 
 from vispec.model.batches import single_prompts
-from vispec.model.families import image_spans
+from vispec.model.families import image_spans, what_is_shown
 
 
 def spans_of(target, inputs: dict) -> list:
@@ -212,6 +212,37 @@ def test_videos_made_of_image_tokens():
     assert image_spans(model, ids, {**inputs, **kinds}) == [[(0, 2), (3, 5), (6, 9)]]
     with pytest.raises(ValueError, match="7 image tokens, but its 1 image.s. have 3: ids and images do not belong"):
         image_spans(model, ids, inputs)
+
+
+def test_frames_that_stand_apart():
+    """Gemma 4's inputs say how many each video has."""
+    ids = torch.tensor([[1, 8, 8, 1, 8, 8, 1], [1, 1, 1, 1, 8, 8, 8]])
+    inputs = {"pixel_values_videos": torch.arange(3.0).reshape(3, 1, 1), "num_frames_per_video": torch.tensor([2, 1])}
+    assert image_spans(video_model(Vlm), ids, inputs) == [[(1, 3), (4, 6)], [(4, 7)]]
+    rows = [rest for _, rest in single_prompts(video_model(Vlm), ids, inputs)]
+    assert [row["pixel_values_videos"].flatten().tolist() for row in rows] == [[0, 1], [2]]
+    assert [row["num_frames_per_video"].tolist() for row in rows] == [[2], [1]]
+
+
+def test_videos_in_the_place_of_images():
+    """Molmo2's; the numbers of patches are a row's own."""
+    ids = torch.tensor([[1, 9, 9, 1, 9, 9], [1, 1, 1, 1, 9, 9]])
+    inputs = {"pixel_values_videos": torch.zeros(3, 4, 6), "video_grids": torch.tensor([[2, 2, 1], [1, 1, 2]])}
+    inputs["video_token_pooling"] = torch.tensor([[0, 1], [2, 3], [4, -1], [6, 7], [8, 9], [-1, 11]])
+    assert image_spans(Vlm(), ids, inputs) == [[(1, 3), (4, 6)], [(4, 6)]]
+    rows = [rest for _, rest in single_prompts(Vlm(), ids, inputs)]
+    assert [len(row["pixel_values_videos"]) for row in rows] == [2, 1]
+    pooled = [row["video_token_pooling"].tolist() for row in rows]
+    assert pooled == [[[0, 1], [2, 3], [4, -1], [6, 7]], [[0, 1], [-1, 3]]]
+
+
+def test_crops_that_stand_apart_are_of_one_image():
+    """Step 3.7's."""
+    ids = torch.tensor([[9, 9, 1, 9, 9, 1], [1, 1, 9, 9, 1, 1]])
+    inputs = {"pixel_values": torch.zeros(2, 3, 4, 4), "pixel_values_local": torch.zeros(1, 3, 4, 4)}
+    inputs["num_local_patches"] = torch.tensor([1, 0])
+    shown = what_is_shown(Vlm(), ids, inputs)
+    assert shown.images == [1, 1] and shown.runs == [[(0, 2), (3, 5)], [(2, 4)]]
 
 
 def test_video_tokens_and_videos_that_do_not_belong_together():

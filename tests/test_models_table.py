@@ -1,6 +1,7 @@
 """docs/models.md says what decoding does with the families of the installed transformers."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,11 @@ def test_the_table_says_what_decoding_does(name):
 def test_every_class_has_its_place():
     names = {made.model_type for made in AutoModelForImageTextToText._model_mapping}
     tried = {family.model_type for family in FAMILIES.values()}
-    listed = SECTION.partition("Refused when they are handed over")[2]
-    missing = [name for name in names - tried if f"- {name}: " not in listed and f" {name}" not in listed]
-    assert SECTION and not missing
+    below = SECTION.partition("Refused when they are handed over")[2]
+    refused = set(re.findall(r"^- ([\w.-]+): ", below, re.MULTILINE))
+    listed = re.findall(r"^(?:Other names of classes that were tried|Not tried): (.*)\.$", below, re.MULTILINE)
+    named = {name.split(" ")[0] for line in listed for name in line.split(", ")}
+    assert len(listed) == 2 and not names - tried - refused - named
 
 
 def test_other_tokens_end_the_command(monkeypatch, capsys):
@@ -61,6 +64,13 @@ def test_other_tokens_end_the_command(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "DIFFERS: plain decoding: row 0 parts from generate() at new token 23" in out
     assert err == "other tokens than generate(): llava\n"
+
+
+def test_an_answer_that_says_one_token_again_and_again_is_no_trial(monkeypatch, capsys):
+    own_answer = trial.own_answer
+    monkeypatch.setattr(trial, "own_answer", lambda model, prompt: own_answer(model, prompt) * 0)
+    assert main(["--only", "llava"]) == 1
+    assert "error: AssertionError: the model's own answer is one token again and again" in capsys.readouterr().out
 
 
 def test_a_run_writes_its_own_section_and_keeps_the_others(monkeypatch, tmp_path):
@@ -82,8 +92,8 @@ def test_flags(tmp_path):
 def test_prompts_are_padded_on_the_left_and_keep_their_images():
     family = FAMILIES["idefics3"]
     model = trial.tiny_model(family)
-    prompts = [trial.prompt_of(family, model, layout, 0) for layout in trial.BATCH]
-    batch = trial.batch_of(family, prompts)
+    prompts = [trial.prompt_of(family, model, layout, 0) for layout in trial.BATCHES["batch"]]
+    batch = trial.batch_of(prompts, family.join)
     assert batch["attention_mask"].sum(1).tolist() == [prompt["input_ids"].shape[1] for prompt in prompts]
     assert batch["pixel_values"].shape[:2] == (3, 2)
     assert torch.equal(batch["pixel_values"][0], prompts[0]["pixel_values"][0])

@@ -5,11 +5,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import family_model
 from tiny_models import GOLDEN, random_target
-from transformers import (
-    MllamaConfig,
-    MllamaForConditionalGeneration,
-)
 
 from vispec import SpecModel
 from vispec.model.loading import load_target
@@ -55,16 +52,6 @@ def test_a_model_that_hides_its_decoder_is_refused():
         SpecModel(Hidden())
 
 
-def tiny_mllama() -> torch.nn.Module:
-    text = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "cross_attention_layers": [1]}
-    text |= {"rope_scaling": {"rope_type": "default"}}
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2}
-    vision |= {"intermediate_size": 16, "vision_output_dim": 32, "image_size": 28, "patch_size": 14}
-    vision |= {"intermediate_layers_indices": [0], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
-    return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
-
-
 def test_targets_that_count_positions_otherwise_are_refused_by_name():
     target = random_target("llava_next", 0)
     model = SpecModel(target)
@@ -77,7 +64,7 @@ def test_targets_that_count_positions_otherwise_are_refused_by_name():
 
 def test_targets_with_cross_attention_are_refused_by_name():
     with pytest.raises(ValueError, match="^MllamaForConditionalGeneration reads its images through cross-attention"):
-        SpecModel(tiny_mllama())
+        SpecModel(family_model("mllama"))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +80,14 @@ def test_decoders_that_cannot_be_called_alone_are_refused_by_name(forward, messa
     decoder = SpecModel(target).target.decoder
     decoder.__class__ = type("Odd", (type(decoder),), {"forward": forward})
     with pytest.raises(ValueError, match=f"^LlavaNextForConditionalGeneration.*{message}"):
+        SpecModel(target)
+
+
+def test_targets_that_take_no_cache_are_refused_by_name():
+    """InstructBLIP of transformers 4."""
+    target = random_target("llava_next", 0)
+    target.__class__ = type("Odd", (type(target),), {"forward": lambda self, input_ids, pixel_values: None})
+    with pytest.raises(ValueError, match=r"^Odd does not hand keys and values to its text decoder \(it takes no past"):
         SpecModel(target)
 
 

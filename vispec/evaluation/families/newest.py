@@ -184,8 +184,7 @@ FAMILIES = {
     "step3p7": Family(
         "step3p7",
         {
-            "text_config": {**_WIDE, **_SPARSE, "share_expert_dim": 32}
-            | {"mlp_layer_types": ["dense", "sparse"] * 2},
+            "text_config": {**_WIDE, **_SPARSE, "share_expert_dim": 32} | {"mlp_layer_types": ["dense", "sparse"] * 2},
             "vision_config": {**SQUARE, "image_size": 56},
             "image_token_id": IMAGE,
         },

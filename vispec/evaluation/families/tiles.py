@@ -195,6 +195,7 @@ def rebase(parts: list[Inputs]) -> Inputs:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+_AS_IMAGES = "its processor gives the frames of a video as images"
 _PERCEIVER = {"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
 _PERCEIVER |= {"resampler_head_dim": 16, "num_key_value_heads": 1}
 _PIXTRAL = {**VISION, "image_size": 56, "patch_size": 7, "model_type": "pixtral"}
@@ -239,7 +240,7 @@ FAMILIES = {
         "internvl",
         {"text_config": QWEN2, "vision_config": _INTERN_TOWER, "image_seq_length": 4, **MARKS},
         tiles(4),
-        remark="an image of one tile, one of two",
+        remark=f"an image of one tile, one of two; {_AS_IMAGES}",
     ),
     "idefics2": Family(
         "idefics2",
@@ -254,7 +255,7 @@ FAMILIES = {
         remark="a window of 16 tokens",
     ),
     "idefics3": Family("idefics3", _IDEFICS3, rows, join=fill_rows),
-    "smolvlm": Family("smolvlm", _IDEFICS3, rows, join=fill_rows),
+    "smolvlm": Family("smolvlm", _IDEFICS3, rows, join=fill_rows, remark=_AS_IMAGES),
     "llava (Pixtral)": Family(
         "llava",
         {
