@@ -130,3 +130,13 @@ def test_no_target_or_draft():
     for name in ("total_token", "depth", "top_k"):
         with pytest.raises(ValueError, match=f"{name} must be a finite number, found inf"):
             SpecModel(target, **{name: float("inf")})
+
+
+def test_a_target_that_answers_no_text_alone():
+    """InstructBLIP."""
+    target = random_target("llava_next", 0)
+    forward = type(target).forward
+    needing = {"forward": lambda self, pixel_values, input_ids=None, **others: forward(self, input_ids, **others)}
+    target.__class__ = type("Odd", (type(target),), needing)
+    with pytest.raises(ValueError, match="^Odd answers no prompt without pixel_values$"):
+        SpecModel(target).baseline_generate(PROMPT, max_new_tokens=2)

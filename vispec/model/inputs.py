@@ -68,6 +68,15 @@ def forward_parameters(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name in named if name not in DECODING_SETS)
 
 
+def refuse_missing(model: PreTrainedModel, inputs: Mapping) -> None:
+    """Raises ValueError where a prompt lacks what the target's forward does not do without: InstructBLIP's images."""
+    parameters = inspect.signature(type(model).forward).parameters
+    needed = [name for name in forward_parameters(model) if parameters[name].default is inspect.Parameter.empty]
+    missing = [name for name in needed if name != "input_ids" and inputs.get(name) is None]
+    if missing:
+        raise ValueError(f"{type(model).__name__} answers no prompt without {', '.join(missing)}")
+
+
 def _hint(arm: Callable, name: str, taken: tuple[str, ...]) -> str:
     known = {*inspect.signature(arm).parameters, *taken, *INSTEAD} - {"inputs"}
     close = get_close_matches(name, known, n=1)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from vispec.model.cache import TreeCache
 from vispec.model.families import embedded_ids, image_spans, tables_behind_text, token_kinds
 from vispec.model.graphs import obstacle
-from vispec.model.inputs import forward_parameters
+from vispec.model.inputs import forward_parameters, refuse_missing
 from vispec.model.pairs import Span
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
@@ -206,6 +206,7 @@ class Target:
             inputs: what else the family's processor returned, attention_mask included.
         """
         batch, length = input_ids.shape
+        refuse_missing(self.model, inputs)
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
         wants_kinds = self._rope_owner is not None and "mm_token_type_ids" in forward_parameters(self.model)
