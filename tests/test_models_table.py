@@ -16,6 +16,7 @@ from vispec.evaluation.families.trial import DIFFERS, FAILED, try_family
 
 SECTION = table.section_of((Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8"))
 FEW = ("llava (Pixtral)", "qwen2_5_vl", "gemma3", "idefics2", "aya_vision", "mllama")
+FEW += ("instructblip (Vicuna)", "phi4_multimodal")
 """Of layouts and text decoders that differ: what is tried beside the other tests. With transformers 5 it is all."""
 OF_5 = int(transformers.__version__.split(".")[0]) >= 5
 TRIED = FAMILIES if OF_5 else FEW
