@@ -42,7 +42,7 @@ def section(rows: dict[str, Row]) -> str:
     """
     refused = {name: reason for name, row in rows.items() if (reason := reason_alone(row))}
     taken = {name: row for name, row in rows.items() if name not in refused}
-    more, same, untried = by_default_config({FAMILIES[name].model_type for name in rows})
+    more, same, untried = by_default_config(set(rows))
     lines = [_title(), "", f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [table_row(name, row) for name, row in taken.items()]
     lines += ["", "What the tiny models have, and why something is not answered:", ""]
@@ -78,17 +78,18 @@ def notes(name: str, row: Row) -> list[str]:
     return [f"- {name}, {', '.join(columns)}: {reason}" for reason, columns in by_reason.items()]
 
 
-def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Of the other families of the installed version: why their default config is refused, whose class was tried under
-    another name, and those not tried.
+def by_default_config(rows: set[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Of the families of the installed version without a row of their name: why their default config is refused, whose
+    class was tried under another name, and those of which nothing was tried.
 
     Models are built without memory for their weights.
     """
     classes = AutoModelForImageTextToText._model_mapping
+    tried = {FAMILIES[name].model_type for name in rows}
     known = {classes[made] for made in classes if made.model_type in tried}
-    others = [made for made in classes if made.model_type not in tried]
-    same = sorted(made.model_type for made in others if classes[made] in known)
-    refused, untried = {}, []
+    others = [made for made in classes if made.model_type not in rows]
+    same = sorted(made.model_type for made in others if classes[made] in known and made.model_type not in tried)
+    refused, untried = {}, {}
     for made in others:
         name = made.model_type
         if name in same:
@@ -97,7 +98,7 @@ def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str], list[
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(made())
         except Exception as error:  # a default config that builds no model says nothing about decoding
-            untried.append(f"{name} (no model of its default config: {one_line(error)})")
+            untried[name] = f"{name} (no model of its default config: {one_line(error)})"
             continue
         try:
             decoder = find_decoder(model)
@@ -106,8 +107,8 @@ def by_default_config(tried: set[str]) -> tuple[dict[str, str], list[str], list[
         except ValueError as error:
             refused[name] = one_line(error)
         else:
-            untried.append(name)
-    return refused, same, sorted(untried)
+            untried[name] = name
+    return refused, same, sorted(text for name, text in untried.items() if name not in tried)
 
 
 def section_of(document: str) -> str:
