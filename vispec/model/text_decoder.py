@@ -256,6 +256,7 @@ class StockDecoder:
         ).last_hidden_state
 
     def _given(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the decoder is told of the new tokens, see `__call__`."""
         if not self.reads_ids:
             return {"inputs_embeds": embeds}
         if not self._tables:
