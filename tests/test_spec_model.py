@@ -370,7 +370,7 @@ def test_the_draft_head_sees_the_image(family):
         with torch.inference_mode():
             prompt = model.target.prefill(model.target.new_cache(1, ids.shape[1]), ids, variant)
             # the same features and root in all, so that only the image's own way into the head is left
-            alike = replace(prompt, hidden=torch.ones_like(prompt.hidden))
+            alike = replace(prompt, features=torch.ones_like(prompt.features))
             memories.append(read_prompt(model.draft, model.target, alike, PROMPT[0, :1]))
     assert torch.equal(memories[0].estimate, memories[1].estimate)
     assert not torch.allclose(memories[0].estimate, memories[2].estimate, atol=1e-3)

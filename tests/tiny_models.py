@@ -147,9 +147,9 @@ def random_pair(family: str, seed: int, method: str = "vispec", tree=(30, 3, 8),
 
 def read_prompt(draft: Draft, target: Target, prompt: Prompt, root: torch.Tensor, ahead: int = 64) -> Memory:
     """What a draft remembers of one prompt and the token after it; there is room for so many tokens more."""
-    memory = draft.memory(1, prompt.hidden.shape[1] + ahead, target)
+    memory = draft.memory(1, prompt.features.shape[1] + ahead, target)
     memory.used = draft.read(memory, prompt)
-    draft.extend(memory, Kept(prompt.hidden[:, -1:], root[:, None], torch.ones_like(root)))
+    draft.extend(memory, Kept(prompt.features[:, -1:], root[:, None], torch.ones_like(root)))
     return memory
 
 
@@ -163,10 +163,17 @@ def read_rows(
 ) -> None:
     """Let a draft read prompts of one length, features and embeddings (B, L, H), and the token (B,) after each."""
     memory.used = max(
-        draft.read(memory.part(b, b + 1), Prompt(None, {}, hidden[b : b + 1], embeds[b : b + 1], None, [spans], None))
+        draft.read(memory.part(b, b + 1), as_prompt(hidden[b : b + 1], embeds[b : b + 1], spans))
         for b, spans in enumerate(images)
     )
     draft.extend(memory, Kept(hidden[:, -1:], root[:, None], torch.ones_like(root)))
+
+
+def as_prompt(
+    features: torch.Tensor | None, embeds: torch.Tensor | None, images: Sequence[Span], ids: torch.Tensor | None = None
+) -> Prompt:
+    """One prompt as drafts meet it, of features (1, L, F) and embeddings (1, L, H)."""
+    return Prompt(ids, {}, features, embeds, None, [list(images)], None, features, None)
 
 
 def output_of(lm_head: torch.nn.Module) -> DraftOutput:

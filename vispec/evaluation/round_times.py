@@ -102,22 +102,22 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
     import torch
 
     from vispec.model.drafts.base import Kept
-    from vispec.model.drafts.eagle2 import Expansions
+    from vispec.model.drafts.pair_head import Expansions
     from vispec.model.tree import grow
 
     target, draft, shape = model.target, model.draft, model.shape
-    output, steps = draft.output(target), new_steps(target)
+    output, layers, steps = draft.output(target), draft.aux_layers(target), new_steps(target)
     output.expect([1, shape.top_k])
     capacity = ids.shape[1] + max(shape.total_token, draft.reach(shape))
     with torch.inference_mode():
         cache, memory = target.new_cache(1, capacity), draft.memory(1, capacity, target)
-        prompt = target.prefill(cache, ids, {})
+        prompt = target.prefill(cache, ids, {}, layers)
         root = prompt.logits.argmax(-1)
         draft.read(memory, prompt)
-        draft.extend(memory, Kept(prompt.hidden[:, -1:], root[:, None], torch.ones_like(root)))
+        draft.extend(memory, Kept(prompt.features[:, -1:], root[:, None], torch.ones_like(root)))
         tree = grow(draft, memory, root, shape, output)
         positions = cache.lengths[:, None] + tree.depths
-        features = target.forward(cache, tree.tokens, positions, tree.mask)
+        hidden = target.forward(cache, tree.tokens, positions, tree.mask).hidden
     passes: Counter[tuple[str, int]] = Counter()
     for number, part, rows in round_passes(shape):
         passes[part, rows] += number
@@ -125,9 +125,9 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
     def passing(part: str, rows: int, number: int) -> "torch.Tensor":
         """So many passes of a part."""
         if part == DECODER:
-            return target.forward(cache, tree.tokens, positions, tree.mask)
+            return target.forward(cache, tree.tokens, positions, tree.mask, layers).hidden
         if part == HEAD:
-            return target.logits(features)
+            return target.logits(hidden)
         estimates = memory.estimate[:, None].expand(-1, rows, -1)
         if part == DRAFT_HEAD:
             return [output.logits(estimates) for _ in range(number)][-1]
@@ -220,7 +220,7 @@ def verification(target: "Target", cache, n: int) -> Callable[[], object]:
     steps = torch.arange(n, device=target.device)
     tokens, positions = torch.ones_like(steps)[None], (cache.used + steps)[None]
     chain = (steps[:, None] >= steps)[None] if n > 1 else None
-    return lambda: target.logits(target.forward(cache, tokens, positions, chain))
+    return lambda: target.logits(target.forward(cache, tokens, positions, chain).hidden)
 
 
 def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:

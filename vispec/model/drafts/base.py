@@ -5,7 +5,7 @@ round, tells it what the target has said (`extend`) and asks what may come next 
 itself what it remembers: keys and values of its own, positions of its own, the text, nothing. Of a prompt it gets all
 there is, the processor's pixels too.
 
-B rows, P pairs: a feature of the target, and the token after it.
+B rows, P pairs: a feature of the target, F numbers, and the token after it.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Kept:
     """What the target has said that the draft has not read yet."""
 
     features: torch.Tensor
-    """(B, P, H) of the root and the kept nodes, or of the last prompt token; surplus rows are ignored."""
+    """(B, P, F) of the root and the kept nodes, or of the last prompt token; surplus rows are ignored."""
     tokens: torch.Tensor
     """(B, P) the token after each of them."""
     counts: torch.Tensor
@@ -67,6 +67,9 @@ class Draft(Protocol):
 
     def reach(self, shape: TreeShape) -> int:
         """Places that a round needs behind those that are taken."""
+
+    def aux_layers(self, target: Target) -> tuple[int, ...]:
+        """The layers of a target whose inputs it reads as features; none: it reads what the output head reads."""
 
     def output(self, target: Target) -> DraftOutput:
         """How its estimates become tokens of a target."""
@@ -112,7 +115,8 @@ class BaseHead(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        BaseHead.kinds[cls.method] = cls
+        if "method" in vars(cls):
+            BaseHead.kinds[cls.method] = cls
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -133,6 +137,9 @@ class BaseHead(nn.Module):
 
     def reach(self, shape: TreeShape) -> int:
         return shape.levels + 1 + shape.depth * shape.top_k
+
+    def aux_layers(self, target: Target) -> tuple[int, ...]:
+        return ()
 
     def output(self, target: Target) -> DraftOutput:
         if self.draft_vocab is None:
