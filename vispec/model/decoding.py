@@ -50,7 +50,7 @@ class Verified(NamedTuple):
 class Seat:
     """Room for one generation after the other, and the steps that were captured over it."""
 
-    def __init__(self, target: Target, width: int, rows: int, capacity: int, waiting: int):
+    def __init__(self, target: Target, rows: int, capacity: int, waiting: int, width: int):
         self.size, self.capacity, self.waiting = rows, capacity, waiting
         place = {"device": target.device}
         long = partial(torch.zeros, dtype=torch.long, **place)
@@ -104,6 +104,7 @@ class Decoder:
         self.target, self.draft = target, draft
         self.output = draft.output(target) if draft is not None else None
         self._layers = draft.aux_layers(target) if draft is not None else ()
+        self._width = target.text_config.hidden_size * max(len(self._layers), 1)
         self._bucket = BUCKET if target.can_capture else 1
         # where steps are captured, a seat waits for the next generation: its graphs know its tensors only
         self._idle: deque[Seat] = deque(maxlen=1)
@@ -226,15 +227,15 @@ class Decoder:
         return self._seat(len(prompts), self._rounded(longest) + self._reach(policy), policy)
 
     def _seat(self, rows: int, capacity: int, policy: Policy) -> Seat:
-        size, width = (rows, capacity, policy.waiting), self.target.text_config.hidden_size * max(len(self._layers), 1)
+        size = rows, capacity, policy.waiting
         try:
             seat = self._idle.pop()
         except IndexError:
-            seat = Seat(self.target, width, *size)
+            seat = Seat(self.target, *size, self._width)
         if not seat.fits(*size):
             larger = map(max, size, (seat.size, seat.capacity, seat.waiting))
             del seat  # its memory may be needed
-            seat = Seat(self.target, width, *larger)
+            seat = Seat(self.target, *larger, self._width)
         if policy.shapes:
             if seat.rows.memory is None:
                 seat.give_memory(self.draft.memory(seat.size, seat.capacity, self.target))

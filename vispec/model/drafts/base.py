@@ -96,7 +96,7 @@ class Draft(Protocol):
 
 Head = TypeVar("Head", bound="BaseHead")
 
-METHODS = ("vispec", "eagle2", "medusa")
+METHODS = ("vispec", "eagle2", "medusa", "eagle3")
 """Of the heads, as flags and configs name them."""
 
 
@@ -106,6 +106,8 @@ class BaseHead(nn.Module):
     kinds: ClassVar[dict[str, type["BaseHead"]]] = {}
     """The class of each method."""
     method: str
+    reads_target_head: ClassVar[bool] = True
+    """Whether its estimates become tokens by the target's output head, of which a draft vocabulary takes some rows."""
     fixed_depth: int | None = None
     """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
     draft_vocab: DraftVocabulary | None = None
@@ -130,6 +132,11 @@ class BaseHead(nn.Module):
         return {**self.__dict__, "_products": None}
 
     # --- decoding ---
+
+    @property
+    def target_size(self) -> int:
+        """Hidden size of the target."""
+        return self.config.hidden_size
 
     def fit(self, shape: TreeShape) -> TreeShape:
         vocabulary = self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
@@ -266,11 +273,16 @@ def load_draft(
         ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
     """
     config, weights_file = checkpoints.find_draft(path, **hub)
-    weights = checkpoints.read_weights(weights_file, embedding)
+    weights, config = checkpoints.read_weights(weights_file, config)
     head = build_head(config, **checkpoints.identify(weights, weights_file, method, num_q))
-    checkpoints.fill(head, weights, weights_file, dtype, embedding)
+    checkpoints.fill(head, weights, weights_file, dtype, embedding if head.target_size == config.hidden_size else None)
     head.embed_tokens.weight.requires_grad_(False)
     vocabulary_file = checkpoints.find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None
     if vocabulary_file is not None:
+        if not head.reads_target_head:
+            raise ValueError(
+                f"{vocabulary_file}: a {head.method} head has an output head of its own, so no draft vocabulary holds "
+                "for it; remove that file, or load with draft_vocab=False"
+            )
         head.draft_vocab = DraftVocabulary.read(vocabulary_file, config.vocab_size)
     return head.eval()

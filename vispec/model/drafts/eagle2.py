@@ -22,6 +22,8 @@ class DraftHead(PairHead):
     """Vectors that stand for one image in the draft sequence; None keeps every image row."""
 
     def __init__(self, config: DraftConfig, input_norm: bool = False):
+        if config.rope_scaling is not None:
+            raise ValueError(f"rope_scaling {config.rope_scaling} is not supported, a {self.method} head wants null")
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.bias)
         self.layers = nn.ModuleList([DraftLayer(config, input_norm) for _ in range(config.num_hidden_layers)])

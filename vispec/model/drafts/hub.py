@@ -29,7 +29,7 @@ def generate(model, inputs=None, **options):
     return pairs[HEAD].generate(**options)
 '''
 """What stands there."""
-NAMES = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "medusa": "Medusa"}
+NAMES = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "eagle3": "EAGLE-3", "medusa": "Medusa"}
 MEASURES = {
     "loss": "loss",
     "top1": "top-1 accuracy",

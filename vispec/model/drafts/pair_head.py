@@ -171,7 +171,20 @@ class PairHead(BaseHead):
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary angles (B R, T, D) for positions (B, R)."""
         config = self.config
-        return widened(*rotary_angles(positions, config.head_dim, config.rope_theta, dtype), self.heads)
+        return self.widened(*rotary_angles(positions, config.head_dim, config.rope_theta, dtype))
+
+    def widened(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return widened(cos, sin, self.heads)
+
+    def prompt_angles(
+        self, prompt: Prompt, layout: PairLayout, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a prompt's pairs."""
+        return self.angles(layout.positions, dtype)
+
+    def prompt_embeds(self, prompt: Prompt) -> torch.Tensor:
+        """(1, L, H) embeddings of a prompt's tokens."""
+        return prompt.embeds
 
     def attend_causally(self, batch: int) -> Callable:
         """Attention of pairs to those before them; padding on the right is seen by nothing that counts."""
@@ -207,7 +220,7 @@ class PairHead(BaseHead):
         kept = layout.positions.shape[1]
         memory.cache.restart()
         memory.position.fill_(length)
-        embeds = prompt.embeds
+        embeds = self.prompt_embeds(prompt)
         x, global_feature = self.inputs(layout, self.project(prompt.features), embeds, embeds[:, 1:])
         memory.global_feature.copy_(global_feature)
         if kept:
@@ -219,7 +232,7 @@ class PairHead(BaseHead):
                 return attend_causally(1, heads, qkv)
 
             heads = self.heads
-            self.layers_over(x, self.angles(layout.positions, x.dtype), attend)
+            self.layers_over(x, self.prompt_angles(prompt, layout, x.dtype), attend)
             memory.cache.commit(layout.lengths)
         return kept
 
