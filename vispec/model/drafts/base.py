@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
+from vispec.methods import HEADS
 from vispec.model.drafts import checkpoints
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import CARD, model_card, upload_head
@@ -95,10 +96,6 @@ class Draft(Protocol):
 
 
 Head = TypeVar("Head", bound="BaseHead")
-
-METHODS = ("vispec", "eagle2", "medusa", "eagle3")
-"""Of the heads, as flags and configs name them."""
-
 
 class BaseHead(nn.Module):
     """What all draft heads share: config, the frozen copy of the target's embedding table, files, and the hub."""
@@ -242,7 +239,7 @@ def build_head(config: DraftConfig, method: str, **sizes: int) -> BaseHead:
         sizes: num_q of ViSpec, heads of Medusa; their defaults where they are not given.
     """
     if method not in BaseHead.kinds:
-        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}")
     with torch.device("meta"):
         return BaseHead.kinds[method](config, **sizes)
 
@@ -260,7 +257,7 @@ def load_draft(
 
     Args:
         path: folder with config.json and model.safetensors or pytorch_model.bin, or the hub id of such a repository.
-        method: one of METHODS; checked against the weights when given.
+        method: one of HEADS; checked against the weights when given.
         num_q: queries of the vision adaptor; checked against the weights when given.
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.

@@ -54,8 +54,9 @@ class Eagle3Head(PairHead):
     def __init__(self, config: DraftConfig):
         super().__init__(config)
         self._listed = listed_layers(config)
-        if (config.rope_scaling or {}).get("mrope_interleaved"):
-            raise ValueError("rope_scaling with mrope_interleaved is not known for EAGLE-3 heads")
+        rope = config.rope_scaling or {}
+        if rope.get("mrope_interleaved") or (rope and 2 * sum(config.mrope_section) != config.head_dim):
+            raise ValueError(f"rope_scaling {rope} is not known for EAGLE-3 heads of head_dim {config.head_dim}")
         size, eps = config.hidden_size, config.rms_norm_eps
         layers, width = 3 if self._listed is None else len(self._listed), self.target_size
         self.fc_norm = None

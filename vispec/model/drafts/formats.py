@@ -5,7 +5,7 @@ speculators: `layers.0` for `midlayer`, the layer's sizes in `transformer_layer_
 are read counted as vLLM counts them, by their inputs (SpecForge: by their outputs, so one less).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -32,9 +32,10 @@ def flat_config(values: dict) -> dict:
     return values
 
 
-def is_eagle3(names: Mapping[str, object]) -> bool:
+def is_eagle3(names: Iterable[str]) -> bool:
     """Whether tensors of these names are an EAGLE-3 head."""
-    return "layers.0.hidden_norm.weight" in names or any(name.startswith("midlayer.") for name in names)
+    plain = [name.removeprefix("model.") for name in names]
+    return "layers.0.hidden_norm.weight" in plain or any(name.startswith("midlayer.") for name in plain)
 
 
 def as_specforge(
@@ -42,20 +43,26 @@ def as_specforge(
 ) -> tuple[dict[str, torch.Tensor], DraftConfig]:
     """The tensors of an EAGLE-3 head by SpecForge's names, and a config that says what they show.
 
-    Configs leave much of it out, or say what the heads that they were copied from had.
+    Configs leave much of it out, or say what the models that they were copied from had.
+
+    Raises:
+        ValueError: the head proposes tokens that the target does not have.
     """
     weights = {name.removeprefix("model.").replace("layers.0.", "midlayer."): w for name, w in weights.items()}
-    extra = {**config.extra, "fc_norm": "fc_norm.0.weight" in weights}
+    extra = {name: value for name, value in config.extra.items() if name not in ("head_dim", "fc_norm")}
+    if "fc_norm.0.weight" in weights:
+        extra["fc_norm"] = True
     query, output = weights.get("midlayer.self_attn.q_proj.weight"), weights.get("lm_head.weight")
-    if query is not None:
+    if query is not None and query.shape[0] != config.hidden_size:
         extra["head_dim"] = query.shape[0] // config.num_attention_heads
     if output is not None:
         extra["draft_vocab_size"] = size = output.shape[0]
         if "d2t" not in weights and size == config.vocab_size:
             weights["d2t"] = torch.zeros(size, dtype=torch.long)
-        if "t2d" not in weights and "d2t" in weights:
-            weights["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
-            weights["t2d"][proposed(weights["d2t"], config.vocab_size)] = True
+    if "d2t" in weights:
+        tokens = proposed(weights["d2t"], config.vocab_size)
+        if "t2d" not in weights:
+            weights["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
     own = {"bias": "fc.bias" in weights, "qkv_bias": "midlayer.self_attn.q_proj.bias" in weights}
     return weights, replace(config, extra=extra, **own)
 
