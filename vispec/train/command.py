@@ -148,7 +148,7 @@ def _resumed_head(args: argparse.Namespace, embedding: torch.Tensor, state: dict
     loadpath = identity.get("loadpath")
     try:
         config = DraftConfig.from_dict(identity.get("config", {}), source=str(path))
-        head = build_head(config, **identify(state["head"], path, None, None))
+        head = build_head(config, **identify(state["head"], config, path, None, None))
     except (TypeError, ArithmeticError, RuntimeError) as error:  # of numbers that are none, or impossible
         raise ValueError(f"{path}: no head has the config that it holds ({one_line(error)})") from None
     fill(head, state["head"], path, torch.float32, embedding.float())

@@ -232,11 +232,11 @@ class BaseHead(nn.Module):
         return upload_head(self.save_pretrained, repo_id, **options)
 
 
-def build_head(config: DraftConfig, method: str, **sizes: int) -> BaseHead:
+def build_head(config: DraftConfig, method: str, **sizes: int | bool) -> BaseHead:
     """A head without memory for its weights (meta device), to be filled by `load_state_dict(assign=True)`.
 
     Args:
-        sizes: num_q of ViSpec, heads of Medusa; their defaults where they are not given.
+        sizes: num_q of ViSpec, heads of Medusa, input_norm of MSD; their defaults where they are not given.
     """
     if method not in BaseHead.kinds:
         raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}")
@@ -257,7 +257,8 @@ def load_draft(
 
     Args:
         path: folder with config.json and model.safetensors or pytorch_model.bin, or the hub id of such a repository.
-        method: one of HEADS; checked against the weights when given.
+        method: one of HEADS; checked against the weights when given. MSD's have EAGLE-2's names, so it has to be given
+            for those that say nowhere what they are.
         num_q: queries of the vision adaptor; checked against the weights when given.
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
@@ -271,7 +272,7 @@ def load_draft(
     """
     config, weights_file = checkpoints.find_draft(path, **hub)
     weights, config = checkpoints.read_weights(weights_file, config)
-    head = build_head(config, **checkpoints.identify(weights, weights_file, method, num_q))
+    head = build_head(config, **checkpoints.identify(weights, config, weights_file, method, num_q))
     checkpoints.fill(head, weights, weights_file, dtype, embedding if head.target_size == config.hidden_size else None)
     head.embed_tokens.weight.requires_grad_(False)
     vocabulary_file = checkpoints.find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None

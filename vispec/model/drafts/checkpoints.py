@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from vispec.model.refusals import refuse_not_finite
 logger = logging.getLogger("vispec")
 
 CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, INPUT_NORM = "embed_tokens.weight", "layers.0.input_layernorm.weight"
 LEAST_ALIKE = 0.5
 """Mean cosine of the embeddings of a head and its target: near 1 after fine-tuning, near 0 between strangers."""
 
@@ -144,6 +145,8 @@ def read_weights(path: Path, config: DraftConfig) -> tuple[dict[str, torch.Tenso
     if foreign is not None:
         raise ValueError(f"{path}: {foreign}, expected a draft head of ViSpec, EAGLE-2, EAGLE-3 or Medusa")
     if not is_eagle3(weights):
+        if INPUT_NORM in weights:  # of others, whose configs leave to the model's type whether there are biases
+            config = replace(config, qkv_bias="layers.0.self_attn.q_proj.bias" in weights)
         return weights, config
     try:
         return as_specforge(weights, config)
@@ -164,18 +167,21 @@ def _foreign(names: Iterable[str]) -> str | None:
 
 
 def identify(
-    weights: Mapping[str, torch.Tensor], path: Path, method: str | None, num_q: int | None
-) -> dict[str, str | int]:
-    """Method, and num_q or the number of Medusa's heads, as the weights have them, checked against what was asked."""
-    queries = weights.get("imadpt.q")
+    weights: Mapping[str, torch.Tensor], config: DraftConfig, path: Path, method: str | None, num_q: int | None
+) -> dict[str, str | int | bool]:
+    """Method and what `build_head` asks of it, as the weights have them, checked against what was asked."""
+    queries, input_norm = weights.get("imadpt.q"), INPUT_NORM in weights
     medusa = {name.split(".")[1] for name in weights if name.startswith("medusa_head.")}
     found = "vispec" if queries is not None else "medusa" if medusa else "eagle3" if is_eagle3(weights) else "eagle2"
+    if found == "eagle2" and ("msd" in (method, config.extra.get("method")) or input_norm):
+        found = "msd"
     if method is not None and method != found:
         raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")
     if queries is None:
         if num_q is not None:
             raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
-        return {"method": found, "heads": len(medusa)} if medusa else {"method": found}
+        sizes = {"medusa": {"heads": len(medusa)}, "msd": {"input_norm": input_norm}}
+        return {"method": found, **sizes.get(found, {})}
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
     return {"method": found, "num_q": queries.shape[0]}
