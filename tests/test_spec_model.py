@@ -25,6 +25,7 @@ from tiny_models import (
 )
 
 from vispec import SpecModel
+from vispec.model.watching import watching_prompt
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -92,7 +93,7 @@ def test_two_threads(family):
 def test_another_thread_may_meet_a_hook_that_is_half_there():
     """Between torch's two tables of a hook a pass of another thread calls it without kwargs."""
     target = recorded_model("llava_next", "vispec").target
-    with target._watch() as seen:
+    with watching_prompt(target.decoder, target.embed_tokens, target.lm_head) as seen:
         assert hooks(recorded_model("llava_next", "vispec")) == 3
         (hook,) = target.decoder._forward_pre_hooks.values()
         with ThreadPoolExecutor(1) as pool:
