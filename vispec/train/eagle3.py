@@ -21,12 +21,22 @@ from torch.utils.checkpoint import checkpoint
 from vispec.model.drafts import Eagle3Head
 from vispec.model.drafts.formats import proposed
 from vispec.train.chain import drafted_in_a_row
+from vispec.train.draft_vocab import rank_tokens
 from vispec.train.losses import chunk_rows
 from vispec.train.metrics import DEPTH
 from vispec.train.samples import Batch
 from vispec.train.trainer import Trainer
 
 STEPS, DECAY = 7, 0.8
+
+
+@torch.no_grad()
+def begin(head: Eagle3Head, lm_head: torch.Tensor, counts: torch.Tensor) -> None:
+    """Give a new head the tokens that are the most frequent in answers, `counts` (V,), and their rows of (V, H)."""
+    tokens = rank_tokens(counts, ())[: len(head.d2t)].sort().values
+    head.d2t.copy_(tokens - torch.arange(len(tokens)))
+    head.t2d[tokens] = True
+    head.lm_head.weight.copy_(lm_head[tokens])
 
 
 class Eagle3Trainer(Trainer):
@@ -76,7 +86,7 @@ def token_loss(
     chunks = zip(outs.split(rows), targets.split(rows), reached.split(rows), strict=True)
     # logits of one chunk at a time are held, and made again for its gradient
     sums = [checkpoint(_sums, head, *chunk, lm_head, use_reentrant=False) for chunk in chunks]
-    total = torch.stack(sums).sum(0) if sums else outs.new_zeros(7) + 0 * outs.sum()
+    total = torch.stack(sums).sum(0)
     return total[0], total.detach()
 
 

@@ -6,9 +6,14 @@ epoch. An epoch has as many samples as there are of the rarer kind, each of them
 predict, as for the other heads; the published code scores them two tokens late.
 """
 
+from functools import cached_property
+
 import torch
 
+from vispec.ge_data.sample_file import read_tokens
 from vispec.train.losses import Objective
+from vispec.train.samples import epoch_groups
+from vispec.train.trainer import Trainer
 
 OBJECTIVE = Objective(feature_weight=1.0, token_weight=0.1, token_loss="ce", ranking_weight=0.0)
 EPOCHS = 40
@@ -27,3 +32,20 @@ def shown(text: list[int], images: list[int], share: float, seed: int, epoch: in
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     chance = torch.rand(min(len(text), len(images)), generator=generator).tolist()
     return [image if drawn < share else one for one, image, drawn in zip(text, images, chance, strict=False)]
+
+
+class MSDTrainer(Trainer):
+    """Trains an MSD head; arguments as for `Trainer`."""
+
+    def groups(self, epoch: int) -> list[list[int]]:
+        chosen = shown(*self._kinds, image_share(epoch, self.recipe.epochs), self.recipe.seed, epoch)
+        groups = epoch_groups([self.lengths[0][i] for i in chosen], self.group_size, self.recipe.seed, epoch)
+        return [[chosen[place] for place in group] for group in groups]
+
+    @cached_property
+    def _kinds(self) -> tuple[list[int], list[int]]:
+        """Training samples without and with images."""
+        kinds: tuple[list[int], list[int]] = [], []
+        for index, path in enumerate(self.train_set.paths):
+            kinds[bool(read_tokens(path).images)].append(index)
+        return kinds

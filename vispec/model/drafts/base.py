@@ -117,6 +117,11 @@ class BaseHead(nn.Module):
         if "method" in vars(cls):
             BaseHead.kinds[cls.method] = cls
 
+    @classmethod
+    def new_config(cls, config: DraftConfig) -> DraftConfig:
+        """Of a head whose training begins, from what was asked for."""
+        return config
+
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.config = config

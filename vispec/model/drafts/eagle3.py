@@ -14,6 +14,7 @@ Shapes: B rows, L tokens, R pairs of one pass, n layers of the target, H hidden 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
 from vispec.model.tree import DraftOutput
 
+DRAFT_VOCABULARY = 32000
+"""Tokens of a new head whose config does not say."""
 FEWEST_LAYERS = 7
 """Of a target, below which the layers that heads read by default are not three."""
 
@@ -66,9 +69,24 @@ class Eagle3Head(PairHead):
         self.midlayer = Eagle3Layer(config)
         self.norm = nn.RMSNorm(size, eps=eps)
         tokens = whole("draft_vocab_size", config.extra.get("draft_vocab_size") or config.vocab_size, 1)
+        if tokens > config.vocab_size:
+            raise ValueError(f"draft_vocab_size {tokens}, but the target has {config.vocab_size} tokens")
         self.lm_head = nn.Linear(size, tokens, bias=False)
         self.register_buffer("d2t", torch.zeros(tokens, dtype=torch.long))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+
+    @classmethod
+    def new_config(cls, config: DraftConfig) -> DraftConfig:
+        """As published, without biases, and in SpecForge's words.
+
+        Raises:
+            ValueError: the target is to be of another width.
+        """
+        if config.extra.get("target_hidden_size") not in (None, config.hidden_size):
+            raise ValueError("target_hidden_size: heads of another width than the target's are not trained here")
+        size = config.extra.get("draft_vocab_size") or min(DRAFT_VOCABULARY, config.vocab_size)
+        extra = {**config.extra, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": size}
+        return replace(config, bias=False, qkv_bias=False, extra=extra)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -79,7 +97,11 @@ class Eagle3Head(PairHead):
         return self.config.extra.get("target_hidden_size") or self.config.hidden_size
 
     def aux_layers(self, target: Target) -> tuple[int, ...]:
-        return aux_layers(len(target.decoder.layers), self._listed)
+        return self.layers_of(len(target.decoder.layers))
+
+    def layers_of(self, layers: int) -> tuple[int, ...]:
+        """Those that it reads of a target of so many layers, see `aux_layers`."""
+        return aux_layers(layers, self._listed)
 
     # --- what the layer reads ---
 

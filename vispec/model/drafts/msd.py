@@ -22,14 +22,23 @@ from vispec.model.pairs import PairLayout, Span, plan_pairs
 
 
 class MSDHead(DraftHead):
-    """MSD's head. Parameter names are those of the published checkpoints."""
+    """MSD's head. Parameter names are those of the published checkpoints.
+
+    Args:
+        input_norm: of the layer; None: where there are biases of q, k and v, as in heads for Qwen2-VL.
+    """
 
     method = "msd"
 
-    def __init__(self, config: DraftConfig, input_norm: bool = False):
-        # of configs for Qwen2-VL; with three equal rows of positions M-RoPE is the plain one
-        super().__init__(replace(config, rope_scaling=None), input_norm)
-        self.config = replace(config, extra={**config.extra, "method": self.method})
+    def __init__(self, config: DraftConfig, input_norm: bool | None = None):
+        # configs for Qwen2-VL ask for M-RoPE, but of three equal rows of positions, which is the plain embedding
+        super().__init__(replace(config, rope_scaling=None), config.qkv_bias if input_norm is None else input_norm)
+        self.config = self.new_config(config)
+
+    @classmethod
+    def new_config(cls, config: DraftConfig) -> DraftConfig:
+        """One that says whose head it is, which its tensors do not tell."""
+        return replace(config, extra={**config.extra, "method": cls.method})
 
     def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
         return plan_pairs(lengths, images, compressed=None)
