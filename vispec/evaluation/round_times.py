@@ -46,6 +46,7 @@ class PassCosts:
 
     def __init__(self, model: "SpecModel", context: int):
         target, draft = model.target, model.draft
+        own_head = getattr(draft, "lm_head", None)
         text, config = target.text_config, draft.config
         heads = text.num_attention_heads
         self._context, self._element = context, target.embed_tokens.weight.element_size()
@@ -57,9 +58,9 @@ class PassCosts:
         self._modules = {
             DECODER: [target.decoder],
             HEAD: [target.lm_head],
-            DRAFT_LAYER: [*draft.beside_layers(), *draft.layers],
+            DRAFT_LAYER: [*(layer for layer in draft.beside_layers() if layer is not own_head), *draft.layers],
         }
-        self._head_shape = drafted_tokens(model), text.hidden_size
+        self._head_shape = draft.proposed, text.hidden_size
 
     def of(self, part: str, rows: int) -> Cost:
         """A pass of `rows` rows: weights, keys and values once, and the arithmetic."""
@@ -70,12 +71,6 @@ class PassCosts:
         if part in self._attention:
             cost += attention_cost(*self._attention[part], rows, self._context + rows, self._element)
         return cost
-
-
-def drafted_tokens(model: "SpecModel") -> int:
-    """Rows of the output head that the draft reads: those of its draft vocabulary, or all."""
-    vocabulary = model.draft.draft_vocab
-    return model.target.lm_head.weight.shape[0] if vocabulary is None else len(vocabulary)
 
 
 def round_passes(shape: TreeShape) -> list[tuple[int, str, int]]:
@@ -237,7 +232,7 @@ def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
             return expand_levels(estimates, lambda hidden, tokens, parents: hidden, root, shape, output)
 
     shape, target = model.shape, model.target
-    logits = torch.randn(1, shape.top_k, drafted_tokens(model), device=model.device).to(target.dtype)
+    logits = torch.randn(1, shape.top_k, model.draft.proposed, device=model.device).to(target.dtype)
     output = model.draft.output(target)._replace(logits=lambda hidden: logits[:, : hidden.shape[1]])
     root = torch.zeros(1, dtype=torch.long, device=model.device)
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vispec.model.drafts import Eagle3Head
-from vispec.model.drafts.formats import proposed
 from vispec.train.chain import drafted_in_a_row
 from vispec.train.draft_vocab import rank_tokens
 from vispec.train.losses import chunk_rows
@@ -63,7 +62,7 @@ class Eagle3Trainer(Trainer):
     def drafted_tokens(self, outs: torch.Tensor) -> torch.Tensor:
         chunks = outs.split(chunk_rows(outs.device.type, self.head.lm_head.out_features, 1))
         best = torch.cat([self.head.logits(chunk).argmax(-1) for chunk in chunks])
-        return best + self.head.d2t[best]
+        return self.head.token_ids[best]
 
     def _rows(self, batch: Batch, steps: int) -> torch.Tensor:
         hidden, embeds = self.head.project(batch.hidden), batch.embeds(self._table)
@@ -93,9 +92,8 @@ def token_loss(
 def _sums(head, outs, targets, reached, lm_head) -> torch.Tensor:
     with torch.no_grad():
         said = F.linear(targets.to(lm_head.dtype), lm_head).float()
-        best, tokens = said.argmax(-1), proposed(head.d2t, lm_head.shape[0])
-        known = head.t2d[best]
-        expected = said[:, tokens].softmax(-1)[:, None]
+        known = head.t2d[said.argmax(-1)]
+        expected = said[:, head.token_ids].softmax(-1)[:, None]
         place = expected[:, 0].argmax(-1, keepdim=True)  # of the target's choice, where it is known
         weights = DECAY ** torch.arange(outs.shape[1], device=outs.device)
     logits = head.logits(outs).float()

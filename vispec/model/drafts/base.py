@@ -140,9 +140,13 @@ class BaseHead(nn.Module):
         """Hidden size of the target."""
         return self.config.hidden_size
 
+    @property
+    def proposed(self) -> int:
+        """How many tokens it may propose."""
+        return self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
+
     def fit(self, shape: TreeShape) -> TreeShape:
-        vocabulary = self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
-        return shape.fitted(vocabulary, self.fixed_depth)
+        return shape.fitted(self.proposed, self.fixed_depth)
 
     def reach(self, shape: TreeShape) -> int:
         return shape.levels + 1 + shape.depth * shape.top_k

@@ -21,11 +21,10 @@ from torch import nn
 
 from vispec.model.arguments import whole
 from vispec.model.drafts.config import DraftConfig
-from vispec.model.drafts.formats import AUX_LAYERS, proposed
+from vispec.model.drafts.formats import AUX_LAYERS, token_ids
 from vispec.model.drafts.layer import DraftLayer, rotary_frequencies
 from vispec.model.drafts.pair_head import DraftMemory, PairHead
 from vispec.model.pairs import PairLayout
-from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
 from vispec.model.tree import DraftOutput
 
@@ -141,12 +140,17 @@ class Eagle3Head(PairHead):
 
     # --- tokens ---
 
-    def fit(self, shape: TreeShape) -> TreeShape:
-        return shape.fitted(self.lm_head.out_features)
+    @property
+    def proposed(self) -> int:
+        return self.lm_head.out_features
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """(V_d,) the target's token of each of its own."""
+        return token_ids(self.d2t)
 
     def output(self, target: Target) -> DraftOutput:
-        tokens = proposed(self.d2t, self.config.vocab_size)
-        return DraftOutput(self.logits, self.expect_logits, tokens)
+        return DraftOutput(self.logits, self.expect_logits, self.token_ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) estimates -> (…, V_d)."""

@@ -60,22 +60,18 @@ def as_specforge(
         if "d2t" not in weights and size == config.vocab_size:
             weights["d2t"] = torch.zeros(size, dtype=torch.long)
     if "d2t" in weights:
-        tokens = proposed(weights["d2t"], config.vocab_size)
+        tokens = token_ids(weights["d2t"])
+        if tokens.numel() and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
+            raise ValueError(
+                f"d2t leads to tokens from {int(tokens.min())} to {int(tokens.max())}, expected 0 to "
+                f"{config.vocab_size - 1}"
+            )
         if "t2d" not in weights:
             weights["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
     own = {"bias": "fc.bias" in weights, "qkv_bias": "midlayer.self_attn.q_proj.bias" in weights}
     return weights, replace(config, extra=extra, **own)
 
 
-def proposed(d2t: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(V_d,) the target's tokens that a head proposes, from how far each is behind its number in the head.
-
-    Raises:
-        ValueError: the target has no such tokens.
-    """
-    tokens = d2t.long() + torch.arange(len(d2t), device=d2t.device)
-    if tokens.numel() and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-        raise ValueError(
-            f"d2t leads to tokens from {int(tokens.min())} to {int(tokens.max())}, expected 0 to {vocab_size - 1}"
-        )
-    return tokens
+def token_ids(d2t: torch.Tensor) -> torch.Tensor:
+    """(V_d,) the target's tokens that a head proposes, from how far each is behind its number in the head."""
+    return d2t.long() + torch.arange(len(d2t), device=d2t.device)
