@@ -361,3 +361,20 @@ def test_only_its_own_tokens_are_drafted():
     _, trees = run(model, Recording(image_prompt(target, 0, "."), {}, []))
     drafted = torch.cat([tree.tokens[0, 1:] for tree in trees])
     assert torch.isin(drafted, proposed_tokens(model.draft.config.vocab_size)).all()
+
+
+def test_targets_whose_layers_pass_on_something_else_are_refused(monkeypatch):
+    """As Gemma 3n's do, which pass on several streams side by side."""
+    target = Target(random_target("llava_1.5", 1))
+    layer = target.decoder.layers[1]
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda hidden, *args, **kwargs: forward(hidden[0], *args, **kwargs))
+    before = target.decoder.layers[0].register_forward_hook(lambda module, args, out: (out[0][None], *out[1:]))
+    inputs = image_prompt(target.model, 0, ".")
+    ids = inputs.pop("input_ids")
+    try:
+        target.prefill(target.new_cache(1, ids.shape[1]), ids, inputs)
+        with pytest.raises(ValueError, match=r"its layers read \(1, 1, 5, 64\) where features are \(1, 5, 64\)"):
+            target.prefill(target.new_cache(1, ids.shape[1]), ids, inputs, (1,))
+    finally:
+        before.remove()

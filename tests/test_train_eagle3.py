@@ -15,7 +15,7 @@ from vispec import SpecModel
 from vispec.ge_data.sample_file import read_sample
 from vispec.model.drafts import load_draft
 from vispec.model.drafts.formats import AUX_LAYERS
-from vispec.train import eagle3, main, main_eagle3
+from vispec.train import draft_vocab, eagle3, main, main_eagle3
 from vispec.train.chain import drafted_in_a_row
 from vispec.train.draft_vocab import count_answers
 from vispec.train.eagle3 import DECAY, STEPS, token_loss
@@ -95,39 +95,33 @@ def config(tmp_path) -> Path:
     return path
 
 
-def flags(config: Path, cpdir: Path, *folders: Path) -> list[str]:
-    shared = ["--basepath", TARGETS["llava"], "--configpath", str(config), "--cpdir", str(cpdir), "--save-every", "4"]
-    return [*shared, "--num-epochs", "4", "--lr", "1e-2", "--tmpdir", *map(str, folders)]
+def flags(config: Path, cpdir: Path, *folders: Path, epochs: int = 4, steps: int = 3) -> list[str]:
+    shared = ["--basepath", TARGETS["llava"], "--configpath", str(config), "--cpdir", str(cpdir)]
+    shared += ["--num-epochs", str(epochs), "--save-every", str(epochs), "--ttt-length", str(steps), "--lr", "1e-2"]
+    return [*shared, "--tmpdir", *map(str, folders)]
 
 
-def test_stored_and_online_training_and_the_head_that_comes_of_it(made, config, tmp_path):
+def test_same_weights_from_stored_and_from_online_features(made, config, tmp_path):
     weights = []
-    for name, more in (("eagle3", ()), ("tokens", ("--online", "--bs", "1"))):
-        cpdir = tmp_path / name
-        assert main_eagle3.main([*flags(config, cpdir, made / f"text_{name}", made / f"image_{name}"), *more]) == 0
-        weights.append(load_file(cpdir / "state_4" / "model.safetensors"))
+    for name, more in (("eagle3", ()), ("tokens", ("--online",))):
+        asked = flags(config, tmp_path / name, made / f"text_{name}", made / f"image_{name}", epochs=1)
+        assert main_eagle3.main([*asked, *more]) == 0
+        weights.append(load_file(tmp_path / name / "state_1" / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys() and "fc.bias" not in weights[0]
     for name, value in weights[0].items():
         torch.testing.assert_close(value.float(), weights[1][name].float(), rtol=0, atol=1e-4)
-    lines = [json.loads(line) for line in (tmp_path / "eagle3" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["train"]["loss"] < 0.9 * lines[0]["train"]["loss"]
-    assert lines[-1]["held_out"]["first1"] == lines[-1]["held_out"]["top1"]
 
     paths = hold_out(find_samples([str(made / "text_eagle3"), str(made / "image_eagle3")]))[0]
     counts = count_answers(paths, len(weights[0]["t2d"]), "")
     tokens = weights[0]["d2t"] + torch.arange(20)
     assert torch.equal(weights[0]["t2d"].nonzero()[:, 0], tokens) and counts[tokens].sum() == counts.topk(20)[0].sum()
 
-    model = SpecModel.from_pretrained(TARGETS["llava"], str(tmp_path / "eagle3" / "state_4"), tree="12/3/4")
-    assert model.draft.method == "eagle3"
-    inputs = image_prompt(model.target.model, 1, ".a.")
-    answer = model.specgenerate(**inputs, max_new_tokens=12)
-    assert answer.tolist() == generate_by_target(model.target.model, inputs, max_new_tokens=12).tolist()
 
-
-def test_a_run_goes_on_where_it_stopped(made, config, tmp_path, monkeypatch):
-    whole = flags(config, tmp_path / "whole", made / "text_eagle3")
-    assert main_eagle3.main(whole) == 0
+def test_a_run_goes_on_where_it_stopped_and_its_head_decodes(made, config, tmp_path, monkeypatch):
+    assert main_eagle3.main(flags(config, tmp_path / "whole", made / "text_eagle3")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train"]["loss"] < 0.9 * lines[0]["train"]["loss"]
+    assert lines[-1]["held_out"]["first1"] == lines[-1]["held_out"]["top1"]
     stopped = flags(config, tmp_path / "stopped", made / "text_eagle3")
     evaluate = eagle3.Eagle3Trainer.evaluate
 
@@ -142,6 +136,12 @@ def test_a_run_goes_on_where_it_stopped(made, config, tmp_path, monkeypatch):
     assert main_eagle3.main(stopped) == 0
     found, expected = (load_file(tmp_path / one / "state_4" / "model.safetensors") for one in ("stopped", "whole"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    model = SpecModel.from_pretrained(TARGETS["llava"], str(tmp_path / "whole" / "state_4"), tree="12/3/4")
+    assert model.draft.method == "eagle3"
+    inputs = image_prompt(model.target.model, 1, ".a.")
+    answer = model.specgenerate(**inputs, max_new_tokens=12)
+    assert answer.tolist() == generate_by_target(model.target.model, inputs, max_new_tokens=12).tolist()
 
 
 def test_data_of_other_layers_are_refused(made, config, tmp_path):
@@ -189,3 +189,18 @@ def test_broken_files_are_named(made, tmp_path, changes, message):
 def test_layers_are_for_eagle3_data_alone(tmp_path):
     with pytest.raises(ValueError, match="--aux-layers 1 2: only --store eagle3 stores them"):
         generate("text", "llava", tmp_path, tmp_path / "out", "--aux-layers", "1", "2")
+
+
+def test_a_draft_vocabulary_is_not_made_for_it(made, config, tmp_path):
+    head = tmp_path / "head"
+    head.mkdir()
+    config.rename(head / "config.json")
+    folders = ["--counts", str(made / "text_tokens"), "--size", "20", "--spec-model-path", str(head)]
+    with pytest.raises(ValueError, match="an EAGLE-3 head, which has a vocabulary of its own"):
+        draft_vocab.main(folders)
+
+
+def test_the_plan_of_a_run(made, config, tmp_path, capsys):
+    assert main_eagle3.main([*flags(config, tmp_path / "cp", made / "text_eagle3"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters    67,072 trained" in printed and "x 3 step(s) x" in printed and not (tmp_path / "cp").exists()

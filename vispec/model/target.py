@@ -263,6 +263,12 @@ class Target:
         """(B, L, F) what a draft reads of a pass: features after the final norm, or what went into some layers."""
         if not watched:
             return hidden
+        if any(state.shape != hidden.shape for state in watched.values()):
+            shapes = ", ".join(sorted({str(tuple(state.shape)) for state in watched.values()}))
+            raise ValueError(
+                f"{type(self.decoder).__name__}: its layers read {shapes} where features are {tuple(hidden.shape)}: no "
+                "head for their inputs is known"
+            )
         return torch.cat([state.to(self.device) for state in watched.values()], dim=-1)
 
     def _offset(
