@@ -9,7 +9,7 @@ from launching import command, finish
 from test_train_steps import EIGHT_SHAPES, write_data
 
 from vispec.ge_data.sample_file import make_sample, read_sample
-from vispec.train import main, main_medusa, main_mtp
+from vispec.train import main, main_eagle3, main_medusa, main_msd, main_mtp
 from vispec.train.plan import marked_text
 from vispec.train.samples import hold_out
 
@@ -88,7 +88,7 @@ def test_flags_that_make_no_sense(arguments):
             main.main([*arguments, *more])
 
 
-@pytest.mark.parametrize("command", [main, main_mtp, main_medusa])
+@pytest.mark.parametrize("command", [main, main_mtp, main_medusa, main_eagle3, main_msd])
 def test_a_flag_that_cannot_be_read_is_named_in_one_line(arguments, command, capsys):
     with pytest.raises(SystemExit) as end:
         command.main([*arguments, "--bs", "x"])

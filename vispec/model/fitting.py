@@ -25,7 +25,7 @@ def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
 def check_pair(target: Target, draft: BaseHead) -> None:
     """A draft head reads the target's features and embeddings, so sizes have to agree."""
     vocabulary, hidden = target.embed_tokens.weight.shape
-    found = draft.config.hidden_size, draft.config.vocab_size
+    found = draft.target_size, draft.config.vocab_size
     if found != (hidden, vocabulary):
         raise ValueError(
             f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "

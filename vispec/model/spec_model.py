@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from vispec.methods import HEADS, LOOKUP
 from vispec.model.arguments import whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
-from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
+from vispec.model.drafts import BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
 from vispec.model.fitting import check_pair, fitted
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
@@ -110,7 +111,7 @@ class SpecModel:
             base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads; or one that is
                 loaded.
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
-            method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given. "lookup"
+            method: one of vispec.methods.HEADS; read from the weights, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
             total_token, depth, top_k, tree, fast: see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
@@ -127,9 +128,9 @@ class SpecModel:
         TreeShape(total_token, depth, top_k)
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
             tree = TreeShape.parse(tree)
-        if method not in (None, "lookup", *METHODS):
-            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}, lookup")
-        if method == "lookup" and spec_model_path is not None:
+        if method not in (None, LOOKUP, *HEADS):
+            raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}, {LOOKUP}")
+        if method == LOOKUP and spec_model_path is not None:
             raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
         place = {"revision": spec_revision, "subfolder": spec_subfolder}
         if spec_model_path is None and any(place.values()):
@@ -143,7 +144,7 @@ class SpecModel:
         elif dtype != "auto" or device_map is not None:
             raise ValueError("dtype and device_map load a target, found one that is loaded")
         model = cls(target, None, total_token, depth, top_k, tree, fast)
-        if method == "lookup":
+        if method == LOOKUP:
             model._attach(PromptLookup())
         elif spec_model_path is not None:
             embedding = model.target.embed_tokens.weight

@@ -8,10 +8,11 @@ After the prompt only the text decoder and the output head are called, with our 
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +29,7 @@ from vispec.model.products import obstacle as product_obstacle
 from vispec.model.refusals import refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
+from vispec.model.watching import Watched, watching, watching_prompt
 from vispec.model.windows import KINDS, Windows
 
 logger = logging.getLogger("vispec")
@@ -57,6 +59,19 @@ class Prompt:
     """Token spans of each row's images, and of the frames of its videos."""
     rope_delta: torch.Tensor | None
     """(B, 1) what is added to positions after the prompt: M-RoPE's delta, 1 where a family counts from 1; None: 0."""
+    features: torch.Tensor
+    """(B, L, F) what a draft reads: `hidden`, or what goes into the layers that were asked for, side by side."""
+    positions: torch.Tensor | None
+    """(axes, B, L) of M-RoPE; None where the decoder was given one number for each token, or none."""
+
+
+class States(NamedTuple):
+    """What the text decoder makes of n new tokens."""
+
+    hidden: torch.Tensor
+    """(B, n, H) after the final norm: what the output head reads."""
+    features: torch.Tensor
+    """(B, n, F) what a draft reads, see `Prompt`."""
 
 
 class Target:
@@ -98,7 +113,7 @@ class Target:
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
         axes = _position_axes(self.decoder, self.text_config)
-        self._stock = StockDecoder(self.decoder, axes, tables_behind_text(model))
+        self._stock = StockDecoder(self.decoder, axes, self._prefill_lock, tables_behind_text(model))
         self._products: Products | None = None
         self._text: StockDecoder | LeanDecoder = self._stock
         if self.fast:
@@ -197,13 +212,16 @@ class Target:
         return TreeCache(self.layer_devices, batch_size, capacity)
 
     @torch.no_grad()
-    def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping) -> Prompt:
+    def prefill(
+        self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()
+    ) -> Prompt:
         """Run the whole VLM over a prompt; its keys and values are committed to `cache`.
 
         Args:
             cache: empty.
             input_ids: (B, L).
             inputs: what else the family's processor returned, attention_mask included.
+            layers: see `forward`.
         """
         batch, length = input_ids.shape
         refuse_missing(self.model, inputs)
@@ -217,7 +235,9 @@ class Target:
             self._refresh()
             if self._rope_owner is not None:
                 self._rope_owner.rope_deltas = None
-            with self._watch() as seen:
+            watched: Watched = dict.fromkeys(layers)
+            around = watching_prompt(self.decoder, self.embed_tokens, self.lm_head)
+            with around as seen, watching(self.decoder.layers, watched):
                 logits = self.model(
                     input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
                 ).logits
@@ -226,15 +246,30 @@ class Target:
                 remembered, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
         offset = self._offset(seen["positions"], remembered, batch, length)
         cache.commit(torch.full_like(cache.lengths, length))
+        hidden, positions = seen["hidden"].to(self.device), seen["positions"]
         return Prompt(
             input_ids.to(self.device),
             inputs,
-            seen["hidden"].to(self.device),
+            hidden,
             seen["embeds"].to(self.device),
             logits[:, -1].to(self.device),
             spans,
             offset if offset is None else offset.to(self.device),
+            self._features(hidden, watched),
+            positions.to(self.device) if positions is not None and positions.dim() == 3 else None,
         )
+
+    def _features(self, hidden: torch.Tensor, watched: Watched) -> torch.Tensor:
+        """(B, L, F) what a draft reads of a pass: features after the final norm, or what went into some layers."""
+        if not watched:
+            return hidden
+        if any(state.shape != hidden.shape for state in watched.values()):
+            shapes = ", ".join(sorted({str(tuple(state.shape)) for state in watched.values()}))
+            raise ValueError(
+                f"{type(self.decoder).__name__}: its layers read {shapes} where features are {tuple(hidden.shape)}: no "
+                "head for their inputs is known"
+            )
+        return torch.cat([state.to(self.device) for state in watched.values()], dim=-1)
 
     def _offset(
         self, positions: torch.Tensor | None, remembered: torch.Tensor | None, batch: int, length: int
@@ -261,8 +296,13 @@ class Target:
         return offset.expand(batch, 1)
 
     def forward(
-        self, cache: TreeCache, tokens: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        cache: TreeCache,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        ancestors: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> States:
         """Run the text decoder over n new tokens a row; their keys stay provisional in `cache`.
 
         Args:
@@ -270,9 +310,7 @@ class Target:
             positions: (B, n), rope deltas added.
             ancestors: (B, n, n) bool, which of the new tokens each of them sees; None where nothing is to be hidden:
                 n = 1 and a single row whose length the host knows exactly, so that `cache.used` is that length.
-
-        Returns:
-            (B, n, H) features.
+            layers: numbers of those whose inputs are to be the features, ascending; none: what the output head reads.
         """
         cache.reserve(tokens.shape[1])
         if ancestors is None and self._windows:
@@ -282,8 +320,10 @@ class Target:
         if self._embedded is not None:
             tokens = self._embedded[tokens]
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
+        watched: Watched = dict.fromkeys(layers)
         with self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
-            return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
+            hidden = self._text(cache, embeds, self._place(positions), self._place(mask), watched).to(self.device)
+        return States(hidden, self._features(hidden, watched))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
@@ -295,39 +335,6 @@ class Target:
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value
-
-    @contextmanager
-    def _watch(self):
-        """Record the decoder's merged embeddings and features of this thread's pass; only its last row gets logits."""
-        seen: dict[str, torch.Tensor | None] = {}
-        me = threading.get_ident()
-
-        # a pass of another thread may meet a hook that is half added or half removed, and then gives it no kwargs
-        def decoder_inputs(module, args, kwargs=None):
-            if threading.get_ident() == me:
-                embeds = kwargs["inputs_embeds"]
-                # a class that reads no images leaves its decoder to embed the text
-                seen["embeds"] = self.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
-                seen["positions"] = kwargs.get("position_ids")
-
-        def decoder_outputs(module, args, output):
-            if threading.get_ident() == me:
-                seen["hidden"] = output[0]
-
-        def head_inputs(module, args):
-            if threading.get_ident() == me:
-                return (args[0][:, -1:], *args[1:])
-
-        handles = [
-            self.decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
-            self.decoder.register_forward_hook(decoder_outputs),
-            self.lm_head.register_forward_pre_hook(head_inputs),
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:

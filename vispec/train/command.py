@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,19 +17,22 @@ from vispec.cli import DTYPES, one_line, parse_bool, provenance
 from vispec.files import write_json_atomic
 from vispec.ge_data.sample_file import read_tokens
 from vispec.locks import alone_in
-from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, build_head, load_draft
+from vispec.model.drafts import BaseHead, Eagle3Head, ViSpecHead, build_head, load_draft
 from vispec.model.drafts.checkpoints import fill, identify, read_config
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import model_card
 from vispec.model.drafts.vocabulary import DraftVocabulary
+from vispec.train.draft_vocab import count_answers
+from vispec.train.eagle3 import Eagle3Trainer, begin
 from vispec.train.folders import check_folders
 from vispec.train.medusa import MedusaTrainer
+from vispec.train.msd import MSDTrainer
 from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
 from vispec.train.recipe import Recipe, recipe_identity
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths, skipped_samples
 from vispec.train.states import RESUME_FILE, read_resume, refuse_others
-from vispec.train.target_weights import read_tables, tables_digest
+from vispec.train.target_weights import count_layers, read_tables, tables_digest
 from vispec.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -105,24 +109,32 @@ def recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
     )
 
 
+def eagle_recipe_of(args: argparse.Namespace, objective, mtp_steps: int) -> Recipe:
+    """As EAGLE's authors and those of MSD train: gradients are scaled down to a norm, and weights do not decay."""
+    if args.clip_value is None and args.clip_norm is None:
+        args.clip_norm = Recipe.clip_value
+    return replace(recipe_of(args, objective, mtp_steps), weight_decay=0.0)
+
+
 def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, num_q: int | None = None) -> BaseHead:
     """The head to train: from --loadpath, or random from --configpath.
 
     An EAGLE-2 head can become a ViSpec head: the adaptor and img_fc, and only these, then begin as they do in training.
     """
     torch.manual_seed(args.seed)
-    config = read_config(args.configpath) if args.configpath else None
+    config = _asked_config(args, method) if args.configpath else None
     if args.loadpath is None:
         if config is None:
             raise ValueError("--configpath is needed where there is no --loadpath to start from")
-        classes = {"eagle2": DraftHead, "medusa": MedusaHead}
-        head = ViSpecHead(config, num_q or 2) if method == "vispec" else classes[method](config)
+        head = BaseHead.kinds[method](config, **({"num_q": num_q} if num_q else {}))
         if method == "vispec":
             logger.warning("no --loadpath: the head starts from random weights")
             head.reset_image_parameters()
         _put_embedding(head, embedding)
         return head
-    loaded = load_draft(args.loadpath, dtype=torch.float32, embedding=embedding.float())
+    # MSD's heads have EAGLE-2's tensors, so either may become one
+    asked = method if method == "msd" else None
+    loaded = load_draft(args.loadpath, asked, dtype=torch.float32, embedding=embedding.float())
     if config is not None:
         _compare_configs(config, loaded.config, args)
     if loaded.method == method:
@@ -139,6 +151,10 @@ def start_head(args: argparse.Namespace, embedding: torch.Tensor, method: str, n
     return head
 
 
+def _asked_config(args: argparse.Namespace, method: str) -> DraftConfig:
+    return BaseHead.kinds[method].new_config(read_config(args.configpath))
+
+
 def _resumed_head(args: argparse.Namespace, embedding: torch.Tensor, state: dict) -> tuple[BaseHead, str | None, dict]:
     """The head of a run that goes on, without the one it began from; --loadpath and config as the run has them.
 
@@ -148,7 +164,7 @@ def _resumed_head(args: argparse.Namespace, embedding: torch.Tensor, state: dict
     loadpath = identity.get("loadpath")
     try:
         config = DraftConfig.from_dict(identity.get("config", {}), source=str(path))
-        head = build_head(config, **identify(state["head"], path, None, None))
+        head = build_head(config, **identify(state["head"], config, path, None, None))
     except (TypeError, ArithmeticError, RuntimeError) as error:  # of numbers that are none, or impossible
         raise ValueError(f"{path}: no head has the config that it holds ({one_line(error)})") from None
     fill(head, state["head"], path, torch.float32, embedding.float())
@@ -156,9 +172,9 @@ def _resumed_head(args: argparse.Namespace, embedding: torch.Tensor, state: dict
     if state["draft_vocab"]:
         head.draft_vocab = DraftVocabulary(**state["draft_vocab"])
     if args.configpath and loadpath is None:
-        config = read_config(args.configpath)
+        config = _asked_config(args, head.method)
     elif args.configpath:
-        _compare_configs(read_config(args.configpath), config, args)
+        _compare_configs(_asked_config(args, head.method), config, args)
     return head, args.loadpath or loadpath, config.to_dict()
 
 
@@ -213,18 +229,25 @@ def _make_trainer(
     check_folders(paths, not args.online, args.basepath)
     skip = skipped_samples(paths, args.skip)
     train_paths, held_out_paths = hold_out(paths)
-    all_features = method == "eagle2"
+    layers = ()
+    if isinstance(head, Eagle3Head):
+        layers = head.layers_of(count_layers(args.basepath))
+        if state is None and args.loadpath is None:
+            begin(head, lm_head, count_answers(train_paths, head.config.vocab_size, "answers"))
+    all_features = method in ("eagle2", "eagle3")
     online = None
     if args.online:
         train_set, held_out_set, online = _online_data(
-            args, train_paths, held_out_paths, processes, all_features, head.config.vocab_size
+            args, train_paths, held_out_paths, processes, all_features, layers, head.config.vocab_size
         )
     elif args.data_folder is not None:
         raise ValueError(f"--data-folder {args.data_folder}: only --online reads images")
     else:
         sizes = (head.config.vocab_size, head.config.hidden_size)
-        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features, sizes)
-        held_out_set = SampleFolder(held_out_paths, args.max_len, all_features=all_features, sizes=sizes)
+        train_set = SampleFolder(train_paths, args.max_len, args.noise, args.seed, all_features, sizes, layers)
+        held_out_set = SampleFolder(
+            held_out_paths, args.max_len, all_features=all_features, sizes=sizes, layers=layers
+        )
         train_set[(0, None)]  # data of another target are refused before anything is written
     lengths = (read_lengths(train_paths, args.max_len), read_lengths(held_out_paths, args.max_len))
     identity = {
@@ -245,7 +268,7 @@ def _make_trainer(
     }
     identity.pop("accumulation")
     head_dtype = torch.bfloat16 if processes.autocast else torch.float32
-    trainer_class = MedusaTrainer if method == "medusa" else Trainer
+    trainer_class = {"medusa": MedusaTrainer, "eagle3": Eagle3Trainer, "msd": MSDTrainer}.get(method, Trainer)
     sets = (train_set, held_out_set, lengths)
     trainer = trainer_class(head, lm_head.to(head_dtype), *sets, recipe, folder, processes, identity, online, skip)
     trainer.describe = partial(_describe, args, identity)
@@ -280,6 +303,7 @@ def _online_data(
     held_out_paths: Sequence[Path],
     processes: Processes,
     all_features: bool,
+    layers: tuple[int, ...],
     vocab_size: int,
 ) -> "tuple[TokenFolder, TokenFolder, OnlineFeatures]":
     """Both sets without features, and the target that computes them."""
@@ -288,7 +312,7 @@ def _online_data(
     folders = {path.parent for path in [*train_paths, *held_out_paths]}
     pictures = Pictures(args.basepath, folders, args.data_folder, args.allow_outside)
     target = load_frozen(args.basepath, args.target_dtype, processes.device)
-    online = OnlineFeatures(target, args.max_len, Noise(args.noise, args.seed), all_features)
+    online = OnlineFeatures(target, args.max_len, Noise(args.noise, args.seed), all_features, layers)
     train_set, held_out_set = (TokenFolder(paths, pictures, vocab_size) for paths in (train_paths, held_out_paths))
     return train_set, held_out_set, online
 

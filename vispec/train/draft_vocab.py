@@ -148,7 +148,10 @@ def _check(args: argparse.Namespace, base: str, vocab_size: int, required: int) 
 
     if not Path(args.spec_model_path).is_dir():
         raise UserError(f"--spec-model-path {args.spec_model_path}: expected a local folder with a draft head")
-    found = read_config(Path(args.spec_model_path, CONFIG)).vocab_size
+    config = read_config(Path(args.spec_model_path, CONFIG))
+    if "draft_vocab_size" in config.extra:
+        raise UserError(f"--spec-model-path {args.spec_model_path}: an EAGLE-3 head, which has a vocabulary of its own")
+    found = config.vocab_size
     if found != vocab_size:
         raise UserError(
             f"--spec-model-path {args.spec_model_path}: a head for {found} tokens, but {base} has {vocab_size}"

@@ -108,10 +108,19 @@ class OnlineFeatures:
         max_len: longer samples are cut.
         noise: of the input features.
         all_features: also those of image positions.
+        layers: those of the target whose inputs the head reads in place of its features.
     """
 
-    def __init__(self, target: Target, max_len: int, noise: Noise, all_features: bool = False):
-        self.target, self.max_len, self.noise, self.all_features = target, max_len, noise, all_features
+    def __init__(
+        self,
+        target: Target,
+        max_len: int,
+        noise: Noise,
+        all_features: bool = False,
+        layers: tuple[int, ...] = (),
+    ):
+        self.target, self.max_len, self.noise = target, max_len, noise
+        self.all_features, self.layers = all_features, layers
         target.model.requires_grad_(False)
 
     def batch(self, items: Sequence[tuple[Tokens, Unseen]]) -> Batch:
@@ -123,7 +132,7 @@ class OnlineFeatures:
     def _sample(self, tokens: Tokens, inputs: dict[str, torch.Tensor]) -> Sample:
         store = "all" if self.all_features and tokens.images else "pairs"
         try:
-            sample = features(self.target, tokens.input_ids, tokens.loss_mask, inputs, store)
+            sample = features(self.target, tokens.input_ids, tokens.loss_mask, inputs, store, self.layers)
         except ValueError as error:
             raise ValueError(f"{tokens.name}: {error}") from None
         if sample.images != tokens.images:

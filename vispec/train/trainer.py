@@ -84,7 +84,7 @@ class Trainer:
             self.parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
         self.group_size = recipe.batch_size * recipe.accumulation * processes.count
-        self.steps_per_epoch = math.ceil(len(train) / self.group_size)
+        self.steps_per_epoch = len(self.groups(0))
         self.epoch, self.step_in_epoch, self.sums = 0, 0, Sums()
         self.seconds = 0.0
         """What the epoch's steps have taken so far, also before an interruption."""
@@ -190,12 +190,15 @@ class Trainer:
             self.save()
             print(_describe(self.epoch, self.recipe.epochs, line), flush=True)
 
+    def groups(self, epoch: int) -> list[list[int]]:
+        """The samples of each step of an epoch, as many steps in each."""
+        return epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, epoch)
+
     def _train_epoch(self, log: MetricsLog | None) -> None:
         from tqdm import tqdm
 
         groups = [
-            [index for index in group if index not in self.skipped[0]]
-            for group in epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, self.epoch)
+            [index for index in group if index not in self.skipped[0]] for group in self.groups(self.epoch)
         ][self.step_in_epoch :]
         mine = [
             micro_batches(group, self.recipe.batch_size, self.processes.index, self.processes.count) for group in groups
@@ -279,11 +282,15 @@ class Trainer:
         right = torch.zeros(DEPTH, shape.numel(), dtype=torch.bool, device=choice.device)
         with self.processes.precision():
             for m, out in enumerate(self.drafted(batch)):
-                right[m, batch.scored] = self._tokens(out) == choice
+                right[m, batch.scored] = self.drafted_tokens(out) == choice
         along, scored = torch.zeros_like(right[0]), torch.zeros_like(right[0])
         scored[batch.scored] = True
         along[batch.scored] = batch.ids.flatten()[batch.scored + 2] == choice
         return count_in_a_row(right.view(DEPTH, *shape), along.view(shape), scored.view(shape))
+
+    def drafted_tokens(self, outs: torch.Tensor) -> torch.Tensor:
+        """(S,) the token that each output (S, H) proposes first."""
+        return self._tokens(outs)
 
     def _tokens(self, features: torch.Tensor) -> torch.Tensor:
         chunks = features.split(chunk_rows(features.device.type, self.lm_head.shape[0], 1))
