@@ -169,7 +169,7 @@ def pictures(rng: random.Random, shop: Workshop) -> Case:
         note = rng.choice((b"II*\0", b"garbage!", b"", b"MM\0*\0\0\0\x08\0\x01\x01\x12", rng.randbytes(20)))
         content, told, right = _saved(image.resize((60, 40)), form, exif=b"Exif\0\0" + note), f"{form} EXIF", ACCEPTED
     elif kind == "mode":
-        mode = rng.choice(("1", "L", "LA", "P", "RGBA", "I;16", "I", "F", "CMYK", "YCbCr", "LAB"))
+        mode = rng.choice(("1", "L", "LA", "P", "RGBA", "I;16", "I", "F", "CMYK", "LAB"))
         form = "TIFF" if mode not in ("1", "L", "LA", "P", "RGBA", "I;16") else "PNG"
         image = Image.new(mode, (60, 40), 1 if mode[0] in "1LPIF" and mode not in ("LA", "LAB") else None)
         content, told, right = _saved(image, form), f"{form} {mode}", ACCEPTED
@@ -361,7 +361,7 @@ def data(rng: random.Random, shop: Workshop) -> Case:
     elif kind == "row":
         bad = rng.choice(BAD_ROWS)
         content, told = mutations.json_bytes([bad]), f"{bad!r:.80}"
-        right = REFUSED if image or "image" not in told else EITHER
+        right = EITHER if not image and isinstance(bad, dict) and bad.get("conversations") else REFUSED
     elif kind == "lines" and not image:
         lines = [json.dumps(row).encode() for row in rows]
         lines[1], told, broken = mutations.text_bytes(rng, lines[1])
@@ -399,7 +399,7 @@ def samples(rng: random.Random, shop: Workshop) -> Case:
         content, told, broken = mutations.binary_bytes(rng, content)
         right = REFUSED if broken else EITHER
     elif kind == "note":
-        told = rng.choice(("", "{", "[]", "3", "null", '{"image": 3}', "[" * mutations.DEEP, '{"image": null}', "\\ud83d"))
+        told = rng.choice(("", "{", "[]", "3", "null", '{"image": 3}', "[" * mutations.DEEP, '{"image": null}'))
         content = mutations.save(mutations.load(content), {"vispec": told})
         told = f"note {told:.20}"
     else:

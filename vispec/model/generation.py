@@ -20,7 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from vispec.model.arguments import number, whole
+from vispec.model.arguments import number, of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, streamed
 from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
@@ -50,6 +50,8 @@ WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"
 NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
            "encoder_repetition_penalty", "max_time")  # fmt: skip
 """Options that are whole numbers, and those that are other ones."""
+KINDS = {"generation_config": (GenerationConfig,), "eos_token_id": (int, list, torch.Tensor),
+         "logits_processor": (list,), "stopping_criteria": (list,)}  # fmt: skip
 NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
 """Arguments of transformers' generate() that have no meaning here."""
@@ -217,7 +219,9 @@ def decoding_method(target: Target, rounds: Rounds) -> Callable:
 
 
 def check_numbers(options: Mapping) -> None:
-    """TypeError or ValueError where an option is no number, or not finite; generate() itself checks their ranges."""
+    """TypeError or ValueError where an option is not of its kind, or not finite; generate() checks their ranges."""
+    for name, kinds in KINDS.items():
+        of_kind(name, options.get(name), *kinds)
     for name in options.keys() & {*WHOLE, *NUMBERS}:
         if options[name] is not None:
             whole(name, options[name]) if name in WHOLE else number(name, options[name])

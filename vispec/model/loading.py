@@ -10,6 +10,7 @@ import transformers
 from packaging import version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from vispec.model.arguments import of_kind
 from vispec.model.target_files import check_files, explained, own_head, unread_rope
 
 logger = logging.getLogger("vispec")
@@ -105,6 +106,7 @@ def _one_line_errors(path: str, kwargs: Mapping) -> Iterator[dict]:
 
 
 def _check_device_map(device_map: str | dict | None) -> None:
+    of_kind("device_map", device_map, str, dict, int, torch.device)
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
     if any(str(place).startswith("cuda") for place in places) and not torch.cuda.is_available():
         raise ValueError(f"device_map {device_map}: torch sees no GPU here")

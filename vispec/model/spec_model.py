@@ -4,11 +4,12 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from os import PathLike
 
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.arguments import whole
+from vispec.model.arguments import of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
@@ -78,6 +79,7 @@ class SpecModel:
 
     def set_tree(self, tree: str | TreeShape | None) -> None:
         """Draft trees of this shape from now on; see the class."""
+        of_kind("tree", tree, str, TreeShape)
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
         elif tree is not None:
@@ -125,6 +127,8 @@ class SpecModel:
         """
         # what is wrong is said before minutes of loading
         TreeShape(total_token, depth, top_k)
+        of_kind("base_model_path", base_model_path, str, PathLike, PreTrainedModel)
+        of_kind("spec_model_path", spec_model_path, str, PathLike)
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
             tree = TreeShape.parse(tree)
         if method not in (None, "lookup", *METHODS):

@@ -79,8 +79,9 @@ class Target:
         refuse_layers(model, KINDS)
         refuse_decoder(model, self.decoder, self.lm_head)
         # of the layers the first and last, so that large targets are not read twice
-        for part in (self.embed_tokens, self.lm_head, self.decoder.layers[0], self.decoder.layers[-1]):
-            refuse_not_finite(f"the target's {type(part).__name__}", part.named_parameters())
+        unread = {id(weight) for layer in self.decoder.layers[1:-1] for weight in layer.parameters()}
+        named = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in unread)
+        refuse_not_finite(f"the target {type(model).__name__}", named)
         self.text_config = model.config.get_text_config()
         self.max_positions = _max_positions(self.text_config)
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]

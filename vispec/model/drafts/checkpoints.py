@@ -176,6 +176,8 @@ def identify(
         if num_q is not None:
             raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
         return {"method": found, "heads": len(medusa)} if medusa else {"method": found}
+    if queries.dim() == 0 or len(queries) == 0:
+        raise ValueError(f"{path}: the vision adaptor's imadpt.q has no queries, its shape is {tuple(queries.shape)}")
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
     return {"method": found, "num_q": queries.shape[0]}
@@ -197,7 +199,7 @@ def fill(
     Raises:
         ValueError: a tensor is missing, surplus, misshapen or not finite, or the embeddings are a stranger's.
     """
-    if embedding is not None:
+    if embedding is not None and EMBEDDING in weights:
         _compare_embedding(weights[EMBEDDING], embedding, path)
     _check_tensors(head, weights, path)
     refuse_not_finite(str(path), weights.items())
@@ -208,15 +210,18 @@ def fill(
 
 
 def _check_tensors(head: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    expected = head.state_dict()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
         raise ValueError(f"{path}: missing tensor(s) {', '.join(missing)}")
     if surplus:
         raise ValueError(f"{path}: unexpected tensor(s) {', '.join(surplus)}")
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the config asks for {shape}")
+    for name, tensor in expected.items():
+        found, shape = weights[name], tuple(tensor.shape)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, the config asks for {shape}")
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {found.dtype}, a draft head's is {tensor.dtype}")
 
 
 def _compare_embedding(ours: torch.Tensor, target: torch.Tensor, path: Path) -> None:
