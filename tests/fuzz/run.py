@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, metavar="CASE", help="run this one, and let what it raises through")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    sys.stdout.reconfigure(errors="replace")
     logging.getLogger("vispec").propagate = False  # what is logged belongs to the case
     if args.only is not None:
         with tempfile.TemporaryDirectory() as folder, Workshop(Path(folder)) as shop:

@@ -107,9 +107,11 @@ class ChatRenderer:
 
     def _render(self, messages, add_generation_prompt: bool = False) -> str:
         with template_errors():
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
+            text.encode()  # a template, too, may spell half of a surrogate pair
+            return text
 
     @staticmethod
     def _message(role: str, text: str, as_items: bool) -> dict:

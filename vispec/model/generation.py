@@ -49,9 +49,9 @@ WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"
          "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")  # fmt: skip
 NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
            "encoder_repetition_penalty", "max_time")  # fmt: skip
-"""Options that are whole numbers, and those that are other ones."""
 KINDS = {"generation_config": (GenerationConfig,), "eos_token_id": (int, list, torch.Tensor),
          "logits_processor": (list,), "stopping_criteria": (list,)}  # fmt: skip
+"""Options that are whole numbers, those that are other numbers, and those that are something else."""
 NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
 """Arguments of transformers' generate() that have no meaning here."""

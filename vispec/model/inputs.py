@@ -86,8 +86,8 @@ def _check_input(name: str, value, shape: tuple[int, ...]) -> None:
         return
     if name in PER_TOKEN and tuple(value.shape) != shape:
         raise ValueError(f"{name} must have the shape {shape} of input_ids, found {tuple(value.shape)}")
-    if value.is_complex() or (name.endswith("_sizes") and value.dim() == 0):
-        raise ValueError(f"{name} cannot be {value.dtype} of the shape {tuple(value.shape)}")
+    if value.is_complex() or value.dim() == 0 or value.is_meta:
+        raise ValueError(f"{name} cannot be {value.dtype} of the shape {tuple(value.shape)} on {value.device}")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
     if value.is_floating_point() and not value.isfinite().all():

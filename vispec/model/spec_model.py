@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from os import PathLike
 
 import torch
 from transformers import PreTrainedModel
@@ -127,8 +126,6 @@ class SpecModel:
         """
         # what is wrong is said before minutes of loading
         TreeShape(total_token, depth, top_k)
-        of_kind("base_model_path", base_model_path, str, PathLike, PreTrainedModel)
-        of_kind("spec_model_path", spec_model_path, str, PathLike)
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
             tree = TreeShape.parse(tree)
         if method not in (None, "lookup", *METHODS):

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from vispec.files import read_json, write_atomic, write_json_atomic
+from vispec.model.arguments import of_kind
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import CARD
 from vispec.model.refusals import refuse_not_finite
@@ -50,6 +52,8 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     Raises:
         ValueError: one of them is missing, or the config is wrong; or a revision of a folder was asked for.
     """
+    of_kind("spec_model_path", path, str, PathLike)
+    of_kind("spec_subfolder", hub.get("subfolder"), str)
     local = Path(path).is_dir()
     if local and hub.get("revision"):
         raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
