@@ -6,7 +6,6 @@ traceback, a refusal without a name and a wait without end are faults.
 """
 
 import contextlib
-import functools
 import io
 import json
 import random
@@ -109,11 +108,13 @@ class Workshop:
 
 def _remembering(load: Callable) -> Callable:
     """A loader that loads a recorded model once."""
-    found = functools.cache(load)
+    found = {}
 
     def remembered(path, *args, **kwargs):
-        recorded = str(path).startswith(str(GOLDEN))
-        return (found if recorded else load)(path, *args, **kwargs)
+        key = f"{path} {args} {kwargs}"
+        if not str(path).startswith(str(GOLDEN)):
+            return load(path, *args, **kwargs)
+        return found[key] if key in found else found.setdefault(key, load(path, *args, **kwargs))
 
     return remembered
 
@@ -245,7 +246,6 @@ CONFIG_KEYS = (
     ("text_config", "num_attention_heads", 0), ("text_config", "num_hidden_layers", 99),
     ("text_config", "hidden_size", 65), (None, "quantization_config", {"quant_method": "gptq", "bits": 4}),
     (None, "model_type", "none-such"), (None, "model_type", 3), ("vision_config", "hidden_size", -1),
-    (None, "quantization_config", {"quant_method": "none-such"}),
 )  # fmt: skip
 TEMPLATES = (
     "{{ raise_exception('System role not supported') }}", "{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}",
@@ -608,7 +608,8 @@ def api(rng: random.Random, shop: Workshop) -> Case:
             good = image_prompt(model.target.model, 0, "a.")
         value, told = _odd_tensor(rng, good[name])
         words = ("a list", "numpy", "complex", "empty", "a scalar", "-100", "NaN", "text")
-        right = REFUSED if name != "image_sizes" and any(word in told for word in words) else EITHER
+        broken = told != "all -100" or name != "pixel_values"
+        right = REFUSED if broken and name != "image_sizes" and any(word in told for word in words) else EITHER
         arguments, told, names = good | {name: value}, f"{name} {told}", (name, "prompt", "image", "row")
     elif kind == "number":
         name = rng.choice(NUMBERS)

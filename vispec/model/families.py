@@ -232,6 +232,12 @@ def _tiled_lengths(model: PreTrainedModel, inputs: Mapping) -> list[int]:
     lengths = []
     for size, tiled in zip(sizes.tolist(), alone, strict=True):
         tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size) if tiled else 1
+        given = inputs.get("pixel_values")
+        if given is not None and given.dim() == 5 and tiles > given.shape[1]:
+            raise ValueError(
+                f"an image of size {size} has {tiles} tiles, pixel_values {given.shape[1]}: is the processor that of "
+                "another target?"
+            )
         features = torch.empty(tiles, side**2, 1)  # only their number matters
         packed = owner.pack_image_features([features], [size], image_newline=torch.empty(1), **options)
         packed = packed[0] if isinstance(packed, tuple) else packed

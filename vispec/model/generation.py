@@ -54,7 +54,7 @@ KINDS = {"generation_config": (GenerationConfig,), "eos_token_id": (int, list, t
 """Options that are whole numbers, those that are other numbers, and those that are something else."""
 NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
-"""Arguments of transformers' generate() that have no meaning here."""
+"""What has no meaning here."""
 
 Rounds = Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]]
 """Answers prompts, with a draft or without one."""
@@ -155,7 +155,7 @@ class _Prepares:
     def _prepare_generation_config(self, *args, **kwargs):
         config, inputs = super()._prepare_generation_config(*args, **kwargs)
         refuse_modes(config)
-        check_numbers(vars(config))  # before transformers goes another way
+        check_kinds(vars(config))  # before transformers goes another way
         return config, inputs
 
     def _expand_inputs_for_generation(self, input_ids=None, expand_size=1, is_encoder_decoder=False, **inputs):
@@ -185,7 +185,7 @@ def generate_by(decode: Callable, target: Target, input_ids: torch.Tensor, optio
     known = {*inspect.signature(GenerationMixin.generate).parameters, *vars(GenerationConfig()), "tokenizer"}
     known -= {"self", "kwargs", *NOT_TAKEN}
     asked = {name: value for name, value in options.items() if name in known}
-    check_numbers(asked)
+    check_kinds(asked)
     inputs = {name: value for name, value in options.items() if name not in known and name not in NOT_TAKEN}
     inputs = prompt_inputs(arm, target.model, input_ids, inputs)
     # processors and criteria are made for the device of the ids, and the logits come out on this one
@@ -218,8 +218,8 @@ def decoding_method(target: Target, rounds: Rounds) -> Callable:
     return decode
 
 
-def check_numbers(options: Mapping) -> None:
-    """TypeError or ValueError where an option is not of its kind, or not finite; generate() checks their ranges."""
+def check_kinds(options: Mapping) -> None:
+    """TypeError or ValueError where an option is of another kind, or not finite; generate() checks their ranges."""
     for name, kinds in KINDS.items():
         of_kind(name, options.get(name), *kinds)
     for name in options.keys() & {*WHOLE, *NUMBERS}:

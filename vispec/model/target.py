@@ -375,7 +375,10 @@ def _eos_token_ids(model: PreTrainedModel) -> list[int]:
     eos = model.generation_config.eos_token_id
     if eos is None:
         return []
-    return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+    try:
+        return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+    except (TypeError, ValueError):
+        raise ValueError(f"the target's generation config: eos_token_id is {eos!r:.60}, expected ids") from None
 
 
 def _execution_device(module: nn.Module) -> torch.device:
