@@ -30,8 +30,12 @@ if __name__ == "__main__":  # read when the libraries are imported
 
 import torch
 
-from tests.fuzz.cases import ACCEPTED, KINDS, REFUSED, Case, Workshop
+from tests.fuzz.calls import api, flags
+from tests.fuzz.files import answers, checkpoints, data, pictures, samples, states, targets
+from tests.fuzz.workshop import ACCEPTED, REFUSED, Case, Workshop
 
+KINDS = {kind.__name__: kind for kind in (pictures, checkpoints, targets, data, samples, answers, states, flags, api)}
+"""By name; the number of a case chooses among them in turn."""
 LONGEST = 30
 """Seconds of a case."""
 REFUSALS = (ValueError, OSError)

@@ -1,134 +1,35 @@
-"""The kinds of input that are broken, the command that reads each, and what is right.
+"""Files that are broken, the command that reads each, and what is right.
 
 A kind is a function of a `random.Random` and the workshop; it puts files into the workshop's folder and returns the
 `Case`. What is known to be broken has to be refused, what is known to be good to be taken; of all else only a
 traceback, a refusal without a name and a wait without end are faults.
 """
 
-import contextlib
 import io
 import json
 import random
 import shutil
 import struct
-from argparse import ArgumentParser
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tests.answer_files import choice, write
 from tests.fuzz import mutations
+from tests.fuzz.workshop import ACCEPTED, DRAFT, EITHER, GOLDEN, QWEN, REFUSED, TARGET, VOCABULARY, Case, Workshop
 from vispec import SpecModel, generate
 from vispec.evaluation import speed
-from vispec.evaluation.answers import FORMAT
+from vispec.evaluation.answers import meta_path
 from vispec.ge_data import allocation_llava_pretrain_gen, allocation_llava_shargpt, allocation_qwen_shargpt
 from vispec.ge_data.run_folder import read_manifest
-from vispec.ge_data.sample_file import make_sample, write_sample
-from vispec.model import loading, spec_model
 from vispec.model.drafts.config import SIZES
-from vispec.train import config, draft_vocab, main, main_medusa, main_mtp, trainer
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-TARGET, QWEN = GOLDEN / "llava_next" / "target", GOLDEN / "qwen2_5_vl" / "target"
-DRAFT = GOLDEN / "llava_next" / "draft_vispec"
-WIDTH, VOCABULARY = 64, 37
-"""Of the recorded pair; the last id stands for an image and is in no text."""
-REFUSED, ACCEPTED, EITHER = "refused", "accepted", "either"
+from vispec.train import config, draft_vocab, main, main_medusa, main_mtp
 
 
-@dataclass(frozen=True)
-class Case:
-    """One input."""
-
-    told: str
-    """What is wrong with it."""
-    run: Callable[[], object]
-    """The command, which returns its exit code; or a call."""
-    right: str = EITHER
-    names: tuple[str, ...] = ()
-    """A refusal has one of them; empty: anything."""
-    api: bool = False
-
-
-class Workshop:
-    """A folder for the files of a case, and what all cases share: a loaded target, good files to break."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.shared = folder / "case", folder / "shared"
-        self._patches = [
-            # loading what is not broken takes longer than all else
-            mock.patch.object(generate, "load_processor", _remembering(generate.load_processor)),
-            mock.patch.object(loading, "load_target", _remembering(loading.load_target)),
-            mock.patch.object(spec_model, "load_target", _remembering(spec_model.load_target)),
-        ]
-
-    def __enter__(self) -> "Workshop":
-        for patch in self._patches:
-            patch.start()
-        self.model = SpecModel.from_pretrained(str(TARGET), str(DRAFT))
-        _write_samples(self.shared / "samples")
-        with open("/dev/null", "w") as nowhere, mock.patch("sys.stdout", nowhere), mock.patch("sys.stderr", nowhere):
-            # a run that is killed when its second epoch is trained
-            with mock.patch.object(trainer, "write_state", side_effect=(None, KeyboardInterrupt)):
-                with contextlib.suppress(KeyboardInterrupt):
-                    main_mtp.main(self.training(self.shared / "samples", self.shared / "cp"))
-        return self
-
-    def __exit__(self, *_) -> None:
-        for patch in self._patches:
-            patch.stop()
-
-    def empty(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-
-    def put(self, name: str, content: bytes) -> Path:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it may be a link to a good file
-        path.write_bytes(content)
-        return path
-
-    def links(self, source: Path, name: str) -> Path:
-        """A folder of links to the files of a good one, of which some can be replaced by `put`."""
-        folder = self.folder / name
-        folder.mkdir()
-        for file in source.iterdir():
-            (folder / file.name).symlink_to(file)
-        return folder
-
-    def training(self, samples: Path, cpdir: Path, basepath: Path = TARGET) -> list[str]:
-        flags = ["--basepath", str(basepath), "--configpath", str(DRAFT / "config.json"), "--num-epochs", "2"]
-        return [*flags, "--tmpdir", str(samples), "--cpdir", str(cpdir), "--num-workers", "0"]
-
-
-def _remembering(load: Callable) -> Callable:
-    """A loader that loads a recorded model once."""
-    found = {}
-
-    def remembered(path, *args, **kwargs):
-        key = f"{path} {args} {kwargs}"
-        if not str(path).startswith(str(GOLDEN)):
-            return load(path, *args, **kwargs)
-        return found[key] if key in found else found.setdefault(key, load(path, *args, **kwargs))
-
-    return remembered
-
-
-def _write_samples(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for number, images in enumerate(([], [(2, 6)], [(1, 4), (5, 7)])):
-        mask = torch.arange(12) > 7
-        embeds, hidden = torch.randn(2, 12, WIDTH, generator=generator)
-        ids = torch.randint(3, VOCABULARY, (12,), generator=generator)
-        write_sample(folder / f"{number:08d}.safetensors", make_sample(ids, mask, images, embeds, hidden, "all"))
-
-
-def _text(base: Path, *more: str) -> list[str]:
+def text_flags(base: Path, *more: str) -> list[str]:
     """Flags of a first token by prompt lookup."""
     flags = ["--base-model-path", str(base), "--method", "lookup", "--max-new-tokens", "1"]
     return [*flags, *more, "what is this?"]
@@ -187,7 +88,7 @@ def pictures(rng: random.Random, shop: Workshop) -> Case:
     path = shop.put("picture.png", content)
     if base == QWEN and right == ACCEPTED and size not in ((60, 40),):
         right = EITHER
-    return Case(told, lambda: generate.main(_text(base, "--image", str(path))), right, ("--image", "pictures of"))
+    return Case(told, lambda: generate.main(text_flags(base, "--image", str(path))), right, ("--image", "pictures of"))
 
 
 # --- draft heads ---
@@ -294,7 +195,7 @@ def targets(rng: random.Random, shop: Workshop) -> Case:
     command = rng.choice(("text", "text", "picture", "training", "config", "data"))
     if command in ("text", "picture"):
         more = ["--image", str(GOLDEN / "llava_next" / "case0.png")] if command == "picture" else []
-        run = lambda: generate.main(_text(folder, *more))  # noqa: E731
+        run = lambda: generate.main(text_flags(folder, *more))  # noqa: E731
     elif command == "training":
         flags = shop.training(shop.shared / "samples", shop.folder / "cp", folder)
         run = lambda: main_mtp.main([*flags, "--dry-run"])  # noqa: E731
@@ -305,7 +206,7 @@ def targets(rng: random.Random, shop: Workshop) -> Case:
         run = _data(shop, allocation_qwen_shargpt.main, folder)
     if command in ("training", "config", "data") and right == REFUSED:
         right = EITHER  # each reads a part of the files alone
-    return Case(f"{command}, {name}: {told}", run, right, (str(folder), "the target"))
+    return Case(f"{command}, {name}: {told}", run, right, (str(folder), "the target", "the prompt"))
 
 
 # --- rows of data ---
@@ -429,30 +330,21 @@ def samples(rng: random.Random, shop: Workshop) -> Case:
 COLUMNS = ("output_ids", "idxs", "wall_time", "decode_time")
 
 
-def _answers(method: str) -> list[dict]:
-    lines = []
-    for question in (1, "b"):
-        choice = {"index": 0, "turns": ["x"], "output_ids": [[5, 6, 7, 8]], "idxs": [2], "new_tokens": [4],
-                  "wall_time": [1.0], "decode_time": [0.75], "captured": "none"}  # fmt: skip
-        choice |= {} if method == "baseline" else {"acceptance_length": [1, 0], "idxs": [1]}
-        lines.append({"question_id": question, "answer_id": "a", "tstamp": 1.0, "method": method, "choices": [choice]})
-    return lines
-
-
 def answers(rng: random.Random, shop: Workshop) -> Case:
     broken_one, right = rng.choice(("baseline", "vispec")), EITHER
     kind = rng.choice(("line", "line", "line", "file", "settings", "settings file"))
     for method in ("baseline", "vispec"):
-        settings = {"benchmark": "gqa", "method": method, "base_model": "t", "temperature": 0.0, "max_new_tokens": 9,
-                    "dtype": "float32", "num_choices": 1, "spec_model": "d", "tree": [30, 3, 8]}  # fmt: skip
-        meta = {"format": FORMAT, "settings": settings, "left_out": [{"question_id": 9, "reason": "r"}],
-                "provenance": {"versions": {"torch": "2"}, "git_revision": "a"}, "resumed": []}  # fmt: skip
-        lines = _answers(method)
-        beside, content = mutations.json_bytes(meta), b"".join(json.dumps(one).encode() + b"\n" for one in lines)
+        accepted = None if method == "baseline" else [1, 0]
+        choices = {question: [choice([5, 6, 7, 8], 1.0, 0.75, accepted)] for question in (1, "b")}
+        made_by = {"versions": {"torch": "2"}, "git_revision": "a"}
+        path = write(shop.folder / "r" / f"{method}.jsonl", choices, made_by, method=method, base_model="t")
+        content, beside = path.read_bytes(), meta_path(path).read_bytes()
+        lines, meta = [json.loads(line) for line in content.splitlines()], json.loads(beside)
+        meta["left_out"] = [{"question_id": 9, "reason": "r"}]
         if method == broken_one and kind == "line":
             line, told = mutations.json_value(rng, lines[0])
-            choice = line["choices"][0] if isinstance(line.get("choices"), list) and line["choices"] else None
-            whole = isinstance(choice, dict) and all(isinstance(choice.get(name), list) for name in COLUMNS)
+            found = line["choices"][0] if isinstance(line.get("choices"), list) and line["choices"] else None
+            whole = isinstance(found, dict) and all(isinstance(found.get(name), list) for name in COLUMNS)
             right = EITHER if whole else REFUSED
             content = json.dumps(line).encode() + b"\n" + json.dumps(lines[1]).encode() + b"\n"
         elif method == broken_one and kind == "settings":
@@ -464,8 +356,8 @@ def answers(rng: random.Random, shop: Workshop) -> Case:
         elif method == broken_one:
             beside, told, broken = mutations.text_bytes(rng, beside)
             right = REFUSED if broken else EITHER
-        shop.put(f"r/{method}.jsonl", content)
-        shop.put(f"r/{method}.jsonl.meta.json", beside)
+        path.write_bytes(content)
+        meta_path(path).write_bytes(beside)
     folder = shop.folder / "r"
     flags = ["--results", str(folder), "--format", rng.choice(("md", "csv", "json"))]
     if rng.random() < 0.5:
@@ -497,7 +389,7 @@ def states(rng: random.Random, shop: Workshop) -> Case:
             key = rng.choice(sorted(state))
             value = rng.choice((*mutations.ODD_VALUES, torch.zeros(3), {"x": torch.zeros(2)}, [[0.0] * 99]))
             told = f"{key}: {value!r:.50}"
-            right = EITHER if key in ("format", "epoch", "step_in_epoch", "seconds", "draft_vocab", "moments") else REFUSED
+            right = REFUSED if key in ("identity", "sums", "head") else EITHER
             state[key] = value
         elif kind == "head":
             name = rng.choice(sorted(state["head"]))
@@ -511,137 +403,3 @@ def states(rng: random.Random, shop: Workshop) -> Case:
     flags = shop.training(shop.shared / "samples", folder)
     more = rng.choice(([], ["--dry-run"])) if "." not in kind else []
     return Case(f"{kind}: {told}", lambda: main_mtp.main([*flags, *more]), right, (str(folder), "--cpdir"))
-
-
-# --- flags ---
-
-
-def _commands(shop: Workshop) -> dict[Callable, list[str]]:
-    """Commands with arguments that are good."""
-    rows = ["--outdir", str(shop.folder / "out"), "--model", str(TARGET), "--data-folder", str(shop.folder / "rows")]
-    shop.put("rows/text.json", json.dumps(TEXT_ROWS).encode())
-    training = [*shop.training(shop.shared / "samples", shop.folder / "cp"), "--dry-run"]
-    return {
-        generate.main: _text(TARGET),
-        speed.main: ["--results", str(shop.folder)],
-        main.main: training,
-        main_mtp.main: training,
-        main_medusa.main: training,
-        draft_vocab.main: ["--counts", str(shop.shared / "samples"), "--size", "20", "--base-model-path", str(TARGET)],
-        config.main: [str(TARGET)],
-        allocation_llava_shargpt.main: [*rows, "--store", "tokens"],
-    }
-
-
-def _parser_of(command: Callable) -> ArgumentParser:
-    class Found(Exception):
-        pass
-
-    def stop(parser, *_):
-        raise Found(parser)
-
-    with mock.patch.object(ArgumentParser, "parse_args", stop):
-        try:
-            command([])
-        except Found as found:
-            return found.args[0]
-
-
-def flags(rng: random.Random, shop: Workshop) -> Case:
-    commands = _commands(shop)
-    command = rng.choice(list(commands))
-    parser, good = _parser_of(command), commands[command]
-    # what writes elsewhere than into the case's folder, what reads another program's output
-    known = [action for action in parser._actions if action.option_strings and action.dest not in ("help", "worker")]
-    if not known:
-        return Case("no flag is known", lambda: command([*good, "--none-such"]), REFUSED)
-    action = rng.choice(known)
-    flag, value = action.option_strings[-1], rng.choice(mutations.ODD_TEXTS)
-    numbers = action.type in (int, float) or getattr(action.type, "__name__", "") in ("count", "whole")
-    right = REFUSED if numbers and value in ("", "x", "\ud83d", "a\0b", "é", "None", "[]", "nan", "%s") else EITHER
-    kind = rng.choice(("value", "value", "value", "none", "twice", "unknown"))
-    more = {"value": [f"{flag}={value}"], "none": [flag], "twice": [f"{flag}={value}", f"{flag}=1"]}
-    extra = more.get(kind, [f"{flag}x", value])
-    told = f"{command.__module__} {' '.join(extra)!r:.80}"
-    if flag in ("--outdir", "--cpdir", "--figure"):
-        extra = [flag]  # they are written to
-    return Case(told, lambda: command([*extra, *good] if action.nargs != "+" else [*good, *extra]),
-                right if kind == "value" and flag not in good and extra != [flag] else EITHER,
-                (flag, flag.lstrip("-").replace("-", "_"), value or "''", "1: ", str(shop.shared)))  # fmt: skip
-
-
-# --- the interface ---
-
-PROMPT = {"input_ids": [[1, 5, 6, 7, 8, 9]]}
-NUMBERS = ("temperature", "top_p", "top_k", "max_new_tokens", "max_length")
-OWN = ("repetition_penalty", "num_return_sequences", "min_new_tokens", "num_beams", "do_sample", "seed", "stop_strings",
-       "eos_token_id", "typical_p", "min_p", "no_repeat_ngram_size", "generation_config", "logits_processor")  # fmt: skip
-
-
-def _odd_tensor(rng: random.Random, good: torch.Tensor) -> tuple[object, str]:
-    kinds = {
-        "a list": good.tolist(), "numpy": good.numpy(), "uint8": good.to(torch.uint8), "bool": good.bool(),
-        "complex": good.to(torch.complex64), "float64": good.double(), "empty": good[..., :0], "a scalar": good.sum(),
-        "one dimension less": good[0], "one more": good[None], "all -100": torch.full_like(good, -100),
-        "all 10⁶": torch.full_like(good, 10**6), "half of it": good[..., : good.shape[-1] // 2], "on meta":
-        good.to("meta"), "NaN": torch.full_like(good.float(), torch.nan), "int32": good.int(), "None": None,
-        "text": "x", "twice": torch.cat([good, good]),
-    }  # fmt: skip
-    told = rng.choice(list(kinds))
-    return kinds[told], told
-
-
-def api(rng: random.Random, shop: Workshop) -> Case:
-    model = shop.model
-    method = rng.choice(("specgenerate", "baseline_generate", "generate", "generate", "stream"))
-    good = {"input_ids": torch.tensor(PROMPT["input_ids"])}
-    good["attention_mask"] = torch.ones_like(good["input_ids"])
-    odd = rng.choice((*mutations.ODD_VALUES, torch.ones(2), torch.tensor(3), np.float32(0.5), np.int64(2), 1 + 2j))
-    odd = 3 if isinstance(odd, int) and not isinstance(odd, bool) and odd > 2**31 else odd  # a huge one is no fault
-    kind = rng.choice(("tensor", "tensor", "number", "number", "own", "tree", "loading", "unknown"))
-    broken = not isinstance(odd, int | float | np.number) or isinstance(odd, bool) or not np.isfinite(odd)
-    if kind == "tensor":
-        name = rng.choice(("input_ids", "input_ids", "attention_mask", "pixel_values", "image_sizes"))
-        if name in ("pixel_values", "image_sizes"):
-            from tests.tiny_models import image_prompt
-
-            good = image_prompt(model.target.model, 0, "a.")
-        value, told = _odd_tensor(rng, good[name])
-        words = ("a list", "numpy", "complex", "empty", "a scalar", "-100", "NaN", "text")
-        broken = told != "all -100" or name != "pixel_values"
-        right = REFUSED if broken and name != "image_sizes" and any(word in told for word in words) else EITHER
-        arguments, told, names = good | {name: value}, f"{name} {told}", (name, "prompt", "image", "row")
-    elif kind == "number":
-        name = rng.choice(NUMBERS)
-        odd = 3 if odd is None and name == "max_length" else odd  # generate() itself needs one of both lengths
-        arguments, told, names = good | {name: odd}, f"{name}={odd!r:.40}", (name, "no room")
-        right = REFUSED if broken and not (odd is None and (name == "max_length" or method == "generate")) else EITHER
-    elif kind == "own":
-        method, name, right = "generate", rng.choice(OWN), EITHER
-        arguments, told, names = good | {name: odd}, f"{name}={odd!r:.40}", (name, name.split("_")[-1], "stop")
-    elif kind == "tree":
-        name, right = rng.choice(("total_token", "depth", "top_k", "tree", "draft", "target")), EITHER
-        right = REFUSED if name in ("total_token", "depth", "top_k") and broken else EITHER
-        call = lambda: SpecModel(**{"target": model.target.model, name: odd})  # noqa: E731
-        return Case(f"SpecModel({name}={odd!r:.40})", call, right, (name, "a tree"), api=True)
-    elif kind == "loading":
-        name = rng.choice(("method", "num_q", "torch_dtype", "dtype", "tree", "total_token", "spec_model_path",
-                           "device_map", "spec_subfolder", "base_model_path"))  # fmt: skip
-        paths = {"base_model_path": str(TARGET), "spec_model_path": str(DRAFT)}
-        call = lambda: SpecModel.from_pretrained(**paths | {name: odd})  # noqa: E731
-        return Case(f"from_pretrained({name}={odd!r:.40})", call, EITHER, (name, "a tree", str(DRAFT), "load it"), api=True)
-    else:
-        name = rng.choice(("max_tokens", "pixels", "top", "stop", "messages", "none_such"))
-        arguments, told, names, right = good | {name: odd}, f"{name}={odd!r:.40}", (name,), REFUSED
-    length = {} if {"max_new_tokens", "max_length"} & arguments.keys() else {"max_new_tokens": 3}
-
-    def call() -> None:
-        found = getattr(model, method)(**arguments, **length)
-        if method == "stream":
-            list(found)
-
-    return Case(f"{method}({told})", call, right, names, api=True)
-
-
-KINDS = {kind.__name__: kind for kind in (pictures, checkpoints, targets, data, samples, answers, states, flags, api)}
-"""By name; the number of a case chooses among them in turn."""
