@@ -22,7 +22,7 @@ from tests.fuzz import mutations
 from tests.fuzz.workshop import ACCEPTED, DRAFT, EITHER, GOLDEN, QWEN, REFUSED, TARGET, VOCABULARY, Case, Workshop
 from vispec import SpecModel, generate
 from vispec.evaluation import speed
-from vispec.evaluation.answers import meta_path
+from vispec.evaluation.answer_file import meta_path
 from vispec.ge_data import allocation_llava_pretrain_gen, allocation_llava_shargpt, allocation_qwen_shargpt
 from vispec.ge_data.run_folder import read_manifest
 from vispec.model.drafts.config import SIZES
