@@ -1,4 +1,4 @@
-"""A slice of `make fuzz`: broken input of every kind has one line that names it, and nothing broken is taken silently."""
+"""A slice of `make fuzz`: broken input of every kind has one line that names it, and none is taken silently."""
 
 from tests.fuzz.run import run_cases
 

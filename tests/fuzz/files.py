@@ -119,8 +119,7 @@ def checkpoints(rng: random.Random, shop: Workshop) -> Case:
             broken = told != "embed_tokens.weight missing" and "float64" not in told
         right = REFUSED if broken else EITHER
         shop.put("draft/model.safetensors", content)
-    told = f"{kind}: {told}"
-    return Case(told, lambda: _decode_with(shop.model, folder), right, (str(folder),), api=True)
+    return Case(f"{kind}: {told}", lambda: _decode_with(shop.model, folder), right, (str(folder),), api=True)
 
 
 def _positive(value) -> bool:

@@ -222,17 +222,13 @@ def check_kinds(options: Mapping) -> None:
     """TypeError or ValueError where an option is of another kind, or not finite; generate() checks their ranges."""
     for name, kinds in KINDS.items():
         of_kind(name, options.get(name), *kinds)
-    for name in options.keys() & {*WHOLE, *NUMBERS}:
-        if options[name] is not None:
-            whole(name, options[name]) if name in WHOLE else number(name, options[name])
+    for name, value in options.items():
+        if name in (*WHOLE, *NUMBERS) and value is not None:
+            whole(name, value) if name in WHOLE else number(name, value)
 
 
 def refuse_modes(config: GenerationConfig) -> None:
-    """Refuse what is no greedy decoding or sampling of single texts.
-
-    Raises:
-        ValueError: it names the option.
-    """
+    """ValueError, with the option's name, for what is no greedy decoding or sampling of single texts."""
     for name, (off, what) in OFF.items():
         value = getattr(config, name, None)
         if value is not None and value != off:
