@@ -4,7 +4,8 @@ A user turn is a list of text, image and video items in the order in which they 
 template makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from vispec.cli import UserError, one_line
-from vispec.files import read_json
 from vispec.pictures import read_picture
 from vispec.video import Video, video_arguments
 
@@ -83,7 +83,7 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     Raises:
         UnreadableImage: a picture cannot be read.
         ReservedWord: a text has what stands for an image or a video.
-        UserError: there is no chat template, or it refuses the conversation.
+        UserError: there is no chat template, or it refuses the conversation; the processor refuses the prompt.
     """
     shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
     videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
@@ -92,13 +92,29 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     _refuse_reserved_words(processor, turns, system, bool(shown))
     text = _rendered(processor, turns, system)
     options = videos if adds_special_tokens(processor.tokenizer, text) else videos | {"add_special_tokens": False}
-    inputs = processor(images=images or None, text=[text], return_tensors="pt", **options)
+    try:
+        inputs = processor(images=images or None, text=[text], return_tensors="pt", **options)
+    except (MemoryError, RuntimeError):
+        raise
+    except Exception as error:  # for sizes that it cannot divide, or settings of its own that are none
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        shown = f" with pictures of {sizes} pixels" if images else ""
+        raise UserError(f"the target's processor refuses the prompt{shown} ({one_line(error)})") from None
     return inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
 
 
 def adds_special_tokens(tokenizer, text: str) -> bool:
     """Whether a tokenizer is to add its special tokens to a rendered text: not where that has its BOS already."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """What a chat template raises, which is a program and raises what it likes, becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"the target's chat template refuses the conversation ({one_line(error)})") from None
 
 
 def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -> str:
@@ -111,15 +127,13 @@ def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
 
-    try:
+    with template_errors():
         try:
             text = render(turns, system)
         except TemplateError:  # of its own accord: no system turn, or a user's turn first
             if not system or not turns or turns[0].role != "user":
                 raise
             text = render([user_turn(f"{system}\n\n", *turns[0].items), *turns[1:]], "")
-    except Exception as error:  # a template is a program, which raises what it likes
-        raise UserError(f"the target's chat template refuses the conversation ({one_line(error)})") from None
     if "'type': 'text'" in text:
         raise UserError("the target's chat template takes texts alone, and writes down items of a turn as they are")
     return text
@@ -145,22 +159,23 @@ def _refuse_reserved_words(processor: "ProcessorMixin", turns: Sequence[Turn], s
             raise ReservedWord(f"the text holds {word}, which the target's processor keeps for itself")
 
 
-def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
-    """The target's processor, from a folder or a hub id; `pixel_limits` holds Qwen's images within `PIXEL_LIMITS`."""
+def load_processor(path: str, pixel_limits: bool = False, **limits: int) -> "ProcessorMixin":
+    """The target's processor, from a folder or a hub id.
+
+    Args:
+        pixel_limits: hold Qwen's images within `PIXEL_LIMITS`.
+        limits: others of them, for whatever family.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     from transformers import AutoConfig, AutoProcessor
 
-    try:
-        limited = pixel_limits and AutoConfig.from_pretrained(path).model_type in FAMILIES_WITH_PIXEL_LIMITS
-        return AutoProcessor.from_pretrained(path, **(PIXEL_LIMITS if limited else {}))
-    except ImportError as error:  # transformers 5 wants torchvision for Qwen's
-        raise UserError(f"the processor of {path} lacks a package: {one_line(error)}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers trips over a broken file in many ways, and rarely says over which one
-        for file in sorted(Path(path).glob("*.json")) if Path(path).is_dir() else ():
-            read_json(file, None)
-        reason = one_line(error)
-        raise UserError(f"{path}: its processor cannot be loaded ({type(error).__name__}: {reason[:200]})") from None
+    from vispec.model.target_files import load_part
+
+    if pixel_limits and load_part(AutoConfig, path).model_type in FAMILIES_WITH_PIXEL_LIMITS:
+        limits = PIXEL_LIMITS | limits
+    return load_part(AutoProcessor, path, **limits)
 
 
 def _encodable(text: str) -> str:

@@ -83,7 +83,8 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     if end < args.end:
         print(f"the data has {len(rows)} rows: --end {args.end} becomes {end}")
     if args.start > end:
-        raise ValueError(f"--start {args.start}: the data has only {len(rows)} rows")
+        place = f" in {args.data_folder}" if args.data_folder else ""
+        raise ValueError(f"--start {args.start}: the data{place} has only {len(rows)} rows")
     batches = batches_of(range(args.start, end + 1), getattr(args, "batch_size", 1))
 
     if args.worker is not None:
@@ -156,19 +157,21 @@ def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) ->
 
 def _make_job(stage, family, args, rows):
     import torch
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     from vispec.ge_data.jobs import ImageJob, Settings, TextJob
     from vispec.model.loading import load_target
     from vispec.model.target import Target
+    from vispec.model.target_files import load_part
+    from vispec.prompts import load_processor
 
     names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "aux_layers", "min_pixels", "max_pixels")
     names += ("allow_outside",)
     settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
-    processor = AutoProcessor.from_pretrained(args.model, **limits)
+    processor = load_processor(args.model, **limits)
     if stage == "text" and args.store == "tokens":
-        return TextJob(AutoConfig.from_pretrained(args.model), processor, rows, settings, target=None)
+        return TextJob(load_part(AutoConfig, args.model), processor, rows, settings, target=None)
     device_map = None
     if torch.cuda.is_available():
         device_map = "auto" if args.gpus_per_model > 1 else "cuda"

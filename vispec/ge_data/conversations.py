@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vispec.prompts import adds_special_tokens
+from vispec.prompts import adds_special_tokens, template_errors
 
 Turn = tuple[str, str]
 """Who speaks ("human" or "gpt"), and what."""
@@ -106,9 +106,12 @@ class ChatRenderer:
         return self._render(messages), spans
 
     def _render(self, messages, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with template_errors():
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            text.encode()  # a template, too, may spell half of a surrogate pair
+            return text
 
     @staticmethod
     def _message(role: str, text: str, as_items: bool) -> dict:

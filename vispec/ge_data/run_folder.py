@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vispec.cli import changes, provenance
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"
+NO_TARGET = dict.fromkeys(("model", "revision", "dtype"))
+"""What a manifest says of the target, each as text or null."""
+PLAIN = str | int | float | bool | None
+"""What the arguments of a run are."""
 
 
 @dataclass
@@ -92,12 +96,14 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a manifest of data generation ({error})") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("arguments"), dict):
-        raise ValueError(f"{path}: not a manifest of data generation (no arguments)")
+    manifest = read_json(path)
+    target, arguments = manifest.get("target", NO_TARGET), manifest.get("arguments")
+    if not isinstance(arguments, dict) or not all(isinstance(one, PLAIN) for one in arguments.values()):
+        raise ValueError(f"{path}: not a manifest of data generation (no arguments, or others than plain values)")
+    if not isinstance(target, dict) or target.keys() != NO_TARGET.keys():
+        raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
+    if not all(isinstance(one, str | None) for one in target.values()):
+        raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
     return manifest
 
 

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from vispec.model.target_files import load_part
 from vispec.weights_digest import target_revision
 
 
@@ -16,7 +17,7 @@ def identify_target(model: str, dtype: str) -> dict[str, str | None]:
     Returns:
         model; revision, see `target_revision`; dtype, None where the config does not say it.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = load_part(AutoConfig, model)
     found = dtype_of(config, dtype)
     named = found and str(found).removeprefix("torch.")
     return {"model": model, "revision": target_revision(model, config), "dtype": named}

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vispec.methods import HEADS, LOOKUP
-from vispec.model.arguments import whole
+from vispec.model.arguments import of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
@@ -79,6 +79,7 @@ class SpecModel:
 
     def set_tree(self, tree: str | TreeShape | None) -> None:
         """Draft trees of this shape from now on; see the class."""
+        of_kind("tree", tree, str, TreeShape)
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
         elif tree is not None:

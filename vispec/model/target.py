@@ -94,8 +94,9 @@ class Target:
         refuse_layers(model, KINDS)
         refuse_decoder(model, self.decoder, self.lm_head)
         # of the layers the first and last, so that large targets are not read twice
-        for part in (self.embed_tokens, self.lm_head, self.decoder.layers[0], self.decoder.layers[-1]):
-            refuse_not_finite(f"the target's {type(part).__name__}", part.named_parameters())
+        unread = {id(weight) for layer in self.decoder.layers[1:-1] for weight in layer.parameters()}
+        named = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in unread)
+        refuse_not_finite(f"the target {type(model).__name__}", named)
         self.text_config = model.config.get_text_config()
         self.max_positions = _max_positions(self.text_config)
         self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
@@ -383,7 +384,10 @@ def _eos_token_ids(model: PreTrainedModel) -> list[int]:
     eos = model.generation_config.eos_token_id
     if eos is None:
         return []
-    return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+    try:
+        return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
+    except (TypeError, ValueError):
+        raise ValueError(f"the target's generation config: eos_token_id is {eos!r:.60}, expected ids") from None
 
 
 def _execution_device(module: nn.Module) -> torch.device:

@@ -22,6 +22,7 @@ from vispec.ge_data.run_folder import MANIFEST
 from vispec.ge_data.sample_file import read_tokens
 from vispec.model.drafts.hub import CARD, with_vocabulary_section
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
+from vispec.model.target_files import check_files, load_part
 from vispec.train.samples import find_samples, hold_out
 
 COMPARED_SIZES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -123,10 +124,10 @@ def _read_target(base: str):
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
+        tokenizer, config = load_part(AutoTokenizer, base), load_part(AutoConfig, base)
+    except ValueError as error:
         raise UserError(f"--base-model-path {base}: no tokenizer and config can be read there ({error})") from None
+    check_files(base)  # the generation config among them
     try:
         generation = GenerationConfig.from_pretrained(base)
     except OSError:  # transformers itself then takes what the config says

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vispec.files import naming, write_atomic
+from vispec.files import naming, parse_json, write_atomic
 from vispec.train.losses import PARTS
 
 DEPTH = 5
@@ -76,10 +76,17 @@ class MetricsLog:
                 raise ValueError("--report-to tensorboard: the package tensorboard is not installed") from None
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.path.read_bytes().splitlines(keepends=True)
             # a line without its end was being written when the run was killed
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
-            write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
+            kept = [line for line in lines if line.endswith(b"\n") and self._epoch_of(line) <= epochs]
+            write_atomic(self.path, lambda file: file.write(b"".join(kept)))
+
+    def _epoch_of(self, line: bytes) -> int:
+        found = parse_json(line, str(self.path))
+        epoch = found.get("epoch") if isinstance(found, dict) else None
+        if type(epoch) is not int:
+            raise ValueError(f"{self.path}: {found!r:.60} is no line of an epoch's metrics")
+        return epoch
 
     def step(self, step: int, values: dict) -> None:
         self._scalars("train_step", step, values)

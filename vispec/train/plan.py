@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vispec.ge_data.sample_file import Tokens, read_length
+from vispec.model.target_files import load_part
 from vispec.train.losses import chunk_rows
 from vispec.train.samples import without_tracebacks
 from vispec.train.trainer import Trainer
@@ -103,10 +104,7 @@ def marked_text(sample: Tokens, tokenizer) -> str:
 def _tokenizer(basepath: str):
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(basepath)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
+    return load_part(AutoTokenizer, basepath)
 
 
 def _count(samples: torch.utils.data.Dataset, skipped: Collection[int], workers: int, max_len: int) -> list[int]:

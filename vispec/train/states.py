@@ -53,8 +53,8 @@ def read_resume(folder: Path) -> dict | None:
             kind = type(error).__name__
             raise ValueError(f"{path}: cut off, or no state of a training ({kind}); choose another --cpdir") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if found != RESUME_FORMAT:
-        raise ValueError(f"{path}: format {found}, expected {RESUME_FORMAT}; choose another --cpdir")
+    if type(found) is not int or found != RESUME_FORMAT:
+        raise ValueError(f"{path}: format {found!r:.60}, expected {RESUME_FORMAT}; choose another --cpdir")
     for name, kind in RESUME_KINDS.items():
         if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
             raise ValueError(f"{path}: {name} is {type(state.get(name)).__name__}, expected {_name(kind)}")

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from vispec.files import read_json, write_atomic, write_json_atomic
+from vispec.model.arguments import of_kind
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.formats import as_specforge, flat_config, is_eagle3
 from vispec.model.drafts.hub import CARD
@@ -52,6 +54,8 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     Raises:
         ValueError: one of them is missing, or the config is wrong; or a revision of a folder was asked for.
     """
+    of_kind("spec_model_path", path, str, PathLike)
+    of_kind("spec_subfolder", hub.get("subfolder"), str)
     local = Path(path).is_dir()
     if local and hub.get("revision"):
         raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
@@ -182,6 +186,8 @@ def identify(
             raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
         sizes = {"medusa": {"heads": len(medusa)}, "msd": {"input_norm": input_norm}}
         return {"method": found, **sizes.get(found, {})}
+    if queries.dim() == 0 or len(queries) == 0:
+        raise ValueError(f"{path}: the vision adaptor's imadpt.q has no queries, its shape is {tuple(queries.shape)}")
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
     return {"method": found, "num_q": queries.shape[0]}
@@ -218,15 +224,18 @@ def fill(
 
 
 def _check_tensors(head: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    expected = head.state_dict()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
         raise ValueError(f"{path}: missing tensor(s) {', '.join(missing)}")
     if surplus:
         raise ValueError(f"{path}: unexpected tensor(s) {', '.join(surplus)}")
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the config asks for {shape}")
+    for name, tensor in expected.items():
+        found, shape = weights[name], tuple(tensor.shape)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, the config asks for {shape}")
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {found.dtype}, a draft head's is {tensor.dtype}")
 
 
 def _compare_embedding(ours: torch.Tensor, target: torch.Tensor, path: Path) -> None:

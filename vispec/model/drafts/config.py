@@ -7,6 +7,8 @@ from vispec.model.arguments import number, whole
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
          "num_hidden_layers", "max_position_embeddings")  # fmt: skip
 """Keys that are whole numbers from 1 on."""
+LARGEST = 2**31 - 1
+"""Of them: torch takes no larger size."""
 
 
 @dataclass
@@ -69,7 +71,8 @@ class DraftConfig:
     def _check_numbers(self) -> None:
         """TypeError or ValueError at a size that is none."""
         for name in SIZES:
-            whole(name, getattr(self, name), 1)
+            if whole(name, getattr(self, name), 1) > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST}, found {getattr(self, name)}")
         whole("head_dim", self.head_dim, 2)
         for name in ("rms_norm_eps", "rope_theta"):
             if number(name, getattr(self, name)) <= 0:
