@@ -1,0 +1,3 @@
+RUNS = ()
+class Workshop:
+    def __init__(self, folder): pass
