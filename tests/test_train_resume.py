@@ -14,6 +14,7 @@ from tiny_rows import CONFIGS, TARGETS, contents
 from vispec import locks
 from vispec.ge_data.sample_file import read_sample, write_sample
 from vispec.train import main, main_mtp
+from vispec.train.metrics import MetricsLog
 from vispec.train.processes import launched_processes
 from vispec.train.samples import SampleFolder, find_samples, hold_out
 from vispec.train.states import RESUME_FILE
@@ -112,6 +113,37 @@ def test_a_finished_run_writes_nothing(arguments, tmp_path, monkeypatch, capsys)
     assert main.main(run) == 0
     assert "all 1 epochs are done" in capsys.readouterr().out
     assert contents(tmp_path / "cp") == before and locks.FOLDER_LOCK not in before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", '{"my": 1}\n'), ("training.json", "[]"), ("training.json", "my notes")]
+)
+def test_a_folder_of_others_is_refused(arguments, tmp_path, name, content):
+    (tmp_path / "cp" / "state_7").mkdir(parents=True)
+    (tmp_path / "cp" / name).write_text(content)
+    before = contents(tmp_path / "cp")
+    run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
+    message = f"--cpdir .*cp holds {', '.join(sorted((name, 'state_7')))}, but no resume.pt to go on from"
+    with pytest.raises(ValueError, match=message):
+        main.main(run)
+    assert contents(tmp_path / "cp") == before
+
+
+def test_notes_beside_the_files_of_a_training_stay(arguments, tmp_path):
+    notes = {"notes.txt": b"1", "state_of_affairs/notes.txt": b"2", ".metrics.jsonl.bak": b"3"}
+    for name, content in notes.items():
+        path = tmp_path / "cp" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
+    assert main.main(run) == 0
+    assert contents(tmp_path / "cp").items() >= notes.items()
+
+
+def test_metrics_that_are_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("my notes\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: no line of an epoch's metrics: my notes"):
+        MetricsLog(tmp_path, "none")
 
 
 def broken(name, value):

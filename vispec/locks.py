@@ -1,4 +1,8 @@
-"""One run at a time: locks that the system frees when their holder is gone, however that ends."""
+"""One run at a time: locks that the system frees when their holder is gone, however that ends.
+
+Not by the library filelock: whether it takes an error of a file system without locks for a lock that another run has,
+and whether its file stays in the folder, differs from version to version, of which no package here asks for one.
+"""
 
 import errno
 import fcntl
@@ -22,8 +26,10 @@ def alone_in(folder: Path, flag: str) -> Iterator[None]:
     """Keep other runs from a folder, which is made, while this one writes there; `flag` is where the user gave it.
 
     Raises:
-        ValueError: another run has it.
+        ValueError: another run has it, or it is no folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is no folder")
     with held(folder / FOLDER_LOCK, f"{flag} {folder} is in use by another run; wait for it or choose another folder"):
         yield
 

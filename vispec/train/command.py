@@ -1,7 +1,6 @@
 """What the training commands share: arguments, start weights, data, processes."""
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vispec.cli import DTYPES, one_line, parse_bool, provenance
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 from vispec.ge_data.sample_file import read_tokens
 from vispec.locks import alone_in
 from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, build_head, load_draft
@@ -27,7 +26,7 @@ from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
 from vispec.train.recipe import Recipe, recipe_identity
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths, skipped_samples
-from vispec.train.states import RESUME_FILE, read_resume, refuse_others
+from vispec.train.states import RESUME_FILE, STARTS_FILE, read_resume, refuse_others, refuse_unknown
 from vispec.train.target_weights import read_tables, tables_digest
 from vispec.train.trainer import Trainer
 
@@ -186,7 +185,7 @@ def _train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | N
         _check_scored(trainer.train_set.paths, args.max_len)
         if processes.is_main:
             _print_start(trainer, method, resumed)
-            _note_start(folder / "training.json", provenance(args), resumed)
+            _note_start(folder / STARTS_FILE, provenance(args), resumed)
         trainer.run()
     processes.leave()
     return 0
@@ -198,6 +197,8 @@ def _make_trainer(
     """The trainer where it begins or goes on, and whether it goes on."""
     folder = Path(args.cpdir)
     state = read_resume(folder)
+    if state is None:
+        refuse_unknown(folder)
     embedding, lm_head = read_tables(args.basepath)
     if state is None:
         head = start_head(args, embedding, method, num_q)
@@ -269,7 +270,7 @@ def _print_start(trainer: Trainer, method: str, resumed: bool) -> None:
 def _note_start(path: Path, made_by: dict, resumed: bool) -> None:
     """The first start as it was, and those that went on with it."""
     if resumed and path.is_file():
-        first = json.loads(path.read_text(encoding="utf-8"))
+        first = read_json(path)
         made_by = first | {"resumed": [*first.get("resumed", []), made_by]}
     write_json_atomic(path, made_by)
 
