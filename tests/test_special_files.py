@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and what is no file."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -22,6 +24,18 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, fail)
     assert json.loads(path.read_text()) == [1] and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_there_already_is_not_written(tmp_path, monkeypatch):
+    write_json_atomic(tmp_path / "a.json", {"a": 1})
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    write_json_atomic(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(OSError, match="Read-only"):
+        write_json_atomic(tmp_path / "a.json", {"a": 2})
 
 
 def test_a_pipe_is_written_to_and_stays(tmp_path):

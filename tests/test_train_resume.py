@@ -14,7 +14,6 @@ from tiny_rows import CONFIGS, TARGETS, contents
 from vispec import locks
 from vispec.ge_data.sample_file import read_sample, write_sample
 from vispec.train import main, main_mtp
-from vispec.train.metrics import MetricsLog
 from vispec.train.processes import launched_processes
 from vispec.train.samples import SampleFolder, find_samples, hold_out
 from vispec.train.states import RESUME_FILE
@@ -138,12 +137,6 @@ def test_notes_beside_the_files_of_a_training_stay(arguments, tmp_path):
     run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
     assert main.main(run) == 0
     assert contents(tmp_path / "cp").items() >= notes.items()
-
-
-def test_metrics_that_are_none(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("my notes\n")
-    with pytest.raises(ValueError, match="metrics.jsonl: no line of an epoch's metrics: my notes"):
-        MetricsLog(tmp_path, "none")
 
 
 def broken(name, value):

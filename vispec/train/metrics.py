@@ -78,14 +78,8 @@ class MetricsLog:
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             # a line without its end was being written when the run was killed
-            kept = [line for line in lines if line.endswith("\n") and self._epoch_of(line) <= epochs]
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
             write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
-
-    def _epoch_of(self, line: str) -> int:
-        try:
-            return int(json.loads(line)["epoch"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{self.path}: no line of an epoch's metrics: {line.strip():.60}") from None
 
     def step(self, step: int, values: dict) -> None:
         self._scalars("train_step", step, values)
