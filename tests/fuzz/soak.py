@@ -146,9 +146,8 @@ def random_options(dice: random.Random, sampled: bool) -> dict:
 
 def decoding_round(seed: int, found: Found) -> None:
     dice = random.Random(seed)
-    made = random_case(dice)
-    if made is None:
-        return
+    while (made := random_case(dice)) is None:
+        pass
     name, case = made
     where = f"decoding, seed {seed} ({name}, {len(case.prompts)} rows, {case.options}, trees {', '.join(case.trees)})"
     try:
