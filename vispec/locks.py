@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 FOLDER_LOCK = ".vispec.lock"
@@ -69,7 +70,7 @@ def _acquire(lock: Path, refusal: str) -> int | None:
             if error.errno in TAKEN:
                 raise ValueError(refusal) from None
             lock.unlink(missing_ok=True)
-            print(f"notice: {lock.parent}: no locks there ({error}); let one run at a time use it", file=sys.stderr)
+            _tell_once(f"notice: {lock.parent}: no locks there ({error}); let one run at a time use it")
             return None
         try:
             # who had it takes it away in the end, and a lock on what is gone keeps nobody out
@@ -78,3 +79,9 @@ def _acquire(lock: Path, refusal: str) -> int | None:
         except FileNotFoundError:
             pass
         os.close(handle)
+
+
+@cache
+def _tell_once(line: str) -> None:
+    """However many files of a folder are locked."""
+    print(line, file=sys.stderr)
