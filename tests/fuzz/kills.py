@@ -21,13 +21,15 @@ from vispec.demo.scenes import scene_of
 
 TEXTS, IMAGES, QUESTIONS = 60, 24, 16
 EPOCHS = 12
-WORKERS_END_SECONDS = 60
-UNFINISHED_SHARE = 0.5
-"""Of the kills, those that wait for the first file; the others may meet a command while it still imports."""
+END_SECONDS = 60
+"""Time that a command and its workers have to end in."""
+WORKING_SHARE, NEIGHBOURS_SHARE = 0.6, 0.2
+"""Of the starts: those that are killed when there is a first file, not while the command imports, and those beside
+which the same command is started again."""
 
 OF_A_CLOCK = ("seconds", "samples_per_second", "wall_time", "decode_time", "tstamp", "answer_id")
-OF_STARTS = ("resumed",)
-"""Names in files whose values are others in every run, and the one that only a run has that went on."""
+OF_STARTS = ("resumed", "git_revision")
+"""Names in files whose values are others in every run, or in one that has gone on, perhaps in an edited checkout."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,23 @@ class Workshop:
         """Of every run, undisturbed or not, so that what the files say of their commands is the same."""
         return self.folder / "out"
 
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
     def command(self, run: Run) -> list[str]:
         return command(run.processes, *run.words(self), run.out, str(self.out / run.file))
 
     def undisturbed(self, run: Run) -> Undisturbed:
         if run.name not in self._undisturbed:
             shutil.rmtree(self.out, ignore_errors=True)
-            log = self.folder / "log"
             words = self.command(run)  # makes the data
             started = time.monotonic()
-            process = start(words, log)
+            process = start(words, self.log)
             while process.poll() is None and not self._begun():
                 time.sleep(0.01)
             first_file = time.monotonic() - started
-            assert process.wait() == 0, log.read_text()
+            assert process.wait() == 0, self.log.read_text()
             self._undisturbed[run.name] = Undisturbed(contents(self.out), first_file, time.monotonic() - started)
         return self._undisturbed[run.name]
 
@@ -112,36 +117,17 @@ class Workshop:
         shutil.rmtree(self.out)
         kills, wrong = [], []
         for _ in range(dice.choice((1, 1, 2, 3))):
-            number = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
-            log = self.folder / "log"
-            process = start(self.command(run), log)
-            if dice.random() < UNFINISHED_SHARE:
-                while process.poll() is None and not self._begun():
-                    time.sleep(0.005)
-                wait = dice.uniform(0, expected.seconds - expected.first_file)
-            else:
-                wait = dice.uniform(0, expected.first_file)
-            time.sleep(wait)
-            if process.poll() is not None:
-                break
-            workers = process.children(recursive=True)
-            if number == signal.SIGKILL and dice.random() < 0.5:
-                kill(process)
-            else:
-                process.send_signal(number)
-            kills.append(f"{number.name} after {wait:.2f} s")
-            try:
-                process.wait(WORKERS_END_SECONDS)
-            except psutil.TimeoutExpired:
-                wrong.append(f"still runs {WORKERS_END_SECONDS} s after {number.name}")
-                kill(process)
-            _, left = psutil.wait_procs(workers, timeout=WORKERS_END_SECONDS)
-            wrong += [f"worker {one.pid} outlives its launcher" for one in left if one.status() != psutil.STATUS_ZOMBIE]
-            text = log.read_text()
-            if run.processes == 1 and "Traceback" in text and "vispec/" in text:
-                wrong.append(f"{number.name}: {text}")
+            process = start(self.command(run), self.log)
+            neighbour = self._neighbour(process, run) if dice.random() < NEIGHBOURS_SHARE else None
+            waited = self._wait(process, expected, dice)
+            if process.poll() is None:
+                number = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+                kills.append(f"{number.name} after {waited:.2f} s")
+                wrong += self._kill(process, run, number, everyone=dice.random() < 0.5)
+            if neighbour:
+                wrong += self._refused(neighbour)
         try:
-            finish(self.command(run), self.folder / "log")
+            finish(self.command(run), self.log)
         except AssertionError as error:
             return kills, [*wrong, f"does not go on: {error}"], 0
         found = contents(self.out)
@@ -150,6 +136,46 @@ class Workshop:
                 there = "missing" if name not in found else "left over" if name not in expected.contents else "differs"
                 wrong.append(f"{name} {there}")
         return kills, wrong, len(found)
+
+    def _wait(self, process: psutil.Popen, expected: Undisturbed, dice: random.Random) -> float:
+        """Until a moment before the end of the command, or while it still imports; returns the last seconds of it."""
+        seconds = dice.uniform(0, expected.first_file)
+        if dice.random() < WORKING_SHARE:
+            while process.poll() is None and not self._begun():
+                time.sleep(0.005)
+            seconds = dice.uniform(0, expected.seconds - expected.first_file)
+        time.sleep(seconds)
+        return seconds
+
+    def _kill(self, process: psutil.Popen, run: Run, number: signal.Signals, everyone: bool) -> list[str]:
+        """Send a signal to a command, kill -9 also to all that it has launched; returns what is wrong then."""
+        wrong, workers = [], process.children(recursive=True)
+        if everyone and number == signal.SIGKILL:
+            kill(process)
+        else:
+            process.send_signal(number)
+        try:
+            process.wait(END_SECONDS)
+        except psutil.TimeoutExpired:
+            wrong.append(f"still runs {END_SECONDS} s after {number.name}")
+            kill(process)
+        _, left = psutil.wait_procs(workers, timeout=END_SECONDS)
+        wrong += [f"{one} outlives its launcher" for one in left]
+        text = self.log.read_text()
+        if run.processes == 1 and "Traceback" in text and "vispec/" in text:  # launchers say it in their way
+            wrong.append(f"{number.name}: {text}")
+        return wrong
+
+    def _neighbour(self, process: psutil.Popen, run: Run) -> psutil.Popen:
+        """The same command a second time, once the first one has begun."""
+        while process.poll() is None and not self.out.exists():
+            time.sleep(0.005)
+        return start(self.command(run), self.folder / "neighbour")
+
+    def _refused(self, neighbour: psutil.Popen) -> list[str]:
+        """What is wrong with a second run: it has to be refused, or to go on with what the first one has left."""
+        code, text = neighbour.wait(), (self.folder / "neighbour").read_text()
+        return [] if code == 0 or "another run" in text else [f"a second run at a time: {text}"]
 
 
 def contents(folder: Path) -> dict:
