@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -260,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("decoding", "kills"), help="leave out the other kind")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="transformers")  # of lengths that cannot be met
     transformers.logging.set_verbosity_error()
     logging.getLogger("vispec").setLevel(logging.ERROR)  # which pass decodes, for every model anew
     with tempfile.TemporaryDirectory(prefix="vispec-soak-") as folder:

@@ -27,7 +27,7 @@ from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
 from vispec.train.recipe import Recipe, recipe_identity
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths, skipped_samples
-from vispec.train.states import RESUME_FILE, STARTS_FILE, read_resume, refuse_others, refuse_unknown
+from vispec.train.states import RESUME_FILE, START_FILE, read_resume, refuse_others
 from vispec.train.target_weights import read_tables, tables_digest
 from vispec.train.trainer import Trainer
 
@@ -186,7 +186,7 @@ def _train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | N
         _check_scored(trainer.train_set.paths, args.max_len)
         if processes.is_main:
             _print_start(trainer, method, resumed)
-            _note_start(folder / STARTS_FILE, provenance(args), resumed)
+            _note_start(folder / START_FILE, provenance(args), resumed)
         trainer.run()
     processes.leave()
     return 0
@@ -198,8 +198,6 @@ def _make_trainer(
     """The trainer where it begins or goes on, and whether it goes on."""
     folder = Path(args.cpdir)
     state = read_resume(folder)
-    if state is None:
-        refuse_unknown(folder)
     embedding, lm_head = read_tables(args.basepath)
     if state is None:
         head = start_head(args, embedding, method, num_q)

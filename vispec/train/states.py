@@ -24,7 +24,7 @@ from vispec.train.metrics import METRICS_FILE, Sums
 STATE = re.compile(r"state_(\d+)")
 REMOVED = ".removed"
 
-RESUME_FILE, STARTS_FILE = "resume.pt", "training.json"
+RESUME_FILE, START_FILE = "resume.pt", "training.json"
 RESUME_FORMAT = 3
 RESUME_KINDS = {
     "identity": dict,
@@ -42,10 +42,12 @@ def read_resume(folder: Path) -> dict | None:
     """The state that a run has left in a folder to go on from; None where there is none.
 
     Raises:
-        ValueError: the file is damaged, or of another version; names it.
+        ValueError: the file is damaged, or of another version; or there is none beside files of others with the names
+            of ours; the message names them.
     """
     path = folder / RESUME_FILE
     if not path.is_file():
+        _refuse_unknown(folder)
         return None
     with open(path, "rb") as file:
         try:
@@ -144,18 +146,15 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if halves.fullmatch(path.name):
             shutil.rmtree(path)
-    remove_unfinished(folder, "|".join(map(re.escape, (RESUME_FILE, METRICS_FILE, STARTS_FILE))))
+    remove_unfinished(folder, "|".join(map(re.escape, (RESUME_FILE, METRICS_FILE, START_FILE))))
 
 
-def refuse_unknown(folder: Path) -> None:
-    """Refuse a folder without a state to go on from in which files of others have the names of ours.
-
-    A run that was killed before its first state has left its start alone.
-    """
+def _refuse_unknown(folder: Path) -> None:
+    """A run that was killed before its first state has left its start alone; more was made by others."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = {name for name in found if STATE.fullmatch(name)} | found & {METRICS_FILE}
-    if STARTS_FILE in found and not _is_start(folder / STARTS_FILE):
-        others.add(STARTS_FILE)
+    if START_FILE in found and not _is_start(folder / START_FILE):
+        others.add(START_FILE)
     if others:
         raise ValueError(
             f"--cpdir {folder} holds {', '.join(sorted(others))}, but no {RESUME_FILE} to go on from; choose another "
