@@ -141,6 +141,7 @@ def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatc
 def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch):
     path = copy_of(finished[0], tmp_path)
     monkeypatch.setattr(answerer, "load_models", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vispec.files.tempfile.mkstemp", lambda *a, **k: pytest.fail("a file was written"))
     before = path.read_text()
     run_baseline(coco, tmp_path)
     assert path.read_text() == before

@@ -114,6 +114,31 @@ def test_a_finished_run_writes_nothing(arguments, tmp_path, monkeypatch, capsys)
     assert contents(tmp_path / "cp") == before and locks.FOLDER_LOCK not in before
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", '{"my": 1}\n'), ("training.json", "[]"), ("training.json", "my notes")]
+)
+def test_a_folder_of_others_is_refused(arguments, tmp_path, name, content):
+    (tmp_path / "cp" / "state_7").mkdir(parents=True)
+    (tmp_path / "cp" / name).write_text(content)
+    before = contents(tmp_path / "cp")
+    run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
+    message = f"--cpdir .*cp holds {', '.join(sorted((name, 'state_7')))}, but no resume.pt to go on from"
+    with pytest.raises(ValueError, match=message):
+        main.main(run)
+    assert contents(tmp_path / "cp") == before
+
+
+def test_notes_beside_the_files_of_a_training_stay(arguments, tmp_path):
+    notes = {"notes.txt": b"1", "state_of_affairs/notes.txt": b"2", ".metrics.jsonl.bak": b"3"}
+    for name, content in notes.items():
+        path = tmp_path / "cp" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
+    assert main.main(run) == 0
+    assert contents(tmp_path / "cp").items() >= notes.items()
+
+
 def broken(name, value):
     def change(state):
         state[name] = value

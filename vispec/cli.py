@@ -100,14 +100,20 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         if os.environ.get("VISPEC_TRACEBACK"):
             raise
         code = 1
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        _say(INTERRUPTED)
         code = 130
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    """On a line of its own, also where a bar is being drawn."""
+    tqdm = sys.modules.get("tqdm")
+    (tqdm.tqdm.write if tqdm else print)(line, file=sys.stderr)
 
 
 def tell_interrupts() -> None:

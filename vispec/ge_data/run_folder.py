@@ -1,12 +1,13 @@
 """The folder of one generation run: sample files, what made them, what was skipped and why."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vispec.cli import changes, provenance
-from vispec.files import read_json, write_json_atomic
+from vispec.files import read_json, remove_unfinished, write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"
@@ -51,9 +52,8 @@ class RunFolder:
             made_by.pop("arguments")
             manifest = {"arguments": arguments, "target": dict(target), "complete": False, **made_by}
             write_json_atomic(file, manifest)
-        for pattern in (f".*{SUFFIX}.*", f".{MANIFEST}.*", "logs/.*.json.*"):  # of writes that were killed
-            for leftover in path.glob(pattern):
-                leftover.unlink()
+        remove_unfinished(path, rf"\d+{re.escape(SUFFIX)}|{re.escape(MANIFEST)}")
+        remove_unfinished(path / "logs", r"rows_\d+\.json")
         return cls(path, arguments, manifest)
 
     def sample_path(self, index: int) -> Path:

@@ -228,6 +228,8 @@ class Target:
         refuse_missing(self.model, inputs)
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
+        if self._rope_owner is not None:  # Qwen's Omni looks for images only where there is a mask
+            inputs.setdefault("attention_mask", torch.ones_like(input_ids, device=self._input_device))
         wants_kinds = self._rope_owner is not None and "mm_token_type_ids" in forward_parameters(self.model)
         if wants_kinds and "mm_token_type_ids" not in inputs:  # others answer without them, and otherwise with them
             inputs["mm_token_type_ids"] = self._place(token_kinds(self.config, input_ids))

@@ -30,7 +30,7 @@ from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
 from vispec.train.recipe import Recipe, recipe_identity
 from vispec.train.samples import Noise, SampleFolder, find_samples, hold_out, read_lengths, skipped_samples
-from vispec.train.states import RESUME_FILE, read_resume, refuse_others
+from vispec.train.states import RESUME_FILE, START_FILE, read_resume, refuse_others
 from vispec.train.target_weights import count_layers, read_tables, tables_digest
 from vispec.train.trainer import Trainer
 
@@ -201,7 +201,7 @@ def _train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | N
         _check_scored(trainer.train_set.paths, args.max_len)
         if processes.is_main:
             _print_start(trainer, method, resumed)
-            _note_start(folder / "training.json", provenance(args), resumed)
+            _note_start(folder / START_FILE, provenance(args), resumed)
         trainer.run()
     processes.leave()
     return 0

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 
 from vispec.cli import changes
+from vispec.files import UNFINISHED, read_json, remove_unfinished
 from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.drafts.vocabulary import DraftVocabulary
-from vispec.train.metrics import Sums
+from vispec.train.metrics import METRICS_FILE, Sums
 
 STATE = re.compile(r"state_(\d+)")
-UNFINISHED, REMOVED = ".unfinished", ".removed"
+REMOVED = ".removed"
 
-RESUME_FILE = "resume.pt"
+RESUME_FILE, START_FILE = "resume.pt", "training.json"
 RESUME_FORMAT = 3
 RESUME_KINDS = {
     "identity": dict,
@@ -41,10 +42,12 @@ def read_resume(folder: Path) -> dict | None:
     """The state that a run has left in a folder to go on from; None where there is none.
 
     Raises:
-        ValueError: the file is damaged, or of another version; names it.
+        ValueError: the file is damaged, or of another version; or there is none beside files of others with the names
+            of ours; the message names them.
     """
     path = folder / RESUME_FILE
     if not path.is_file():
+        _refuse_unknown(folder)
         return None
     with open(path, "rb") as file:
         try:
@@ -137,14 +140,33 @@ def prune_states(folder: Path, keep: int, epoch: int) -> None:
         _remove(folder / f"state_{number}")
 
 
-def remove_leftovers(folder: Path, files: tuple[str, ...]) -> None:
-    """Remove what a killed run has left half-written: checkpoints, and temporary files beside `files`."""
-    for pattern in (f".state_*{UNFINISHED}", f".state_*{REMOVED}"):
-        for path in folder.glob(pattern):
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run has left half-written or half-removed."""
+    halves = re.compile(rf"\.{STATE.pattern}({re.escape(UNFINISHED)}|{re.escape(REMOVED)})")
+    for path in folder.iterdir():
+        if halves.fullmatch(path.name):
             shutil.rmtree(path)
-    for name in files:
-        for path in folder.glob(f".{name}.*"):
-            path.unlink()
+    remove_unfinished(folder, "|".join(map(re.escape, (RESUME_FILE, METRICS_FILE, START_FILE))))
+
+
+def _refuse_unknown(folder: Path) -> None:
+    """A run that was killed before its first state has left its start alone; more was made by others."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = {name for name in found if STATE.fullmatch(name)} | found & {METRICS_FILE}
+    if START_FILE in found and not _is_start(folder / START_FILE):
+        others.add(START_FILE)
+    if others:
+        raise ValueError(
+            f"--cpdir {folder} holds {', '.join(sorted(others))}, but no {RESUME_FILE} to go on from; choose another "
+            "folder"
+        )
+
+
+def _is_start(path: Path) -> bool:
+    try:
+        return read_json(path).keys() >= {"command", "arguments", "versions"}
+    except ValueError:
+        return False
 
 
 def _remove(path: Path) -> None:

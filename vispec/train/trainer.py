@@ -19,7 +19,7 @@ from vispec.files import write_atomic
 from vispec.model.drafts import BaseHead
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import chunk_rows, summed_loss
-from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
+from vispec.train.metrics import DEPTH, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.processes import Processes
 from vispec.train.recipe import Recipe, schedule
@@ -164,7 +164,7 @@ class Trainer:
         """
         log = None
         if self.processes.is_main:
-            remove_leftovers(self.folder, (RESUME_FILE, METRICS_FILE, "training.json"))
+            remove_leftovers(self.folder)
             log = MetricsLog(self.folder, self.recipe.report_to, self.epoch, self.steps_done)
         while self.epoch < self.recipe.epochs:
             self._train_epoch(log)
