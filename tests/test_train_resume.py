@@ -82,7 +82,7 @@ def test_a_skipped_sample_changes_no_other(tmp_path):
     """A step whose samples are all skipped changes nothing; the others keep order and noise."""
     folder = write_data(tmp_path / "data")
     trainer = make_trainer(folder, tmp_path / "a", epochs=1)
-    trainer.skipped = ({2}, set())
+    trainer.train_set.skipped = {2}
     seen = []
     trainer.accumulate, accumulate = lambda batches: seen.extend(batches) or accumulate(batches), trainer.accumulate
     trainer.run()
@@ -166,9 +166,9 @@ def with_moment(value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (broken("format", 2), "format 2, expected 3"),
-        (lambda state: [state], "format None, expected 3"),
-        (lambda state: torch.zeros(3), "format None, expected 3"),
+        (broken("format", 3), "format 3, expected 4"),
+        (lambda state: [state], "format None, expected 4"),
+        (lambda state: torch.zeros(3), "format None, expected 4"),
         (broken("step_in_epoch", 99), "epoch 1, step 99; the run has 3 epochs of 3 steps"),
         (broken("step_in_epoch", -1), "step_in_epoch is -1"),
         (broken("step_in_epoch", "1"), "step_in_epoch is str, expected int"),
@@ -236,7 +236,7 @@ def test_nothing_to_score(arguments, tmp_path, capsys):
     path = tmp_path / "held" / "00000000.safetensors"
     (mute := read_sample(trainer.train_set.paths[0])).loss_mask[:] = False
     write_sample(path, mute)
-    trainer.held_out_set, trainer.lengths = SampleFolder([path], 64), (trainer.lengths[0], [9])
+    trainer.held_out_set = SampleFolder([path], 64)
     trainer.run()
     assert "; held out: nothing that is scored;" in capsys.readouterr().out
     assert json.loads((tmp_path / "cp" / "metrics.jsonl").read_text())["held_out"] is None

@@ -11,17 +11,17 @@ from vispec.cli import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    from vispec.cli import Parser
-    from vispec.train import command
+    from vispec.train import flags
+    from vispec.train.command import train
     from vispec.train.msd import EPOCHS, OBJECTIVE
 
     logging.basicConfig(format="%(message)s")
-    parser = Parser(prog="vispec.train.main_msd", description="MSD's head: text first, then more and more images.")
-    command.add_arguments(parser, lr=5e-5, token_weight=OBJECTIVE.token_weight)
+    description = "MSD's head: text first, then more and more images."
+    parser = flags.make_parser("vispec.train.main_msd", description, lr=5e-5, token_weight=OBJECTIVE.token_weight)
     parser.set_defaults(num_epochs=EPOCHS)
     args = parser.parse_args(argv)
     objective = replace(OBJECTIVE, token_weight=args.pw)
-    return command.train(args, "msd", command.eagle_recipe_of(args, objective, mtp_steps=0))
+    return train(args, "msd", flags.eagle_recipe_of(args, objective, mtp_steps=0))
 
 
 if __name__ == "__main__":

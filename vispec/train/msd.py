@@ -39,7 +39,7 @@ class MSDTrainer(Trainer):
 
     def groups(self, epoch: int) -> list[list[int]]:
         chosen = shown(*self._kinds, image_share(epoch, self.recipe.epochs), self.recipe.seed, epoch)
-        groups = epoch_groups([self.lengths[0][i] for i in chosen], self.group_size, self.recipe.seed, epoch)
+        groups = epoch_groups([self.train_set.lengths[i] for i in chosen], self.group_size, self.recipe.seed, epoch)
         return [[chosen[place] for place in group] for group in groups]
 
     @cached_property

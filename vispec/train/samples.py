@@ -4,7 +4,7 @@ Shapes: B samples, L tokens of the longest, H hidden size, F numbers of an input
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -86,13 +86,29 @@ class Noise:
         return features + noise * (self.width * NOISE_LENGTH / max(len(sample), 1))
 
 
-class SampleFolder(torch.utils.data.Dataset):
-    """Sample files; items are asked for as (index, epoch), epoch None for no noise.
+class SampleFiles(torch.utils.data.Dataset):
+    """Some sample files; items are asked for as (index, epoch), epoch None for no noise.
 
     Args:
         paths: the files.
         max_len: longer samples are cut.
-        noise, seed: width and seed of the `Noise` on input features.
+        skip: files among them that are left out; the order and the noise of the others do not change with it.
+    """
+
+    def __init__(self, paths: Sequence[Path], max_len: int, skip: Collection[Path] = ()):
+        self.paths, self.max_len = list(paths), max_len
+        self.lengths = read_lengths(paths, max_len)
+        self.skipped = {index for index, path in enumerate(paths) if path in skip}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class SampleFolder(SampleFiles):
+    """Sample files with their features.
+
+    Args:
+        noise: on input features.
         all_features: refuse samples without the features of image positions.
         sizes: (V, H) of the draft head, which ids and features have to fit; None does not look.
         layers: those of the target whose inputs the head reads in place of its features.
@@ -102,17 +118,15 @@ class SampleFolder(torch.utils.data.Dataset):
         self,
         paths: Sequence[Path],
         max_len: int,
-        noise: float = 0.0,
-        seed: int = 0,
+        noise: Noise | None = None,
         all_features: bool = False,
         sizes: tuple[int, int] | None = None,
         layers: tuple[int, ...] = (),
+        skip: Collection[Path] = (),
     ):
-        self.paths, self.max_len, self.noise = list(paths), max_len, Noise(noise, seed)
-        self.all_features, self.sizes, self.layers = all_features, sizes or (), layers
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        super().__init__(paths, max_len, skip)
+        self.noise, self.all_features = noise or Noise(0.0), all_features
+        self.sizes, self.layers = sizes or (), layers
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Sample, torch.Tensor]:
         """The sample and its input features (K, F)."""

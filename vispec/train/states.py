@@ -20,12 +20,13 @@ from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.drafts.vocabulary import DraftVocabulary
 from vispec.train.metrics import METRICS_FILE, Sums
+from vispec.train.recipe import Recipe
 
 STATE = re.compile(r"state_(\d+)")
 REMOVED = ".removed"
 
 RESUME_FILE, START_FILE = "resume.pt", "training.json"
-RESUME_FORMAT = 3
+RESUME_FORMAT = 4
 RESUME_KINDS = {
     "identity": dict,
     "epoch": int,
@@ -120,12 +121,12 @@ def _name(kind) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def write_state(head: BaseHead, folder: Path, epoch: int) -> None:
+def write_state(head: BaseHead, folder: Path, epoch: int, recipe: Recipe) -> None:
     """Write `folder`/state_<epoch>; one that is there already, of a run killed before it could note it, is replaced."""
     final = folder / f"state_{epoch}"
     unfinished = folder / f".{final.name}{UNFINISHED}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_draft(head, unfinished)
+    save_draft(head, unfinished, getattr(torch, recipe.save_dtype), recipe.save_embedding)
     _sync(unfinished)
     _remove(final)
     unfinished.rename(final)

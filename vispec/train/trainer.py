@@ -7,7 +7,7 @@ gradients are summed.
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 
 from vispec.files import write_atomic
 from vispec.model.drafts import BaseHead
+from vispec.model.drafts.checkpoints import own_tensors
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.processes import Processes
 from vispec.train.recipe import Recipe, schedule
-from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
+from vispec.train.samples import Batch, SampleFiles, collate, epoch_groups, micro_batches, without_tracebacks
 from vispec.train.states import (
     RESUME_FILE,
     RESUME_FORMAT,
@@ -38,7 +39,7 @@ from vispec.train.states import (
 from vispec.train.target_weights import tables_digest
 
 if TYPE_CHECKING:  # the target's code takes seconds to import, and training on stored features does without
-    from vispec.train.online import OnlineFeatures, TokenFolder
+    from vispec.train.online import OnlineFeatures
 
 DRAFTS_EVERY = 25
 """Steps of training between two whose drafts are followed: that takes several passes of the head."""
@@ -51,35 +52,29 @@ class Trainer:
         head: in float32; changed in place.
         lm_head: (V, H) the target's output head.
         train, held_out: sample files.
-        lengths: tokens of each training and each held-out sample, to put similar ones together.
         folder: of checkpoints, metrics and the state to resume from.
         identity: arguments that a run to be resumed must share.
         online: computes the features where `train` and `held_out` are a `TokenFolder`.
-        skip: files among them that are left out; the order and the noise of the others do not change with it.
     """
 
     def __init__(
         self,
         head: BaseHead,
         lm_head: torch.Tensor,
-        train: "SampleFolder | TokenFolder",
-        held_out: "SampleFolder | TokenFolder",
-        lengths: tuple[list[int], list[int]],
+        train: SampleFiles,
+        held_out: SampleFiles,
         recipe: Recipe,
         folder: Path,
         processes: Processes,
         identity: dict,
         online: "OnlineFeatures | None" = None,
-        skip: Collection[Path] = (),
     ):
         self.recipe, self.folder, self.processes, self.identity = recipe, folder, processes, identity
-        self.train_set, self.held_out_set, self.lengths, self.online = train, held_out, lengths, online
-        self.skipped = tuple(
-            {index for index, path in enumerate(dataset.paths) if path in skip} for dataset in (train, held_out)
-        )
+        self.train_set, self.held_out_set, self.online = train, held_out, online
         self.head = head.to(processes.device).train()
         self.lm_head = lm_head.to(processes.device)
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
+        self.trained = sum(p.numel() for p in self.parameters)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
@@ -128,7 +123,7 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is None:  # the image parameters in a step without images
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.processes.sum(parameter.grad)
+        self.processes.sum_gradients(self.parameters)
         sums = Sums(self.processes.sum(sums.values).tolist())
         norm = gradient_norm(self.parameters)
         sums.add_gradient_norm(norm)
@@ -157,6 +152,11 @@ class Trainer:
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
+    @property
+    def skipped(self) -> int:
+        """Samples that are left out."""
+        return len(self.train_set.skipped) + len(self.held_out_set.skipped)
+
     def run(self) -> None:
         """Train to the last epoch, from wherever `resume` has put us.
 
@@ -184,7 +184,7 @@ class Trainer:
             if self.describe:
                 self.head.card = self.describe(self.head, self.epoch, line)
             if self.epoch % self.recipe.save_every == 0 or self.epoch == self.recipe.epochs:
-                write_state(self.head, self.folder, self.epoch)
+                write_state(self.head, self.folder, self.epoch, self.recipe)
                 prune_states(self.folder, self.recipe.keep, self.epoch)
             log.epoch(self.epoch, line)
             self.save()
@@ -192,13 +192,13 @@ class Trainer:
 
     def groups(self, epoch: int) -> list[list[int]]:
         """The samples of each step of an epoch, as many steps in each."""
-        return epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, epoch)
+        return epoch_groups(self.train_set.lengths, self.group_size, self.recipe.seed, epoch)
 
     def _train_epoch(self, log: MetricsLog | None) -> None:
         from tqdm import tqdm
 
         groups = [
-            [index for index in group if index not in self.skipped[0]] for group in self.groups(self.epoch)
+            [index for index in group if index not in self.train_set.skipped] for group in self.groups(self.epoch)
         ][self.step_in_epoch :]
         mine = [
             micro_batches(group, self.recipe.batch_size, self.processes.index, self.processes.count) for group in groups
@@ -248,7 +248,8 @@ class Trainer:
             ValueError: a loss is not finite, in whichever process: all raise it together.
         """
         sums, spoiled = Sums(), []
-        order = sorted(set(range(len(self.held_out_set))) - self.skipped[1], key=lambda i: self.lengths[1][i])
+        samples = self.held_out_set
+        order = sorted(set(range(len(samples))) - samples.skipped, key=lambda i: samples.lengths[i])
         mine = micro_batches(order, self.recipe.batch_size, self.processes.index, self.processes.count)
         self.head.eval()
         for batch in self._loader(self.held_out_set, [[(i, None) for i in batch] for batch in mine]):
@@ -300,7 +301,7 @@ class Trainer:
     def _table(self) -> torch.Tensor:
         return self.head.embed_tokens.weight
 
-    def _loader(self, dataset: "SampleFolder | TokenFolder", keys: list) -> Iterable[Batch]:
+    def _loader(self, dataset: SampleFiles, keys: list) -> Iterable[Batch]:
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
@@ -325,7 +326,7 @@ class Trainer:
             "step_in_epoch": self.step_in_epoch,
             "sums": self.sums.values.tolist(),
             "seconds": self.seconds,
-            "head": self.head.state_dict(),
+            "head": own_tensors(self.head),
             "draft_vocab": vars(vocabulary) if vocabulary else None,
             "moments": self.optimizer.state_dict()["state"],
         }
@@ -350,10 +351,10 @@ class Trainer:
                     f"{path}: epoch {state['epoch']}, step {state['step_in_epoch']}; the run has {self.recipe.epochs} "
                     f"epochs of {self.steps_per_epoch} steps"
                 )
-            check_weights(path, state["head"], self.head.state_dict())
+            check_weights(path, state["head"], own_tensors(self.head))
             begun = state["epoch"] > 0 or Sums(state["sums"]).pairs > 0  # steps may have been skipped
             check_moments(path, state["moments"], self.parameters, begun)
-            self.head.load_state_dict(state["head"])
+            self.head.load_state_dict(state["head"], strict=False)  # all but the target's own table
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
             self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]

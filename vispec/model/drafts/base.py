@@ -9,6 +9,7 @@ B rows, P pairs: a feature of the target, F numbers, and the token after it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
@@ -201,12 +202,16 @@ class BaseHead(nn.Module):
 
     # --- files and the hub, as libraries around it have them ---
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, embedding: bool = True) -> None:
         """Write config.json, model.safetensors, README.md (the model card) and a draft vocabulary into `folder`.
 
         A head without a card gets one that tells what its own tensors show.
+
+        Args:
+            dtype: of the tensors in the file; the head's when None.
+            embedding: False leaves the embedding table out: the head then loads with its target, which has it.
         """
-        checkpoints.save_draft(self, folder)
+        checkpoints.save_draft(self, folder, dtype, embedding)
         if self.card is None:
             Path(folder, CARD).write_text(model_card(self), encoding="utf-8")
 
@@ -228,17 +233,18 @@ class BaseHead(nn.Module):
         head.card = card.read_text(encoding="utf-8") if card else None
         return head
 
-    def push_to_hub(self, repo_id: str, **options) -> str:
+    def push_to_hub(self, repo_id: str, dtype: torch.dtype | None = None, embedding: bool = True, **options) -> str:
         """Upload the files of `save_pretrained` to a model repository, which is made where it is missing.
 
         Args:
             repo_id: "owner/name".
+            dtype, embedding: see `save_pretrained`.
             options: see `vispec.model.drafts.hub.upload_head`.
 
         Returns:
             The address of the commit.
         """
-        return upload_head(self.save_pretrained, repo_id, **options)
+        return upload_head(partial(self.save_pretrained, dtype=dtype, embedding=embedding), repo_id, **options)
 
 
 def build_head(config: DraftConfig, method: str, **sizes: int | bool) -> BaseHead:

@@ -26,18 +26,28 @@ LEAST_ALIKE = 0.5
 """Mean cosine of the embeddings of a head and its target: near 1 after fine-tuning, near 0 between strangers."""
 
 
-def save_draft(head: nn.Module, folder: str | Path) -> None:
+def save_draft(head: nn.Module, folder: str | Path, dtype: torch.dtype | None = None, embedding: bool = True) -> None:
     """Write config.json, model.safetensors and, where the head has them, draft vocabulary and model card into `folder`.
 
     Each file appears whole or not at all.
+
+    Args:
+        dtype: of the tensors in the file; the head's when None.
+        embedding: False leaves the embedding table out: the head then loads with its target, which has it.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    tensors = head.state_dict() if embedding else own_tensors(head)
+    tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     write_json_atomic(Path(folder) / CONFIG, head.config.to_dict())
     if head.draft_vocab is not None:
         head.draft_vocab.write(folder)
     if head.card is not None:
         write_atomic(Path(folder) / CARD, lambda file: file.write(head.card.encode()))
+
+
+def own_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a head without the embedding table, which is its target's."""
+    return {name: tensor for name, tensor in head.state_dict().items() if name != EMBEDDING}
 
 
 def read_config(path: str | Path) -> DraftConfig:
