@@ -5,14 +5,23 @@ import logging
 import torch
 
 from vispec.model.drafts import BaseHead, Draft
-from vispec.model.shape import TreeShape
+from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
 
 logger = logging.getLogger("vispec")
 
 
-def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
-    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
+def fitted(shape: TreeShape, target: Target, draft: Draft) -> TreeShape:
+    """The tree that a draft can fill; says so where it is smaller than what was asked for.
+
+    Raises:
+        ValueError: the target follows chains alone, and this is none.
+    """
+    if shape.top_k > 1 and target.fit(shape) != shape:
+        raise ValueError(
+            f"{type(target.model).__name__} has layers that keep one state of the whole text, which cannot follow the "
+            f"branches of the tree {shape}: give a chain such as {target.fit(shape)}, or {AUTO}"
+        )
     largest = draft.fit(shape)
     if (largest.total_token, largest.top_k) != (shape.total_token, shape.top_k):
         logger.warning(

@@ -82,7 +82,7 @@ class SpecModel:
             self.tree, self._auto = tree, {}
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
-            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.draft)
+            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.target, self.draft)
 
     @classmethod
     def from_pretrained(
@@ -159,7 +159,8 @@ class SpecModel:
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft)
-        self.shape = fitted(self.shape, draft)
+        shape = self.shape if self.tree is None else self.target.fit(self.shape)  # that nobody has asked for
+        self.shape = fitted(shape, self.target, draft)
         self.draft, self._auto = draft, {}
 
     @property
@@ -359,6 +360,10 @@ class SpecModel:
             return "none"
         return "some" if self._decoder.failed_captures else "all"
 
+    def fit(self, shape: TreeShape) -> TreeShape:
+        """The largest tree not above this one that the draft can fill and the target can follow."""
+        return self.draft.fit(self.target.fit(shape))
+
     def _require_draft(self) -> None:
         if self.draft is None:
             raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
@@ -393,5 +398,5 @@ class SpecModel:
             return Always(None)
         if self.tree != AUTO:
             return Always(self.shape)
-        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.draft.fit))
+        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))
         return auto.answer()
