@@ -93,6 +93,8 @@ class StateCache(TreeCache):
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
     ) -> torch.Tensor:
         """What a convolution over (B, C, n) has to see: them behind what is held."""
+        if state_idx != 0:
+            raise ValueError(f"layer {layer_idx} keeps several states, of which one is known here")
         held = self.get_conv_state(layer_idx)
         if held is None:
             window = F.pad(conv_states, (max(conv_kernel_size - conv_states.shape[-1], 0), 0))

@@ -14,7 +14,7 @@ from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
-from vispec.model.fitting import check_pair, fitted
+from vispec.model.fitting import check_branches, check_pair, fitted
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
@@ -36,7 +36,7 @@ class SpecModel:
         target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
         draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`;
             None for a model that only runs the baseline.
-        total_token: nodes of the tree, root included.
+        total_token: nodes of the tree, root included. Where the target follows chains alone, `depth` says how long.
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
@@ -82,6 +82,7 @@ class SpecModel:
             self.tree, self._auto = tree, {}
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
+            check_branches(self.target, shape)
             self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.target, self.draft)
 
     @classmethod
@@ -159,9 +160,8 @@ class SpecModel:
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft)
-        shape = self.shape if self.tree is None else self.target.fit(self.shape)  # that nobody has asked for
-        self.shape = fitted(shape, self.target, draft)
         self.draft, self._auto = draft, {}
+        self.shape = fitted(self.shape, self.target, draft) if self.tree is None else self.fit(self.shape)
 
     @property
     def device(self) -> torch.device:
@@ -305,9 +305,7 @@ class SpecModel:
             options = Sampling(temperature, top_p, top_k).options | {"max_new_tokens": max_new_tokens}
             decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
             return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
-        rounds = self._asked(
-            input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
-        )
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate)
         return streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
