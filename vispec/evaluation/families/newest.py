@@ -219,7 +219,8 @@ FAMILIES = {
         {
             "text_config": {**TEXT, **EXPERTS, **_LINEAR, "head_dim": 16, "hc_count": 2, "hc_lowrank": 4}
             | {"layer_types": ["linear_attention", "indexed_attention"], "shared_expert_intermediate_size": 16}
-            | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4},
+            | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+            | {"indexer_compress_ratio": 4},
             "vision_config": QWEN3_TOWER,
             **MARKS,
         },
