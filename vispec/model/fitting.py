@@ -5,14 +5,18 @@ import logging
 import torch
 
 from vispec.model.drafts import BaseHead, Draft
-from vispec.model.shape import TreeShape
+from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
 
 logger = logging.getLogger("vispec")
 
 
-def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
-    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
+def fitted(shape: TreeShape, target: Target, draft: Draft) -> TreeShape:
+    """The tree that a target can follow and a draft can fill; says so where it is smaller than what was asked for."""
+    chain = target.fit(shape)
+    if chain.top_k != shape.top_k:
+        logger.warning("%s follows chains alone: the tree is %s, not %s", type(target.model).__name__, chain, shape)
+        shape = chain
     largest = draft.fit(shape)
     if (largest.total_token, largest.top_k) != (shape.total_token, shape.top_k):
         logger.warning(
@@ -20,6 +24,16 @@ def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
             *(shape.total_token, largest.depth, shape.top_k, largest.total_token, largest.top_k),
         )
     return largest
+
+
+def check_branches(target: Target, shape: TreeShape) -> None:
+    """Raises ValueError where a tree has branches and the target follows chains alone."""
+    chain = target.fit(shape)
+    if chain.top_k != shape.top_k:
+        raise ValueError(
+            f"{type(target.model).__name__} has layers that keep one state of the whole text, which cannot follow the "
+            f"branches of the tree {shape}: give a chain, such as {chain}, or {AUTO}"
+        )
 
 
 def check_pair(target: Target, draft: BaseHead) -> None:

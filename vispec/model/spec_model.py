@@ -15,7 +15,7 @@ from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
-from vispec.model.fitting import check_pair, fitted
+from vispec.model.fitting import check_branches, check_pair, fitted
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
@@ -37,7 +37,7 @@ class SpecModel:
         target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
         draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`;
             None for a model that only runs the baseline.
-        total_token: nodes of the tree, root included.
+        total_token: nodes of the tree, root included. Where the target follows chains alone, `depth` says how long.
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
@@ -84,7 +84,8 @@ class SpecModel:
             self.tree, self._auto = tree, {}
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
-            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.draft)
+            check_branches(self.target, shape)
+            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.target, self.draft)
 
     @classmethod
     def from_pretrained(
@@ -161,8 +162,8 @@ class SpecModel:
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft)
-        self.shape = fitted(self.shape, draft)
         self.draft, self._auto = draft, {}
+        self.shape = fitted(self.shape, self.target, draft) if self.tree is None else self.fit(self.shape)
 
     @property
     def device(self) -> torch.device:
@@ -306,9 +307,7 @@ class SpecModel:
             options = Sampling(temperature, top_p, top_k).options | {"max_new_tokens": max_new_tokens}
             decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
             return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
-        rounds = self._asked(
-            input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
-        )
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate)
         return streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
@@ -361,6 +360,10 @@ class SpecModel:
             return "none"
         return "some" if self._decoder.failed_captures else "all"
 
+    def fit(self, shape: TreeShape) -> TreeShape:
+        """The largest tree not above this one that the draft can fill and the target can follow."""
+        return self.draft.fit(self.target.fit(shape))
+
     def _require_draft(self) -> None:
         if self.draft is None:
             raise ValueError("this model was loaded without a draft head (spec_model_path), it has only the baseline")
@@ -395,5 +398,5 @@ class SpecModel:
             return Always(None)
         if self.tree != AUTO:
             return Always(self.shape)
-        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.draft.fit))
+        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))
         return auto.answer()

@@ -26,8 +26,10 @@ from vispec.model.inputs import forward_parameters, refuse_missing
 from vispec.model.pairs import Span
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
+from vispec.model.recurrent import RecurrentLayers, known_states
 from vispec.model.refusals import refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
+from vispec.model.shape import TreeShape
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
 from vispec.model.watching import Watched, watching, watching_prompt
 from vispec.model.windows import KINDS, Windows
@@ -91,7 +93,7 @@ class Target:
         self.decoder = find_decoder(model)
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
-        refuse_layers(model, KINDS)
+        refuse_layers(model, KINDS | known_states(self.decoder))
         refuse_decoder(model, self.decoder, self.lm_head)
         # of the layers the first and last, so that large targets are not read twice
         unread = {id(weight) for layer in self.decoder.layers[1:-1] for weight in layer.parameters()}
@@ -107,6 +109,7 @@ class Target:
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
         _use_maskable_attention(model)
         self._windows = Windows(model, self.decoder)
+        self._recurrent = RecurrentLayers(self.decoder, self.layer_devices)
         self._embedded = embedded_ids(model.config, len(self.embed_tokens.weight))
         if self._embedded is not None:
             self._embedded = self._embedded.to(self._input_device)
@@ -142,6 +145,8 @@ class Target:
             reason = "the text decoder has hooks"
         elif self._windows:
             reason = "some layers see a part of the text only"
+        elif self._recurrent:
+            reason = "some layers keep a state of the text"
         elif self._stock.reads_ids:
             reason = "its layers have tables of tokens"
         if reason is not None:
@@ -151,6 +156,10 @@ class Target:
     def lean(self) -> bool:
         """Whether decoding goes by the lean pass."""
         return self._text is not self._stock
+
+    def fit(self, shape: TreeShape) -> TreeShape:
+        """The tree of this depth that the target can follow: a chain, where some layers keep a state of the text."""
+        return shape.chain if self._recurrent else shape
 
     def expect(self, rows: Iterable[int]) -> None:
         """Choose kernels for passes over so many tokens, those of all rows of a batch together."""
@@ -204,13 +213,15 @@ class Target:
     def can_capture(self) -> bool:
         """Whether steps of decoding are captured in CUDA graphs; says once why they are not."""
         reason = obstacle(self.model, self.decoder, self.devices)
+        if self._recurrent and reason is None:
+            reason = "some layers keep a state of the text"
         if reason is not None:
             level = logging.INFO if self.device.type == "cpu" else logging.WARNING
             logger.log(level, "decoding runs without CUDA graphs: %s", reason)
         return reason is None
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
-        return TreeCache(self.layer_devices, batch_size, capacity)
+        return self._recurrent.new_cache(batch_size, capacity)
 
     @torch.no_grad()
     def prefill(
@@ -323,8 +334,9 @@ class Target:
         if self._embedded is not None:
             tokens = self._embedded[tokens]
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
+        heard = self._recurrent.watch(cache) if self._recurrent and tokens.shape[1] > 1 else nullcontext()
         watched: Watched = dict.fromkeys(layers)
-        with self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
+        with heard, self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
             hidden = self._text(cache, embeds, self._place(positions), self._place(mask), watched).to(self.device)
         return States(hidden, self._features(hidden, watched))
 
