@@ -331,8 +331,7 @@ class SpecModel:
     def with_tree(self, tree: str | TreeShape, draft: Draft | None = None) -> "SpecModel":
         """The same model with other trees, and another draft if one is given; all tensors are shared."""
         model = copy.copy(self)
-        if draft is not None:
-            model.draft = None
+        model.draft = self.draft if draft is None else None
         model.set_tree(tree)
         if draft is not None:
             model._attach(draft)
@@ -394,9 +393,7 @@ class SpecModel:
         return self._decoder.rounds(prompts, stops, choice, self._policy(speculate, len(prompts)))
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
-        if not speculate:
-            return Always(None)
-        if self.tree != AUTO:
-            return Always(self.shape)
+        if not speculate or self.tree != AUTO:
+            return Always(self.shape if speculate else None)
         auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))
         return auto.answer()

@@ -16,7 +16,6 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
@@ -24,6 +23,15 @@ from vispec.model.families import embedded_ids, image_spans, tables_behind_text,
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters, refuse_missing
 from vispec.model.pairs import Span
+from vispec.model.parts import (
+    eos_token_ids,
+    execution_device,
+    find_decoder,
+    find_rope_owner,
+    max_positions,
+    position_axes,
+    use_maskable_attention,
+)
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
 from vispec.model.recurrent import RecurrentLayers, known_states
@@ -39,8 +47,6 @@ logger = logging.getLogger("vispec")
 _PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 FAST = "VISPEC_FAST"
 """Environment variable; 0 lets all targets and drafts decode by their own layers alone."""
-LARGEST_PASS = 1024
-"""Tokens of a pass behind the prompt, where it matters how many they may be."""
 
 
 @dataclass
@@ -100,14 +106,14 @@ class Target:
         named = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in unread)
         refuse_not_finite(f"the target {type(model).__name__}", named)
         self.text_config = model.config.get_text_config()
-        self.max_positions = _max_positions(self.text_config)
-        self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
-        self.eos_token_ids = _eos_token_ids(model)
-        self._input_device = _execution_device(self.embed_tokens)
-        self._rope_owner = _find_rope_owner(model)
+        self.max_positions = max_positions(self.text_config)
+        self.layer_devices = [execution_device(layer) for layer in self.decoder.layers]
+        self.eos_token_ids = eos_token_ids(model)
+        self._input_device = execution_device(self.embed_tokens)
+        self._rope_owner = find_rope_owner(model)
         # hooks sit on modules that all threads share, so a model reads only one prompt at a time
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
-        _use_maskable_attention(model)
+        use_maskable_attention(model)
         self._windows = Windows(model, self.decoder)
         self._recurrent = RecurrentLayers(self.decoder, self.layer_devices)
         self._embedded = embedded_ids(model.config, len(self.embed_tokens.weight))
@@ -116,7 +122,7 @@ class Target:
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
-        axes = _position_axes(self.decoder, self.text_config)
+        axes = position_axes(self.decoder, self.text_config)
         self._stock = StockDecoder(self.decoder, axes, self._prefill_lock, tables_behind_text(model))
         self._products: Products | None = None
         self._text: StockDecoder | LeanDecoder = self._stock
@@ -202,7 +208,7 @@ class Target:
     @property
     def devices(self) -> list[torch.device]:
         """Where embeddings, layers and output head compute."""
-        return [self._input_device, *self.layer_devices, _execution_device(self.lm_head)]
+        return [self._input_device, *self.layer_devices, execution_device(self.lm_head)]
 
     @property
     def device(self) -> torch.device:
@@ -350,63 +356,3 @@ class Target:
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value
-
-
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module with the decoder layers and the token embedding, wherever the family hangs it."""
-    module = model
-    while not (hasattr(module, "layers") and hasattr(module, "embed_tokens")):
-        name = next((n for n in ("language_model", "text_model", "model") if hasattr(module, n)), None)
-        if name is None:
-            raise ValueError(f"{type(model).__name__}: no text decoder with `layers` and `embed_tokens` was found")
-        module = getattr(module, name)
-    return module
-
-
-def _find_rope_owner(model: PreTrainedModel) -> nn.Module | None:
-    """The module that remembers M-RoPE's offset of the last prompt; it moved between versions of transformers."""
-    return next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
-
-
-def _max_positions(text_config) -> int:
-    if not getattr(text_config, "attn_temperature_tuning", False):
-        return text_config.max_position_embeddings
-    # Llama 4 scales queries from a place on, and counts places by slots: a tree's nodes are not where it thinks
-    return max(0, min(text_config.max_position_embeddings, text_config.floor_scale - 1 - LARGEST_PASS))
-
-
-def _position_axes(decoder: nn.Module, text_config) -> int:
-    """Rows of the positions that a decoder takes: one for each section of M-RoPE's angles, else one."""
-    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    sections = getattr(getattr(decoder, "rotary_emb", None), "mrope_section", None) or rope.get("mrope_section")
-    return len(sections) if sections else 1
-
-
-def _use_maskable_attention(model: PreTrainedModel) -> None:
-    """Trees need a 4-D mask: sdpa and eager attention take one, others do not."""
-    text_config = model.config.get_text_config()
-    chosen = getattr(text_config, "_attn_implementation", "sdpa")
-    if chosen not in ("sdpa", "eager"):
-        logger.warning("attention %r cannot take a tree mask, the text decoder uses sdpa instead", chosen)
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            if config is text_config:
-                config._attn_implementation = "sdpa"
-
-
-def _eos_token_ids(model: PreTrainedModel) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        return []
-    try:
-        return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
-    except (TypeError, ValueError):
-        raise ValueError(f"the target's generation config: eos_token_id is {eos!r:.60}, expected ids") from None
-
-
-def _execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes, also when accelerate has placed it, as a whole or part by part."""
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    device = next((device for device in devices if device is not None), None)
-    return torch.device(device) if device is not None else next(module.parameters()).device

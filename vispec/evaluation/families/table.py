@@ -9,9 +9,9 @@ from transformers import AutoModelForImageTextToText
 from vispec.cli import one_line
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.evaluation.families.trial import COLUMNS, NEW_TOKENS, NOT_TRIED, TREE, WORKS, Outcome
+from vispec.model.parts import find_decoder
 from vispec.model.recurrent import known_states
 from vispec.model.refusals import refuse_decoder, refuse_layers
-from vispec.model.target import find_decoder
 from vispec.model.windows import KINDS
 
 COMMAND = "python -m vispec.evaluation.families --out docs/models.md"
