@@ -191,6 +191,29 @@ FAMILIES = {
         grid_clips(_PATCH, stamped=True),
         remark=_TWO_OF_THREE,
     ),
+    **{
+        kind: Family(
+            kind,
+            {
+                "text_config": {**TEXT, **_DELTA_NETS, "model_type": "qwen3_5_text"},
+                "vision_config": {**SQUARE, "insert_layer_id": 0},
+                "image_token_id": IMAGE,
+                "video_token_id": VIDEO,
+            },
+            remark=f"{_TWO_OF_THREE}; text alone",
+        )
+        for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
+    },
+    "lfm3_vl": Family(
+        "lfm3_vl",
+        {
+            "text_config": {**TEXT, "model_type": "lfm3", "num_hidden_layers": 3}
+            | {"layer_types": ["conv", "full_attention", "conv"]},
+            "vision_config": {**VISION, "patch_size": 7},
+            "image_token_id": IMAGE,
+        },
+        remark=f"{_CONVOLUTIONS}; text alone",
+    ),
     "gemma4_unified": Family(
         "gemma4_unified",
         {
