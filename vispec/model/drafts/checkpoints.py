@@ -60,7 +60,11 @@ def read_config(path: str | Path) -> DraftConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file")
-    return DraftConfig.from_dict(flat_config(read_json(path)), source=str(path))
+    try:
+        values = flat_config(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    return DraftConfig.from_dict(values, source=str(path))
 
 
 def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
