@@ -124,7 +124,7 @@ def make_data(args: argparse.Namespace, out: Path) -> dict:
     import torch
 
     from vispec.evaluation.random_pairs import build_target, draft_config
-    from vispec.ge_data.answers import generate_answers
+    from vispec.ge_data.batch_generate import generate_answers
     from vispec.ge_data.jobs import features
     from vispec.ge_data.sample_file import file_name, write_sample
     from vispec.model.target import Target
