@@ -170,14 +170,14 @@ def benchmark_image(path: Path) -> ImageSource:
 def _decode(data: "Dataset", row: int) -> "Image.Image":
     """Raises UnreadableImage."""
     try:
-        picture = data[row]["image"]
+        picture = data[row].get("image")
+        if picture is None:
+            raise UnreadableImage("there is no image")
+        return in_rgb(picture, on_white=False)
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder trips over
         raise UnreadableImage(f"row {row} of the data set: {one_line(error)}") from None
-    if picture is None:
-        raise UnreadableImage(f"row {row} of the data set has no image")
-    return in_rgb(picture, on_white=False)
 
 
 def _read(path: Path, benchmark: str, source: str) -> str:
