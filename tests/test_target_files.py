@@ -59,6 +59,7 @@ def test_broken_weights(folder, content, message):
     ("content", "message"),
     [
         ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
         ("[", "not valid JSON"),
         ('{"weight_map": {"a": "part.safetensors"}}', "part.safetensors: no such file"),
         ('{"weight_map": {"a": "../part.safetensors"}}', "../part.safetensors is no file beside it"),
@@ -91,6 +92,9 @@ def test_broken_json(folder, name, content, message):
         ({"vocab_size": 999}, r"asks for other shapes than those of its weights \(.*lm_head.weight"),
         ({"hidden_act": "nope"}, f"hidden_act 'nope' is not known to transformers {transformers.__version__}"),
         ({"rope_scaling": {"rope_type": "nope"}}, "rope_type 'nope' is not known to transformers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
     ],
 )
 def test_what_this_version_does_not_know(folder, values, message):
@@ -124,6 +128,14 @@ def test_a_tied_head_with_weights_of_its_own(folder):
         tensors = load_file(folder / WEIGHTS)
         own = next(tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
         assert torch.equal(load_target(str(folder)).get_output_embeddings().weight, own)
+
+
+@pytest.mark.parametrize("part", [None, "vision", []])
+def test_parts_of_a_config_that_are_none(folder, part):
+    """Transformers would build such a part at its full default size."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": part}))
+    refused(folder, "vision_config is .*, expected an object")
 
 
 def test_devices_that_are_not_there(folder, monkeypatch):

@@ -4,6 +4,8 @@ A user turn is a list of text, image and video items in the order in which they 
 template makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
 """
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +38,18 @@ PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")
 
+MOST_NARROW = 200
+"""Longer side of a picture over the shorter one that Qwen's processor takes."""
+
 SCRATCH_WORD = "<placeholder>"
 """What processors write in place of image tokens while they count them."""
+
+PROCESSOR_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",
+)  # fmt: skip
+"""All of them hold objects."""
 
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
@@ -46,6 +58,10 @@ Item: TypeAlias = str | ImageSource | Video
 
 class ReservedWord(UserError):
     """A text has what stands for an image or a video; the message names it."""
+
+
+class RefusedPrompt(ValueError):
+    """The target's processor cannot take a prompt, such as one with a picture of an odd size; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +99,24 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     Raises:
         UnreadableImage: a picture cannot be read.
         ReservedWord: a text has what stands for an image or a video.
+        RefusedPrompt: the processor cannot take it.
         UserError: there is no chat template, or it refuses the conversation.
     """
     shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
     videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
     sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
+    images = [_large_enough(processor, image) for image in images]
     _refuse_reserved_words(processor, turns, system, bool(shown))
     text = _rendered(processor, turns, system)
     options = videos if adds_special_tokens(processor.tokenizer, text) else videos | {"add_special_tokens": False}
-    inputs = processor(images=images or None, text=[text], return_tensors="pt", **options)
+    try:
+        inputs = processor(images=images or None, text=[text], return_tensors="pt", **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its code trips over
+        name, reason = type(processor).__name__, f"{type(error).__name__}: {one_line(error)}"
+        raise RefusedPrompt(f"the target's {name} refuses the prompt ({reason})") from error
     return inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
 
 
@@ -103,7 +127,7 @@ def adds_special_tokens(tokenizer, text: str) -> bool:
 
 def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -> str:
     """The text that the chat template makes of a conversation."""
-    template = _chat_template(processor)
+    template = chat_template(processor)
 
     def render(turns: Sequence[Turn], system: str) -> str:
         messages = chat_messages(turns, system)
@@ -122,15 +146,23 @@ def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -
         raise UserError(f"the target's chat template refuses the conversation ({one_line(error)})") from None
     if "'type': 'text'" in text:
         raise UserError("the target's chat template takes texts alone, and writes down items of a turn as they are")
+    asked = [item for turn in turns for item in turn.items if isinstance(item, str)]
+    words = re.findall(r"\w+", _encodable(asked[-1])) if asked else []
+    if not text or (words and max(words, key=len) not in text):
+        raise UserError("the target's chat template leaves out what is asked")
     return text
 
 
-def _chat_template(processor: "ProcessorMixin") -> str:
-    """The processor's; the tokenizer's where it has none, as when tokenizer_config.json alone holds one."""
+def chat_template(processor) -> str:
+    """The processor's; the tokenizer's where it has none, as when tokenizer_config.json alone holds one.
+
+    Raises:
+        UserError: neither has one.
+    """
     for owner in (processor, getattr(processor, "tokenizer", None)):
         template = getattr(owner, "chat_template", None)
         template = template.get("default") if isinstance(template, dict) else template
-        if template is not None:
+        if template:
             return template
     raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
 
@@ -157,10 +189,32 @@ def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
     except MemoryError:
         raise
     except Exception as error:  # transformers trips over a broken file in many ways, and rarely says over which one
-        for file in sorted(Path(path).glob("*.json")) if Path(path).is_dir() else ():
-            read_json(file, None)
+        for file in (Path(path, name) for name in PROCESSOR_FILES):
+            if file.is_file():
+                read_json(file)
         reason = one_line(error)
         raise UserError(f"{path}: its processor cannot be loaded ({type(error).__name__}: {reason[:200]})") from None
+
+
+def _large_enough(processor: "ProcessorMixin", image: Image.Image) -> Image.Image:
+    """A picture that the processor neither mistakes nor refuses for its size.
+
+    Transformers takes an image of 1 or 3 rows for one with so many channels. Older ones of Qwen's processor refuse
+    pictures that are narrower than its patch, newer ones enlarge them: by this very rule.
+    """
+    if image.height in (1, 3):
+        image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+    reads = getattr(processor, "image_processor", None)
+    patch = getattr(reads, "merge_size", 0) * getattr(reads, "patch_size", 0)
+    least = getattr(reads, "min_pixels", None)  # newer ones have another name for it
+    short, long = sorted(image.size)
+    if not type(reads).__name__.startswith("Qwen2VL") or not least or short >= patch or long > MOST_NARROW * short:
+        return image
+    sides = [round(side / patch) * patch for side in image.size]
+    if math.prod(sides) < least:
+        scale = math.sqrt(least / math.prod(image.size))
+        sides = [math.ceil(side * scale / patch) * patch for side in image.size]
+    return image.resize(tuple(sides), Image.Resampling.BICUBIC)
 
 
 def _encodable(text: str) -> str:

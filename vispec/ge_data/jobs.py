@@ -24,7 +24,7 @@ from vispec.ge_data.sources import Rows
 from vispec.model.families import image_spans, image_token_id
 from vispec.model.target import Target
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
-from vispec.prompts import LONG_ANSWER, ReservedWord, build_inputs, image_file, user_turn
+from vispec.prompts import LONG_ANSWER, RefusedPrompt, ReservedWord, build_inputs, chat_template, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
@@ -75,10 +75,7 @@ class TextJob:
         longest = config.get_text_config().max_position_embeddings
         limit = min(longest, settings.max_len or longest)
         if settings.family == "qwen":
-            template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
-            if template is None:
-                raise ValueError("the target's processor and tokenizer have no chat template")
-            self.render = ChatRenderer(self.tokenizer, template, QWEN_SYSTEM)
+            self.render = ChatRenderer(self.tokenizer, chat_template(processor), QWEN_SYSTEM)
             limit = min(limit, QWEN_MAX_TOKENS)
         else:
             self.render = render_vicuna
@@ -152,7 +149,7 @@ class ImageJob:
             inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
         except ReservedWord:
             raise SkipRow("a word of the processor's own in the text") from None
-        except ValueError:  # too small or too narrow
+        except RefusedPrompt:  # too narrow
             raise SkipRow("the processor refuses the image") from None
         if inputs["input_ids"].shape[1] >= self._limit:
             raise SkipRow("prompt exceeds the length limit")

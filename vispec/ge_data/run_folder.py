@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vispec.cli import changes, provenance
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"
@@ -92,11 +92,8 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a manifest of data generation ({error})") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("arguments"), dict):
+    manifest = read_json(path)
+    if not isinstance(manifest.get("arguments"), dict):
         raise ValueError(f"{path}: not a manifest of data generation (no arguments)")
     return manifest
 

@@ -10,7 +10,7 @@ import transformers
 from packaging import version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from vispec.model.target_files import check_files, explained, own_head, unread_rope
+from vispec.model.target_files import check_files, check_numbers, explained, own_head, unread_rope
 
 logger = logging.getLogger("vispec")
 
@@ -51,6 +51,7 @@ def load_target(
     if misshapen:
         named = textwrap.shorten(", ".join(misshapen), 200, placeholder=" …")
         raise ValueError(f"{path}: config.json asks for other shapes than those of its weights ({named})")
+    check_numbers(path, model.config.get_text_config())
     _check_positions(path, values, model)
     _check_tables(path, model, kwargs.get("subfolder"))
     return model
@@ -143,3 +144,6 @@ def _refuse_draft_head(values: Mapping) -> None:
     parts = sorted(getattr(kind, "sub_configs", ()))
     if parts and not any(part in values for part in parts):
         raise ValueError(f"its config has none of {', '.join(parts)}; is it a draft head?")
+    for part in parts:
+        if not isinstance(values.get(part, {}), dict):
+            raise ValueError(f"config.json: {part} is {values[part]!r}, expected an object")

@@ -13,6 +13,7 @@ from packaging import version
 from safetensors import safe_open
 
 from vispec.files import LFS_POINTER, read_json
+from vispec.model.arguments import number, whole
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
@@ -28,6 +29,20 @@ def check_files(path: str, subfolder: str | None = None) -> None:
             read_json(folder / name)
     for file in _weight_files(folder):
         check_safetensors(file)
+
+
+def check_numbers(path: str, config) -> None:
+    """Raises ValueError at a number of a text config that transformers builds a model from, and cannot compute with."""
+    try:
+        whole("num_hidden_layers", config.num_hidden_layers, 1)
+        if getattr(config, "max_position_embeddings", None) is not None:
+            whole("max_position_embeddings", config.max_position_embeddings, 1)
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(config, name, 1)
+            if not (value is None and name == "rope_theta") and number(name, value) <= 0:
+                raise ValueError(f"{name} must be above 0, found {value}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: config.json: {error}") from None
 
 
 def own_head(path: str, subfolder: str | None = None) -> torch.Tensor | None:
@@ -110,7 +125,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """For each tensor the file beside `index` that has it; raises ValueError where the index does not say that."""
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise ValueError(f"{index}: no weight_map, which says in which file each tensor is: download it again")
     for name in sorted(set(places.values())):
         if Path(name).name != name:

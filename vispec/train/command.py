@@ -1,7 +1,6 @@
 """What the training commands share: arguments, start weights, data, processes."""
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vispec.cli import DTYPES, one_line, parse_bool, provenance
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 from vispec.ge_data.sample_file import read_tokens
 from vispec.locks import alone_in
 from vispec.model.drafts import BaseHead, DraftHead, MedusaHead, ViSpecHead, build_head, load_draft
@@ -269,7 +268,7 @@ def _print_start(trainer: Trainer, method: str, resumed: bool) -> None:
 def _note_start(path: Path, made_by: dict, resumed: bool) -> None:
     """The first start as it was, and those that went on with it."""
     if resumed and path.is_file():
-        first = json.loads(path.read_text(encoding="utf-8"))
+        first = read_json(path)
         made_by = first | {"resumed": [*first.get("resumed", []), made_by]}
     write_json_atomic(path, made_by)
 

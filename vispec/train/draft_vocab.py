@@ -9,7 +9,6 @@ Shapes: V tokens of the target.
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from vispec.cli import Parser, UserError, count, provenance, run_cli
 from vispec.files import write_atomic
-from vispec.ge_data.run_folder import MANIFEST
+from vispec.ge_data.run_folder import MANIFEST, read_manifest
 from vispec.ge_data.sample_file import read_tokens
 from vispec.model.drafts.hub import CARD, with_vocabulary_section
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
@@ -111,7 +110,7 @@ def _make_parser() -> argparse.ArgumentParser:
 def _model_of(folders: Sequence[str]) -> str:
     """The target that the manifests of some data folders name."""
     manifests = [path for folder in folders for path in sorted(Path(folder).rglob(MANIFEST))]
-    models = {json.loads(path.read_text(encoding="utf-8"))["arguments"].get("model") for path in manifests}
+    models = {read_manifest(path.parent)["arguments"].get("model") for path in manifests}
     if len(models) != 1 or None in models:
         found = ", ".join(sorted(map(str, models))) or "none"
         raise UserError(f"--base-model-path is needed: the data's {MANIFEST} should name one target, found {found}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vispec.files import naming, write_atomic
+from vispec.files import naming, parse_json, write_atomic
 from vispec.train.losses import PARTS
 
 DEPTH = 5
@@ -76,10 +76,16 @@ class MetricsLog:
                 raise ValueError("--report-to tensorboard: the package tensorboard is not installed") from None
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.path.read_bytes().splitlines(keepends=True)
             # a line without its end was being written when the run was killed
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
-            write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
+            kept = [line for line in lines if line.endswith(b"\n") and self._epoch(line) <= epochs]
+            write_atomic(self.path, lambda file: file.write(b"".join(kept)))
+
+    def _epoch(self, line: bytes) -> int:
+        values = parse_json(line, str(self.path))
+        if not isinstance(values, dict) or not isinstance(values.get("epoch"), int):
+            raise ValueError(f"{self.path}: a line has no epoch, which this training writes into each")
+        return values["epoch"]
 
     def step(self, step: int, values: dict) -> None:
         self._scalars("train_step", step, values)
