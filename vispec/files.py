@@ -15,7 +15,12 @@ _KINDS = {dict: "an object", list: "a list"}
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:
     """The file appears whole or not at all."""
-    write_atomic(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"))
+    write_atomic(path, lambda file: file.write(json_bytes(value, indent=1) + b"\n"))
+
+
+def json_bytes(value, **options) -> bytes:
+    """A value as JSON; half of a surrogate pair, which UTF-8 has not, is spelt as JSON spells it."""
+    return json.dumps(value, ensure_ascii=False, **options).encode(errors="backslashreplace")
 
 
 def _special(path: Path) -> Path | int | None:

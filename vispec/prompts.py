@@ -6,7 +6,8 @@ template makes of it (LLaVA puts images first, Qwen keeps the order) is left to 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from vispec.pictures import read_picture
 from vispec.video import Video, video_arguments
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature, ProcessorMixin
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 SYSTEM_TURN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -56,12 +57,12 @@ ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 Item: TypeAlias = str | ImageSource | Video
 
 
-class ReservedWord(UserError):
-    """A text has what stands for an image or a video; the message names it."""
-
-
 class RefusedPrompt(ValueError):
     """The target's processor cannot take a prompt, such as one with a picture of an odd size; the message says why."""
+
+
+class ReservedWord(RefusedPrompt):
+    """A text has what stands for an image or a video; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
         RefusedPrompt: the processor cannot take it.
         UserError: there is no chat template, or it refuses the conversation.
     """
+    import torch
+
     shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
     videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
     sources = [item for item in shown if not isinstance(item, Video)]
@@ -117,7 +120,11 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     except Exception as error:  # whatever its code trips over
         name, reason = type(processor).__name__, f"{type(error).__name__}: {one_line(error)}"
         raise RefusedPrompt(f"the target's {name} refuses the prompt ({reason})") from error
-    return inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
+    inputs = inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
+    for part, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise RefusedPrompt(f"the target's processor makes {part} of numbers that are not finite")
+    return inputs
 
 
 def adds_special_tokens(tokenizer, text: str) -> bool:
@@ -177,23 +184,68 @@ def _refuse_reserved_words(processor: "ProcessorMixin", turns: Sequence[Turn], s
             raise ReservedWord(f"the text holds {word}, which the target's processor keeps for itself")
 
 
-def load_processor(path: str, pixel_limits: bool = False) -> "ProcessorMixin":
-    """The target's processor, from a folder or a hub id; `pixel_limits` holds Qwen's images within `PIXEL_LIMITS`."""
+def load_processor(path: str, pixel_limits: bool = False, **options) -> "ProcessorMixin":
+    """The target's processor, from a folder or a hub id.
+
+    Args:
+        pixel_limits: holds Qwen's images within `PIXEL_LIMITS`.
+        options: go to its `from_pretrained`.
+
+    Raises:
+        UserError: it lacks a package, or a file of it is broken.
+    """
     from transformers import AutoConfig, AutoProcessor
 
+    with _named_errors(path, "processor"):
+        if pixel_limits and AutoConfig.from_pretrained(path).model_type in FAMILIES_WITH_PIXEL_LIMITS:
+            options |= PIXEL_LIMITS
+        processor = AutoProcessor.from_pretrained(path, **options)
+        if hasattr(processor, "num_additional_image_tokens"):
+            _complete(processor, AutoConfig.from_pretrained(path))
+    return processor
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a target's processor, with that one's chat template; needs no package that reads images.
+
+    Raises:
+        UserError: a file of it is broken.
+    """
+    from transformers import AutoTokenizer, ProcessorMixin
+
+    with _named_errors(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        values, _ = ProcessorMixin.get_processor_dict(path)
+        tokenizer.chat_template = values.get("chat_template") or tokenizer.chat_template
+    return tokenizer
+
+
+@contextmanager
+def _named_errors(path: str, what: str) -> Iterator[None]:
+    """Transformers trips over a broken file in many ways, and rarely says over which one."""
     try:
-        limited = pixel_limits and AutoConfig.from_pretrained(path).model_type in FAMILIES_WITH_PIXEL_LIMITS
-        return AutoProcessor.from_pretrained(path, **(PIXEL_LIMITS if limited else {}))
-    except ImportError as error:  # transformers 5 wants torchvision for Qwen's
-        raise UserError(f"the processor of {path} lacks a package: {one_line(error)}") from None
+        yield
+    except ImportError as error:  # transformers 5 wants torchvision for Qwen's processor
+        raise UserError(f"the {what} of {path} lacks a package: {one_line(error)}") from None
     except MemoryError:
         raise
-    except Exception as error:  # transformers trips over a broken file in many ways, and rarely says over which one
+    except Exception as error:
         for file in (Path(path, name) for name in PROCESSOR_FILES):
             if file.is_file():
                 read_json(file)
         reason = one_line(error)
-        raise UserError(f"{path}: its processor cannot be loaded ({type(error).__name__}: {reason[:200]})") from None
+        raise UserError(f"{path}: its {what} cannot be loaded ({type(error).__name__}: {reason[:200]})") from None
+
+
+def _complete(processor: "ProcessorMixin", config) -> None:
+    """LLaVA's older processor files leave out what counts an image's tokens, and the target's config knows."""
+    vision = config.vision_config
+    if processor.patch_size is None:
+        processor.patch_size = vision.patch_size
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    if vision.model_type == "clip_vision_model":  # the class token
+        processor.num_additional_image_tokens = 1
 
 
 def _large_enough(processor: "ProcessorMixin", image: Image.Image) -> Image.Image:

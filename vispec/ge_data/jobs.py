@@ -21,7 +21,7 @@ from vispec.ge_data.conversations import (
 )
 from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
-from vispec.model.families import image_spans, image_token_id
+from vispec.model.families import image_spans, image_token_id, video_token_id
 from vispec.model.target import Target
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
 from vispec.prompts import LONG_ANSWER, RefusedPrompt, ReservedWord, build_inputs, chat_template, image_file, user_turn
@@ -65,22 +65,21 @@ class TextJob:
 
     Args:
         config: the target's.
+        tokenizer: the target's, with the chat template.
         target: None where token ids alone are stored, which no model is needed for.
     """
 
-    def __init__(self, config, processor, rows: Rows, settings: Settings, target: Target | None):
+    def __init__(self, config, tokenizer, rows: Rows, settings: Settings, target: Target | None):
         self.target, self.rows, self.settings = target, rows, settings
-        self.image_token = image_token_id(config)
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.media_tokens = _media_tokens(config)
         longest = config.get_text_config().max_position_embeddings
-        limit = min(longest, settings.max_len or longest)
+        limit = min(filter(None, (longest, settings.max_len, tokenizer.model_max_length)))
         if settings.family == "qwen":
-            self.render = ChatRenderer(self.tokenizer, chat_template(processor), QWEN_SYSTEM)
+            self.render = ChatRenderer(tokenizer, chat_template(tokenizer), QWEN_SYSTEM)
             limit = min(limit, QWEN_MAX_TOKENS)
         else:
             self.render = render_vicuna
-            limit = min(limit, self.tokenizer.model_max_length)
-        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit)
+        self.tokenize = partial(tokenize, tokenizer, max_len=limit)
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
@@ -89,7 +88,7 @@ class TextJob:
 
     def _sample_of(self, index: int) -> Tokens:
         ids, mask = self.tokenize(*self.render(read_turns(self.rows[index])))
-        if self.image_token is not None and (ids == self.image_token).any():
+        if torch.isin(ids, self.media_tokens).any():
             raise SkipRow("image tag in a text conversation")
         if self.target is None:
             return Tokens(ids, mask, [])
@@ -103,8 +102,7 @@ class ImageJob:
         self.target, self.processor, self.rows, self.settings = target, processor, rows, settings
         # a target that cannot be asked is no fault of a row
         build_inputs(processor, [user_turn(Image.new("RGB", ORDINARY_PICTURE), LONG_ANSWER)])
-        named = (image_token_id(target.config), getattr(target.config, "video_token_id", None))
-        self.media_tokens = torch.tensor([token for token in named if token is not None])
+        self.media_tokens = _media_tokens(target.config)
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows.
@@ -187,6 +185,12 @@ class ImageJob:
         if self.settings.store == "tokens":
             return Tokens(ids, mask, image_spans(self.target.model, ids[None], rest)[0])
         return features(self.target, ids, mask, rest, self.settings.store)
+
+
+def _media_tokens(config) -> torch.Tensor:
+    """Ids that stand for images and videos, or say that one follows, as Qwen's positions take it."""
+    named = (image_token_id(config), video_token_id(config), getattr(config, "vision_start_token_id", None))
+    return torch.tensor([token for token in named if token is not None], dtype=torch.long)
 
 
 def _outcome(make: Callable[[], object]):

@@ -17,7 +17,7 @@ from vispec.ge_data.sources import LLAVA_PRETRAIN_FOLDER
 from vispec.model.loading import load_target
 from vispec.model.target import Target
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
-from vispec.prompts import build_inputs, image_file, user_turn
+from vispec.prompts import build_inputs, image_file, load_processor, user_turn
 from vispec.train.samples import Batch, Noise, collate
 
 PIXEL_LIMIT_NAMES = ("min_pixels", "max_pixels")
@@ -151,7 +151,5 @@ def _pixel_limits(arguments: dict) -> tuple[int | None, ...]:
 
 
 def _load_processor(model: str, limits: tuple[int | None, ...]):
-    from transformers import AutoProcessor
-
     given = {name: value for name, value in zip(PIXEL_LIMIT_NAMES, limits, strict=True) if value is not None}
-    return AutoProcessor.from_pretrained(model, **given)
+    return load_processor(model, **given)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vispec.ge_data.sample_file import Tokens, read_length
+from vispec.prompts import load_tokenizer
 from vispec.train.losses import chunk_rows
 from vispec.train.samples import without_tracebacks
 from vispec.train.trainer import Trainer
@@ -101,11 +102,9 @@ def marked_text(sample: Tokens, tokenizer) -> str:
 
 
 def _tokenizer(basepath: str):
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(basepath)
-    except (OSError, ValueError) as error:
+        return load_tokenizer(basepath)
+    except ValueError as error:
         raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
 
 

@@ -96,7 +96,7 @@ class DraftVocabulary:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(base_model_path, **where)
-        except (OSError, ValueError):
+        except Exception:  # transformers trips over a broken file in many ways
             logger.warning("%s: no tokenizer there, so %s is not checked against it", base_model_path, self.source)
             return
         if fingerprint(tokenizer, self.token_ids) != self.fingerprint:
