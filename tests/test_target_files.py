@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, random_target
 
 from vispec import SpecModel
+from vispec.ge_data.target_identity import identify_target
 from vispec.model.loading import load_target
 from vispec.train.target_weights import read_tables
 
@@ -136,6 +137,33 @@ def test_parts_of_a_config_that_are_none(folder, part):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vision_config": part}))
     refused(folder, "vision_config is .*, expected an object")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "nope"}, "quantization_config.quant_method 'nope' is not known to transformers"),
+        ("int4", "quantization_config is 'int4', expected an object"),
+        ({"bits": 4}, "quant_method"),
+    ],
+)
+def test_a_quantization_that_is_not_known(folder, quantization, message):
+    """Transformers would go on as if there was none."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("name", ["float16", "torch.float16", "float99"])
+def test_the_dtype_by_its_newer_name(folder, name):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype")
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": name}))
+    if name == "float99":
+        refused(folder, "float99")
+    else:
+        assert load_target(str(folder)).dtype == torch.float16
+        assert identify_target(str(folder), "auto")["dtype"] == "float16"
 
 
 def test_devices_that_are_not_there(folder, monkeypatch):

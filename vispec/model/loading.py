@@ -80,6 +80,8 @@ def load_config(path: str) -> PretrainedConfig:
     with _one_line_errors(path, {}) as values:
         _refuse_parts(values)
         config = AutoConfig.from_pretrained(path)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise ValueError("its text_config is not read")
     check_numbers(path, config.get_text_config())
     return config
 
@@ -153,7 +155,7 @@ def _check_tables(path: str, model: PreTrainedModel, subfolder: str | None) -> N
 
 def _as_saved(values: Mapping) -> str | torch.dtype:
     """What "auto" is: newer versions of transformers save the dtype under another name, which older ones pass over."""
-    return one_dtype(values["dtype"], None) if isinstance(values.get("dtype"), str) else "auto"
+    return one_dtype(values["dtype"].removeprefix("torch."), None) if isinstance(values.get("dtype"), str) else "auto"
 
 
 def _refuse_parts(values: Mapping) -> None:
