@@ -361,7 +361,7 @@ def test_images_outside_of_the_folder_where_that_is_asked_for(target, processor,
     assert all(sample.startswith("Sample(") for sample in found.values())
 
 
-def test_image_tokens_in_a_question_of_qwen_are_no_second_image(tmp_path):
+def test_image_tokens_in_a_question_of_qwen_are_no_second_image(tmp_path, monkeypatch):
     from transformers import AutoProcessor
 
     Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
@@ -375,6 +375,11 @@ def test_image_tokens_in_a_question_of_qwen_are_no_second_image(tmp_path):
     found = reasons(target, processor, Rows(rows, range(2), tmp_path), "qwen")
     assert found == dict.fromkeys(range(2), "more than one image tag")
     Image.new("RGB", (1, 300)).save(tmp_path / "0.png")
+    for token in (target.config.vision_start_token_id, target.config.image_token_id, target.config.video_token_id):
+        monkeypatch.setattr(jobs, "generate_answers", lambda *_, token=token, **seeds: [torch.tensor([5, token])])
+        Image.new("RGB", (56, 56)).save(tmp_path / "1.png")
+        rows = [{"image": "1.png", "conversations": [turn("human", "<image>")]}]
+        assert reasons(target, processor, Rows(rows, range(1), tmp_path), "qwen") == {0: "image tag in the answer"}
     rows = [{"image": "0.png", "conversations": [turn("human", "<image>")]}]
     narrow = reasons(target, processor, Rows(rows, range(1), tmp_path), "qwen")
     assert narrow == {0: "the processor refuses the image"}

@@ -220,6 +220,23 @@ def test_a_prompt_that_the_processor_trips_over_is_one_line():
         build_inputs(processor, [user_turn("what?", Image.new("RGB", (60, 40)))], "")
 
 
+def test_pixels_that_are_not_finite_are_refused(processor):
+    processor.image_processor.image_std = [0, 0, 0]
+    with pytest.raises(RefusedPrompt, match="makes pixel_values of numbers that are not finite"):
+        build_inputs(processor, [QUESTION])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_1.5"])
+@pytest.mark.parametrize("name", ["patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"])
+def test_what_older_processor_files_leave_out(tmp_path, family, name):
+    folder = shutil.copytree(GOLDEN / family / "target", tmp_path / "target")
+    expected = build_inputs(load_processor(str(folder)), [QUESTION])["input_ids"]
+    values = json.loads((folder / "processor_config.json").read_text())
+    values.pop(name)
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    assert build_inputs(load_processor(str(folder)), [QUESTION])["input_ids"].equal(expected)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (9, 3), (10, 10), (200, 5), (13, 27)])
 @pytest.mark.parametrize("family", ["llava_next", pytest.param("qwen2_5_vl", marks=needs_torchvision)])
 def test_small_pictures_are_taken(family, size):

@@ -166,6 +166,23 @@ def test_the_dtype_by_its_newer_name(folder, name):
         assert identify_target(str(folder), "auto")["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tables_of_a_target_as_bin(folder, zipped):
+    expected = read_tables(str(folder))
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    assert all(map(torch.equal, read_tables(str(folder)), expected))
+    file.rename(folder / "part.bin")
+    (folder / f"{file.name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.bin")}))
+    assert all(map(torch.equal, read_tables(str(folder)), expected))
+    for content, message in ((b"", "empty"), (b"version https://git-lfs", "git-lfs pointer"), (b"x", "cannot be read")):
+        (folder / "part.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=f"part.bin: .*{message}"):
+            read_tables(str(folder))
+
+
 def test_devices_that_are_not_there(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device_map cuda:0: torch sees no GPU here"):

@@ -133,14 +133,19 @@ def weight_map(index: Path) -> dict[str, str]:
     return places
 
 
-def check_safetensors(file: Path) -> None:
-    """Raises ValueError where a file of weights is empty, cut off, or a pointer to itself."""
+def check_fetched(file: Path) -> None:
+    """Raises ValueError where a file of weights is empty, or a pointer to itself."""
     with open(file, "rb") as content:
         start = content.read(len(LFS_POINTER))
     if not start:
         raise ValueError(f"{file}: empty: download it again")
     if start == LFS_POINTER:
         raise ValueError(f"{file}: a git-lfs pointer, not the weights: run `git lfs pull` in that folder")
+
+
+def check_safetensors(file: Path) -> None:
+    """Raises ValueError where a file of weights is empty, cut off, or a pointer to itself."""
+    check_fetched(file)
     try:
         with safe_open(file, framework="pt"):
             pass

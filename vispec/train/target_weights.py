@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
 
 from vispec.files import read_json
-from vispec.model.target_files import HEAD, INDEX, SINGLE, check_safetensors, weight_map
+from vispec.model.target_files import HEAD, INDEX, SINGLE, check_fetched, check_safetensors, weight_map
 
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 EMBEDDING = "embed_tokens.weight"
@@ -89,8 +90,10 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 def _unpickled(path: Path) -> dict:
     """The tensors of a .bin file, which stay on disk until they are used."""
+    check_fetched(path)
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        # older files are no archives, and read whole
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)))
     except Exception as error:  # its reader raises many types for a broken file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: cannot be read as weights ({reason})") from None
