@@ -4,13 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import benchmark_rows
 import pytest
 from PIL import Image
 
 from vispec.evaluation import answerer, speed
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
-from vispec.evaluation import gen_baseline_answer_gqa as gqa_command
 from vispec.evaluation import gen_spec_answer_coco_caption as spec_command
 from vispec.evaluation.benchmarks import BENCHMARKS
 from vispec.evaluation.flags import asked_tree
@@ -291,23 +289,6 @@ def test_an_image_that_the_processor_refuses_is_left_out(coco, tmp_path, monkeyp
     printed = capsys.readouterr()
     assert "question 50 is left out: absolute aspect ratio" in printed.err
     assert "left out, because the target's processor refuses their prompt: 50" in printed.out
-
-
-@pytest.mark.parametrize("word", ["<image>", "<placeholder>"])
-def test_a_question_with_a_word_of_the_processor_is_left_out(tmp_path, word, capsys):
-    """And one with half of a surrogate pair is answered, as its id too is written."""
-    rows = [benchmark_rows.row("gqa", i) for i in range(3)]
-    rows[1]["text"] = f"What is {word}?"
-    rows[2] |= {"text": "What is \ud83d?", "question_id": "\ud83d"}
-    benchmark_rows.write_rows("gqa", tmp_path, rows)
-    for row in rows:
-        benchmark_rows.save_image(tmp_path / "images" / row["image"])
-    flags = ["--base-model-path", TARGET, "--data-folder", str(tmp_path), "--answer-file", str(tmp_path / "a")]
-    flags += ["--temperature", "0", "--max-new-token", "4"]
-    for _ in range(2):  # also when it goes on
-        assert gqa_command.main(flags) == 0
-        assert {line["question_id"] for line in read(tmp_path / "a")} == {"200", "\ud83d"}
-    assert f"question 201 is left out: the text holds {word}" in capsys.readouterr().err
 
 
 def test_a_benchmark_without_any_readable_image_fails(coco, tmp_path, capsys):
