@@ -154,7 +154,7 @@ def test_a_quantization_that_is_not_known(folder, quantization, message):
     refused(folder, message)
 
 
-@pytest.mark.parametrize("name", ["float16", "torch.float16", "float99"])
+@pytest.mark.parametrize("name", ["float16", "float99"])
 def test_the_dtype_by_its_newer_name(folder, name):
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype")

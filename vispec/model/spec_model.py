@@ -59,7 +59,7 @@ class SpecModel:
         tree: str | TreeShape | None = None,
         fast: bool = True,
     ):
-        if not isinstance(target, torch.nn.Module | Target):
+        if not (isinstance(target, Target) or (isinstance(target, torch.nn.Module) and hasattr(target, "config"))):
             found = type(target).__name__
             raise TypeError(f"target must be a loaded model, found {found}; SpecModel.from_pretrained loads one")
         self.target = target if isinstance(target, Target) else Target(target, fast)
@@ -80,6 +80,8 @@ class SpecModel:
         """Draft trees of this shape from now on; see the class."""
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
+        elif not isinstance(tree, str | TreeShape | None):
+            raise TypeError(f"tree must be a text such as '30/3/8' or a TreeShape, found {tree!r}")
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
             self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.draft)
