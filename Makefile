@@ -10,7 +10,7 @@ DECODER_TESTS = rounds golden greedy text_decoder products joined_weights batche
 	checkpoints refused_targets tune sampling policies cache package train_config \
 	decoder_kinds layouts video models_table generation generation_returns hub
 
-.PHONY: demo test lint test-transformers5 clean
+.PHONY: demo test lint fuzz soak test-transformers5 clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m vispec.demo --out out/demo
@@ -21,6 +21,14 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+
+# Broken input of all kinds; a failure is told with the number that repeats it.
+fuzz: $(VENV)/.installed-test
+	$(RUN) -m tests.fuzz.run --cases 5000
+
+# Random decoding, and work that is killed: SOAK="--minutes 60 --seed 1000"
+soak: $(VENV)/.installed-test
+	$(RUN) -m tests.fuzz.soak $(SOAK)
 
 test-transformers5: $(VENV5)/.installed
 	$(RUN5) -m pytest $(DECODER_TESTS:%=tests/test_%.py)

@@ -143,7 +143,7 @@ def features(target: Target) -> list[torch.Tensor]:
 
     def run(cache, rows: int, n: int, mask: torch.Tensor | None, depths: torch.Tensor, counts: torch.Tensor):
         tokens = torch.randint(vocabulary, (rows, n), generator=generator)
-        found.append(target.forward(cache, tokens, cache.lengths[:, None] + depths, mask))
+        found.append(target.forward(cache, tokens, cache.lengths[:, None] + depths, mask).hidden)
         cache.commit(counts)
 
     causal = torch.ones(8, 8, dtype=torch.bool).tril()

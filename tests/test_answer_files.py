@@ -144,14 +144,20 @@ def test_a_file_that_is_not_ours_stays_as_it_is(tmp_path, data):
     flags = ["--base-model-path", TARGET, "--data-folder", str(data), "--answer-file"]
     notes = tmp_path / "n.txt"
     for content, line in (
-        ("my notes", r"n\.txt is there, but no n\.txt\.meta\.json beside it, so it cannot be continued"),
+        ("my notes", r"n\.txt: the last line is no line of an answer file: 'my notes'"),
         ("my notes\n", r"n\.txt, line 1: this is no line of an answer file: "),
-        ('{"question_id": 1}', r"n\.txt is there, but no n\.txt\.meta\.json beside it"),
+        ('{"question_id": 1}', r"n\.txt is there, but no n\.txt\.meta\.json beside it, so it cannot be continued"),
     ):
         notes.write_text(content)
         with pytest.raises(ValueError, match=line):
             gen_baseline_answer_gqa.main([*flags, str(notes)])
         assert notes.read_text() == content
+    # nor what stands behind settings of ours, where a run was killed before its first answer
+    path = answer_files.write(tmp_path / "killed.jsonl", {})
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match="the last line is no line of an answer file: 'my notes'"):
+        gen_baseline_answer_gqa.main([*flags, str(path)])
+    assert path.read_text() == "my notes"
     (tmp_path / "null").symlink_to("/dev/null")
     with pytest.raises(ValueError, match="null is no regular file, give another --answer-file$"):
         gen_baseline_answer_gqa.main([*flags, str(tmp_path / "null")])

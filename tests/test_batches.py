@@ -44,7 +44,7 @@ def model_of(target, method: str, tree=(12, 3, 4)) -> SpecModel:
     return SpecModel(target, draft, *tree)
 
 
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "medusa", "lookup"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa", "lookup"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_each_row_alone(family, method):
     """Answers of very different lengths: a frequent token of one row's answer is the end token."""
@@ -114,7 +114,7 @@ def test_padding_behind_short_answers_is_an_end_token_where_there_is_no_other():
     assert len(set(map(len, answers))) > 1
 
 
-@pytest.mark.parametrize("method", ["eagle2", "medusa", "lookup"])
+@pytest.mark.parametrize("method", ["eagle2", "eagle3", "medusa", "lookup"])
 def test_sampled_answers_of_every_row_follow_the_target(method):
     target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
     draft = PromptLookup() if method == "lookup" else random_head(target, method, seed=12)

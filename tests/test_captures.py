@@ -28,7 +28,7 @@ def seats(monkeypatch) -> list[weakref.ref]:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "medusa", "lookup"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa", "lookup"])
 def test_after_warmup_all_steps_are_replayed(captures, eager, method, rows):
     """Prompts of several lengths with images, which the draft may compress; whatever is accepted, in both arms."""
     target = random_target("qwen2_5_vl", 0, vocabulary=12)
@@ -117,7 +117,7 @@ def test_the_baselines_seat_serves_a_draft(captures, seats):
     model = model_of(target, "vispec", tree=(2, 0, 1))
     expected = answers(model_of(target, "vispec", tree=(2, 0, 1)), inputs, max_new_tokens=12)
     seats.clear()
-    model._decoder._idle.append(Seat(model.target, 1, 200, MOST_WAITING))
+    model._decoder._idle.append(Seat(model.target, 1, 200, MOST_WAITING, model.target.text_config.hidden_size))
     for _ in range(2):
         assert model.baseline_generate(**inputs, max_new_tokens=12).tolist() == expected[2]
         assert model.specgenerate(**inputs, max_new_tokens=12).tolist() == expected[0]

@@ -343,7 +343,6 @@ def test_hub_ids_of_both_through_the_users_environment(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["d2t", "fc.weight", "midlayer.mlp.up_proj.weight"], "the weights of an EAGLE-3 head"),
         (["0.0.linear.weight", "0.0.linear.bias", "0.1.weight"], "the weights of one of FasterDecoding's Medusa heads"),
         (["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"], "the weights of a whole model"),
         (["module.fc.weight", "module.fc.bias"], "names begin with `module.`"),

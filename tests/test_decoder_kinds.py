@@ -13,7 +13,8 @@ from vispec.evaluation.families.oracle import Oracle
 from vispec.evaluation.families.prompts import batch_of, prompt_of
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.model.drafts import PromptLookup
-from vispec.model.target import LARGEST_PASS, Target
+from vispec.model.parts import LARGEST_PASS
+from vispec.model.target import Target
 from vispec.model.windows import READS_LAYER_TYPES, Windows
 
 NEW = 24

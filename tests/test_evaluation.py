@@ -142,6 +142,7 @@ def test_resume_after_a_write_cut_by_a_kill(finished, coco, tmp_path, monkeypatc
 def test_nothing_left_to_do_loads_no_model(finished, coco, tmp_path, monkeypatch):
     path = copy_of(finished[0], tmp_path)
     monkeypatch.setattr(answerer, "load_models", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vispec.files.tempfile.mkstemp", lambda *a, **k: pytest.fail("a file was written"))
     before = path.read_text()
     run_baseline(coco, tmp_path)
     assert path.read_text() == before
@@ -380,6 +381,8 @@ def test_lookup_answers_as_the_baseline_without_a_head(finished, coco, tmp_path)
 def test_two_methods_are_refused_and_unused_flags_are_noticed(coco, tmp_path, capsys):
     with pytest.raises(ValueError, match="--use-ours=True and --use-medusa=True: found both"):
         run_spec(coco, tmp_path, "--use-medusa=True", "--image-fc", "--tree-choices", "mc_sim")
+    with pytest.raises(ValueError, match="--method eagle3 and --use-ours=True: found both"):
+        run_spec(coco, tmp_path, "--method", "eagle3")
     with pytest.raises(ValueError, match="dataset_coco.json is missing"):
         run_spec(tmp_path, tmp_path, "--image-fc", "--tree-choices", "mc_sim", "--load-in-8bit")
     assert "without effect here: --image-fc, --load-in-8bit, --tree-choices" in capsys.readouterr().err

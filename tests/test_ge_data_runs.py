@@ -241,6 +241,14 @@ def test_shards_of_several_machines_are_trained_on_together(data, unbroken, tmp_
 # --- the report ---
 
 
+def test_a_finished_run_writes_nothing(data, unbroken, tmp_path, monkeypatch):
+    """So it may lie where nothing can be written."""
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    monkeypatch.setattr("vispec.files.tempfile.mkstemp", lambda *a, **k: pytest.fail("a file was written"))
+    assert generate("image", "llava", data, out) == 0
+    assert contents(out) == contents(unbroken)
+
+
 def test_the_report_compares_with_full_matrices(data, unbroken, tmp_path, capsys):
     manifest = manifest_of(unbroken)
     lengths = [read_length(path) for path in unbroken.glob("*.safetensors")]

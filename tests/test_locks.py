@@ -13,8 +13,10 @@ from test_children import gone, wait_for
 from test_train_steps import EIGHT_SHAPES, write_data
 from tiny_rows import CONFIGS, TARGETS, contents, generate, write_rows
 
+from vispec.files import UNFINISHED
 from vispec.locks import FOLDER_LOCK, alone_in
 from vispec.train import main
+from vispec.train.states import RESUME_FILE
 
 HOLDER = "import sys, time; from pathlib import Path; from vispec.locks import alone_in\n"
 HOLDER += "with alone_in(Path(sys.argv[1]), '--out'): print(flush=True); time.sleep(300)"
@@ -47,9 +49,11 @@ def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, capsys,
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with alone_in(tmp_path, "--out"):
-        assert not list(tmp_path.iterdir())
-    assert capsys.readouterr().err.startswith(f"notice: {tmp_path}: no locks there")
+    for _ in range(2):
+        with alone_in(tmp_path, "--out"):
+            assert not list(tmp_path.iterdir())
+    told = capsys.readouterr().err
+    assert told.startswith(f"notice: {tmp_path}: no locks there") and told.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_open_to_all(tmp_path, monkeypatch, capsys):
@@ -66,7 +70,8 @@ def test_commands_leave_a_folder_alone_that_another_run_fills(tmp_path):
     arguments, rows = training(tmp_path), write_rows(tmp_path / "rows")
     for folder in (tmp_path / "cp", tmp_path / "out"):
         folder.mkdir()
-        (folder / ".resume.pt.being_written").touch()
+        (folder / f".{RESUME_FILE}.being_wr{UNFINISHED}").touch()
+        (folder / f".manifest.json.being_wr{UNFINISHED}").touch()
     before = contents(tmp_path)
     with alone_in(tmp_path / "cp", "--cpdir"), alone_in(tmp_path / "out", "--outdir"):
         with pytest.raises(ValueError, match=r"--cpdir \S*cp is in use by another run"):
@@ -74,6 +79,8 @@ def test_commands_leave_a_folder_alone_that_another_run_fills(tmp_path):
         with pytest.raises(ValueError, match=r"--outdir \S*out is in use by another run"):
             generate("text", "llava", rows, tmp_path / "out")
     assert contents(tmp_path) == before
+    with pytest.raises(ValueError, match=r"--outdir \S*text.json is no folder"):
+        generate("text", "llava", rows, rows / "text.json")
     assert generate("text", "llava", rows, tmp_path / "out") == 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_batches import batch_of
 from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
-from tiny_models import FAMILIES, ON_CPU, generate, image_prompt, random_target
+from tiny_models import FAMILIES, ON_CPU, as_prompt, generate, image_prompt, random_target
 
 from vispec import SpecModel
 from vispec.model import decoding
@@ -12,7 +12,6 @@ from vispec.model.drafts import PromptLookup, lookup
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.lookup import LookupMemory
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt
 from vispec.model.tree import EMPTY, Tree, grow
 
 
@@ -46,7 +45,7 @@ def read(draft: PromptLookup, prompt: torch.Tensor, root: torch.Tensor, images: 
     """What it remembers of prompts (B, L) and the token (B,) after each."""
     memory = draft.memory(len(prompt), capacity, ON_CPU)
     for row, spans in enumerate(images):
-        one = Prompt(prompt[row : row + 1], {}, None, None, None, [spans], None)
+        one = as_prompt(None, None, spans, prompt[row : row + 1])
         memory.used = draft.read(memory.part(row, row + 1), one)
     draft.extend(memory, Kept(None, root[:, None], torch.ones_like(root)))
     return memory

@@ -25,7 +25,7 @@ def test_sizes():
             SpecModel(target, head)
 
 
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "medusa"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "medusa"])
 def test_a_head_in_another_dtype_is_refused(method):
     target = random_target("llava_1.5", 0, vocabulary=12).bfloat16()
     head = random_head(target, method, 0)

@@ -72,3 +72,14 @@ def test_a_terminal_that_lacks_a_character_ends_no_run(monkeypatch):
         run_cli(lambda: print("é τ …"))
     terminal.flush()
     assert (done.value.code, terminal.buffer.getvalue()) == (0, b"\xe9 ? ?\n")
+
+
+def test_an_error_has_a_line_of_its_own_where_a_bar_is_drawn(capsys):
+    def main():
+        bar = tqdm(total=3, disable=False, mininterval=0)
+        bar.update()
+        raise ValueError("wrong")
+
+    with pytest.raises(SystemExit) as done:
+        run_cli(main)
+    assert done.value.code == 1 and "\rerror: wrong\n" in capsys.readouterr().err

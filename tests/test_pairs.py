@@ -8,7 +8,7 @@ from tiny_models import ON_CPU, bare_head, image_prompt, random_head, random_tar
 
 from vispec.model.drafts import DraftHead, ViSpecHead
 from vispec.model.drafts.config import DraftConfig
-from vispec.model.drafts.eagle2 import DraftMemory
+from vispec.model.drafts.pair_head import DraftMemory
 from vispec.model.families import image_token_id
 from vispec.model.pairs import Span, plan_pairs
 from vispec.model.target import Target

@@ -20,7 +20,7 @@ from vispec.model.shape import TreeShape
 from vispec.model.tree import EMPTY
 
 SMALL, WIDE = TreeShape(6, 2, 2), TreeShape(12, 3, 4)
-METHODS = ("vispec", "eagle2", "medusa", "lookup")
+METHODS = ("vispec", "eagle2", "eagle3", "medusa", "lookup")
 NEW_TOKENS = 40
 
 

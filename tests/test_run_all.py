@@ -9,10 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
+from tiny_models import random_head
 
+from vispec import SpecModel
 from vispec.demo import make_benchmarks
 from vispec.evaluation import answerer, gen_spec_answer_gqa, run_all, speed
 from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.shape import TreeShape
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
@@ -272,4 +275,16 @@ def test_what_is_refused_before_loading(finished, data, monkeypatch, more, messa
 def test_a_head_without_its_method_gets_one_line(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_all.main(flags(data, tmp_path, "--spec-model-path", VISPEC))
-    assert "expected METHOD=… with a method of vispec, eagle2, medusa" in capsys.readouterr().err
+    assert "expected METHOD=… with a method of vispec, eagle2, eagle3, msd, medusa" in capsys.readouterr().err
+
+
+def test_an_eagle3_head(data, tmp_path, capsys):
+    """A method that reads layers of the target runs beside one that does not, over the same target."""
+    target = SpecModel.from_pretrained(TARGET).target.model
+    save_draft(random_head(target, "eagle3", seed=1), tmp_path / "head")
+    heads = ["--spec-model-path", f"eagle3={tmp_path / 'head'}", f"eagle2={EAGLE2}"]
+    where = ["--base-model-path", TARGET, "--data-root", str(data), "--out", str(tmp_path / "out"), *heads]
+    assert run_all.main([*where, "--benchmarks", "gqa", "--max-new-token", "6", "--question-end", "2"]) == 0
+    assert "gqa by eagle3:" in capsys.readouterr().out
+    found = [ids(tmp_path / "out" / "gqa" / f"{m}-temperature-0.0.jsonl") for m in ("baseline", "eagle3", "eagle2")]
+    assert found[0] == found[1] == found[2]

@@ -25,6 +25,7 @@ from tiny_models import (
 )
 
 from vispec import SpecModel
+from vispec.model.watching import watching_prompt
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -92,7 +93,7 @@ def test_two_threads(family):
 def test_another_thread_may_meet_a_hook_that_is_half_there():
     """Between torch's two tables of a hook a pass of another thread calls it without kwargs."""
     target = recorded_model("llava_next", "vispec").target
-    with target._watch() as seen:
+    with watching_prompt(target.decoder, target.embed_tokens, target.lm_head) as seen:
         assert hooks(recorded_model("llava_next", "vispec")) == 3
         (hook,) = target.decoder._forward_pre_hooks.values()
         with ThreadPoolExecutor(1) as pool:
@@ -271,7 +272,7 @@ def test_a_model_without_draft_head_has_the_baseline():
     ("arguments", "message"),
     [
         ({"total_token": 1}, "^total_token must be at least 2, found 1$"),
-        ({"method": "eagle3"}, "^method 'eagle3' is not one of vispec, eagle2, medusa, lookup$"),
+        ({"method": "eagle1"}, "^method 'eagle1' is not one of vispec, eagle2, eagle3, msd, medusa, lookup$"),
         ({"spec_model_path": str(GOLDEN)}, "^.*golden: no config.json there$"),
         ({"spec_model_path": "not/a/hub/id"}, "^not/a/hub/id: neither a folder nor a hub id$"),
     ],
@@ -370,7 +371,7 @@ def test_the_draft_head_sees_the_image(family):
         with torch.inference_mode():
             prompt = model.target.prefill(model.target.new_cache(1, ids.shape[1]), ids, variant)
             # the same features and root in all, so that only the image's own way into the head is left
-            alike = replace(prompt, hidden=torch.ones_like(prompt.hidden))
+            alike = replace(prompt, features=torch.ones_like(prompt.features))
             memories.append(read_prompt(model.draft, model.target, alike, PROMPT[0, :1]))
     assert torch.equal(memories[0].estimate, memories[1].estimate)
     assert not torch.allclose(memories[0].estimate, memories[2].estimate, atol=1e-3)

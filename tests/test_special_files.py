@@ -1,14 +1,16 @@
 """Files that appear whole or not at all, and what is no file."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
 
-from vispec.files import write_atomic, write_json_atomic
+from vispec.files import UNFINISHED, remove_unfinished, write_atomic, write_json_atomic
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):
@@ -22,6 +24,18 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, fail)
     assert json.loads(path.read_text()) == [1] and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_there_already_is_not_written(tmp_path, monkeypatch):
+    write_json_atomic(tmp_path / "a.json", {"a": 1})
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    write_json_atomic(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(OSError, match="Read-only"):
+        write_json_atomic(tmp_path / "a.json", {"a": 2})
 
 
 def test_a_pipe_is_written_to_and_stays(tmp_path):
@@ -39,6 +53,27 @@ def test_a_device_is_written_to_and_stays(tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
     write_json_atomic(tmp_path / "null", {"a": 1})
     assert (tmp_path / "null").is_char_device()
+
+
+def test_a_link_stays_and_leads_to_what_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (link := tmp_path / "a.json").symlink_to(tmp_path / "disk" / "a.json")
+    for value in (1, 2):
+        write_json_atomic(link, value)
+        assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["a.json"]
+        assert json.loads(link.read_text()) == value
+
+
+def test_only_what_was_being_written_is_removed(tmp_path):
+    halves = []
+    write_atomic(tmp_path / "1.pt", lambda file: halves.extend(tmp_path.iterdir()))
+    halves[0].touch()
+    others = {".1.pt.bak", ".1.pt.original", f".11.pt.a_word_8{UNFINISHED}", f"1.pt.a_word_8{UNFINISHED}", "1.pt"}
+    for name in others:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path, r"\d\.pt")
+    assert {path.name for path in tmp_path.iterdir()} == others
+    remove_unfinished(tmp_path / "nowhere", ".*")
 
 
 @pytest.mark.parametrize("target", ["file", "pipe"])

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from tiny_models import as_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispec.model.drafts import DraftHead, ViSpecHead
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt
 from vispec.model.tree import DraftOutput
 from vispec.train import chain
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row, shift_left
@@ -51,9 +51,8 @@ def test_drafts_from_every_pair_are_those_of_decoding():
 
 def drafts_of_decoding(head: DraftHead, hidden, embeds, ids, images: list, prompt: int) -> list[torch.Tensor]:
     """The head's estimates (H,) at the levels of a tree with one node a level, behind so many tokens of (1, L)."""
-    read = hidden[:, :prompt], embeds[:, :prompt]
     memory = head.memory(1, LENGTH + DEPTH, SimpleNamespace(device=ids.device, dtype=hidden.dtype))
-    memory.used = head.read(memory, Prompt(ids[:, :prompt], {}, *read, hidden.new_zeros(1, 50), [images], None))
+    memory.used = head.read(memory, as_prompt(hidden[:, :prompt], embeds[:, :prompt], images))
     root = ids[:, prompt]
     head.extend(memory, Kept(hidden[:, prompt - 1 : prompt], root[:, None], torch.ones_like(root)))
     estimates = []

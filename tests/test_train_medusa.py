@@ -32,7 +32,7 @@ def make_trainer(folder: Path, samples: list) -> MedusaTrainer:
     paths = sorted(folder.glob("*.safetensors"))
     recipe = Recipe(Objective(1.0, 0.1, "ce", 0.0), lr=1e-2)
     lm_head = torch.randn(VOCABULARY, SIZE, generator=torch.Generator().manual_seed(1))
-    data = SampleFolder(paths, 64), SampleFolder(paths, 64), ([20] * len(paths), [20] * len(paths))
+    data = SampleFolder(paths, 64), SampleFolder(paths, 64)
     head = bare_head(CONFIG, "medusa", seed=2)
     return MedusaTrainer(head, lm_head, *data, recipe, folder, Processes(torch.device("cpu")), {})
 

@@ -9,7 +9,7 @@ from launching import command, finish
 from test_train_steps import EIGHT_SHAPES, write_data
 
 from vispec.ge_data.sample_file import make_sample, read_sample
-from vispec.train import main, main_medusa, main_mtp
+from vispec.train import main, main_eagle3, main_medusa, main_msd, main_mtp
 from vispec.train.plan import marked_text
 from vispec.train.samples import hold_out
 
@@ -76,25 +76,30 @@ def test_processes_plan_once_and_part_in_order(arguments, tmp_path):
     assert "warn" not in text.lower() and "destroy_process_group" not in text
 
 
-def test_flags_that_make_no_sense(arguments):
-    for more, message in (
-        (["--clip-norm", "1", "--clip-value", "0.5"], "--clip-value 0.5 and --clip-norm 1.0: expected one"),
-        (["--clip-norm", "0"], "--clip-norm 0.0: expected a number above 0"),
-        (["--keep", "-1"], "--keep -1: expected at least 0"),
-        (["--lr", "nan"], "--lr nan: expected a number from 0 on"),
-        (["--noise=-0.2"], "--noise -0.2: expected a number from 0 on"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            main.main([*arguments, *more])
-
-
-@pytest.mark.parametrize("command", [main, main_mtp, main_medusa])
-def test_a_flag_that_cannot_be_read_is_named_in_one_line(arguments, command, capsys):
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        (main, ["--clip-value", "0.5", "--clip-norm", "1"], "--clip-norm: not allowed with argument --clip-value"),
+        (main, ["--clip-norm", "0"], "--clip-norm: expected a number above 0, found '0'"),
+        (main, ["--keep", "-1"], "--keep: expected a whole number from 0 on, found '-1'"),
+        (main, ["--lr", "nan"], "--lr: expected a number from 0 on, found 'nan'"),
+        (main, ["--noise=-0.2"], "--noise: expected a number from 0 on, found '-0.2'"),
+        (main, ["--bs", "0"], "--bs: expected a whole number from 1 on, found '0'"),
+        (main, ["--save-dtype", "int8"], "--save-dtype: invalid choice: 'int8'"),
+        (main, ["--pw", "much"], "--pw: expected a number from 0 on, found 'much'"),
+        (main_mtp, ["--num-q", "0"], "--num-q: expected a whole number from 1 on, found '0'"),
+        (main_mtp, ["--mtp-steps", "-1"], "--mtp-steps: expected a whole number from 0 on, found '-1'"),
+        (main_eagle3, ["--ttt-length", "0"], "--ttt-length: expected a whole number from 1 on, found '0'"),
+        (main_msd, ["--bs", "x"], "--bs: expected a whole number from 1 on, found 'x'"),
+        (main_medusa, ["--bs", "x"], "--bs: expected a whole number from 1 on, found 'x'"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_named_in_one_line(arguments, command, more, message, capsys):
     with pytest.raises(SystemExit) as end:
-        command.main([*arguments, "--bs", "x"])
+        command.main([*arguments, *more])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: argument --bs: invalid int value: 'x'") and error.count("\n") == 1
+    assert error.startswith(f"error: argument {message}") and error.count("\n") == 1
 
 
 def test_scored_tokens_are_marked():

@@ -82,7 +82,7 @@ def test_a_skipped_sample_changes_no_other(tmp_path):
     """A step whose samples are all skipped changes nothing; the others keep order and noise."""
     folder = write_data(tmp_path / "data")
     trainer = make_trainer(folder, tmp_path / "a", epochs=1)
-    trainer.skipped = ({2}, set())
+    trainer.train_set.skipped = {2}
     seen = []
     trainer.accumulate, accumulate = lambda batches: seen.extend(batches) or accumulate(batches), trainer.accumulate
     trainer.run()
@@ -114,6 +114,31 @@ def test_a_finished_run_writes_nothing(arguments, tmp_path, monkeypatch, capsys)
     assert contents(tmp_path / "cp") == before and locks.FOLDER_LOCK not in before
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", '{"my": 1}\n'), ("training.json", "[]"), ("training.json", "my notes")]
+)
+def test_a_folder_of_others_is_refused(arguments, tmp_path, name, content):
+    (tmp_path / "cp" / "state_7").mkdir(parents=True)
+    (tmp_path / "cp" / name).write_text(content)
+    before = contents(tmp_path / "cp")
+    run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
+    message = f"--cpdir .*cp holds {', '.join(sorted((name, 'state_7')))}, but no resume.pt to go on from"
+    with pytest.raises(ValueError, match=message):
+        main.main(run)
+    assert contents(tmp_path / "cp") == before
+
+
+def test_notes_beside_the_files_of_a_training_stay(arguments, tmp_path):
+    notes = {"notes.txt": b"1", "state_of_affairs/notes.txt": b"2", ".metrics.jsonl.bak": b"3"}
+    for name, content in notes.items():
+        path = tmp_path / "cp" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    run = [*arguments, "--cpdir", str(tmp_path / "cp"), "--num-epochs", "1"]
+    assert main.main(run) == 0
+    assert contents(tmp_path / "cp").items() >= notes.items()
+
+
 def broken(name, value):
     def change(state):
         state[name] = value
@@ -141,9 +166,9 @@ def with_moment(value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (broken("format", 2), "format 2, expected 3"),
-        (lambda state: [state], "format None, expected 3"),
-        (lambda state: torch.zeros(3), "format None, expected 3"),
+        (broken("format", 3), "format 3, expected 4"),
+        (lambda state: [state], "format None, expected 4"),
+        (lambda state: torch.zeros(3), "format None, expected 4"),
         (broken("step_in_epoch", 99), "epoch 1, step 99; the run has 3 epochs of 3 steps"),
         (broken("step_in_epoch", -1), "step_in_epoch is -1"),
         (broken("step_in_epoch", "1"), "step_in_epoch is str, expected int"),
@@ -211,7 +236,7 @@ def test_nothing_to_score(arguments, tmp_path, capsys):
     path = tmp_path / "held" / "00000000.safetensors"
     (mute := read_sample(trainer.train_set.paths[0])).loss_mask[:] = False
     write_sample(path, mute)
-    trainer.held_out_set, trainer.lengths = SampleFolder([path], 64), (trainer.lengths[0], [9])
+    trainer.held_out_set = SampleFolder([path], 64)
     trainer.run()
     assert "; held out: nothing that is scored;" in capsys.readouterr().out
     assert json.loads((tmp_path / "cp" / "metrics.jsonl").read_text())["held_out"] is None

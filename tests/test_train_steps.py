@@ -14,12 +14,12 @@ from vispec.train.losses import Objective
 from vispec.train.nonfinite import one_row
 from vispec.train.processes import Processes
 from vispec.train.samples import (
+    Noise,
     SampleFolder,
     collate,
     epoch_groups,
     find_samples,
     micro_batches,
-    read_lengths,
 )
 from vispec.train.states import prune_states
 from vispec.train.trainer import RESUME_FILE, Recipe, Trainer, schedule
@@ -62,9 +62,8 @@ def make_trainer(folder, cpdir, method="vispec", noise=0.2, seed=1, processes=No
     cpdir.mkdir(exist_ok=True)
     processes = processes or Processes(torch.device("cpu"))
     recipe = Recipe(objective, lr=1e-2, mtp_steps=steps, **settings)
-    train, held = SampleFolder(paths, 64, noise), SampleFolder(paths[:2], 64)
-    lengths = (read_lengths(paths, 64), read_lengths(paths[:2], 64))
-    return Trainer(head, lm_head, train, held, lengths, recipe, cpdir, processes, {"settings": 1})
+    train, held = SampleFolder(paths, 64, Noise(noise)), SampleFolder(paths[:2], 64)
+    return Trainer(head, lm_head, train, held, recipe, cpdir, processes, {"settings": 1})
 
 
 @pytest.mark.parametrize("method", ["eagle2", "vispec"])
@@ -101,7 +100,7 @@ def test_an_epoch_s_order_depends_on_seed_epoch_and_step_size_alone():
 
 def test_noise(data):
     paths = find_samples([data])
-    noisy = SampleFolder(paths, 64, noise=0.2, seed=5)
+    noisy = SampleFolder(paths, 64, Noise(0.2, seed=5))
     sample, features = noisy[(3, 1)]
     difference = (features - sample.hidden).abs()
     assert 0.9 < difference.max() / (0.5 * 0.2 * 512 / 30) <= 1.0
@@ -154,13 +153,12 @@ def test_an_interrupted_run_ends_with_the_same_weights(data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     again = make_trainer(data, tmp_path / "b", seed=9, **settings)
-    again.lm_head = unbroken.lm_head
+    again.lm_head, again.head.embed_tokens = unbroken.lm_head, unbroken.head.embed_tokens  # the target's
     assert again.resume()
     assert (again.epoch, again.step_in_epoch) == (1, 1)
     again.run()
     for name, value in unbroken.head.state_dict().items():
-        if name != "embed_tokens.weight":
-            assert torch.equal(again.head.state_dict()[name], value), name
+        assert torch.equal(again.head.state_dict()[name], value), name
     lines = [[json.loads(x) for x in (tmp_path / f / "metrics.jsonl").read_text().splitlines()] for f in "ab"]
     assert [x["train"] for x in lines[0]] == [x["train"] for x in lines[1]]
     assert lines[0][-1]["held_out"]["first1"] == lines[0][-1]["held_out"]["top1"]
@@ -243,7 +241,6 @@ def test_a_held_out_loss_that_is_not_finite_names_the_file_and_leaves_the_state(
     sample.hidden[-3] = torch.nan
     write_sample(spoiled, sample)
     trainer.held_out_set = SampleFolder([good, spoiled], 64)
-    trainer.lengths = (trainer.lengths[0], read_lengths([good, spoiled], 64))
     with pytest.raises(ValueError, match="held-out samples is not finite in [^,]*spoiled.safetensors;"):
         trainer.run()
     assert torch.load(tmp_path / "cp" / RESUME_FILE, weights_only=True)["step_in_epoch"] == trainer.steps_per_epoch
@@ -266,7 +263,8 @@ def test_a_gradient_that_is_not_finite_names_the_file(data, tmp_path):
         trainer.accumulate([collate(items[:2]), collate(items[2:])])
     assert not any(f"0000000{i}" in str(error.value) for i in (0, 1, 2, 4))
     saved = torch.load(tmp_path / "cp" / RESUME_FILE, weights_only=True)["head"]
-    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    assert all(torch.equal(value, before[name]) for name, value in saved.items())
+    assert before.keys() - saved.keys() == {"embed_tokens.weight"}, "the table is the target's"
     assert all(parameter.grad is None for parameter in trainer.parameters)
 
 
@@ -339,12 +337,16 @@ def test_a_half_written_checkpoint_is_never_seen(data, tmp_path, monkeypatch):
         trainer.run()
     assert not list((tmp_path / "cp").glob("state_*")) and list((tmp_path / "cp").glob(".state_*"))
     monkeypatch.undo()
-    (tmp_path / "cp" / ".resume.pt.half").write_bytes(b"half")
-    (notes := tmp_path / "cp" / ".state_notes").mkdir()
+    (tmp_path / "cp" / ".resume.pt.0_halves.unfinished").write_bytes(b"half")
+    (tmp_path / "cp" / ".state_7.removed").mkdir()
+    others = [".state_notes.unfinished", ".metrics.jsonl.bak", ".resume.pt.original", ".training.json.0_halves"]
+    for name in others:
+        (tmp_path / "cp" / name).mkdir()
     (tmp_path / "cp" / "metrics.jsonl").write_text('{"epoch": 1, "tr')
     make_trainer(data, tmp_path / "cp", epochs=1).run()
     assert load_draft(tmp_path / "cp" / "state_1").method == "vispec"
-    assert list((tmp_path / "cp").glob(".*")) == [notes], "what we did not make stays"
+    left = {path.name for path in (tmp_path / "cp").glob(".*")}
+    assert left == set(others), "what we did not make stays"
     assert [json.loads(x)["epoch"] for x in (tmp_path / "cp" / "metrics.jsonl").read_text().splitlines()] == [1]
 
 

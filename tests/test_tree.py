@@ -11,7 +11,7 @@ from vispec import SpecModel
 from vispec.model.drafts import DraftHead
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.config import DraftConfig
-from vispec.model.drafts.eagle2 import DraftMemory
+from vispec.model.drafts.pair_head import DraftMemory
 from vispec.model.sampling import accept
 from vispec.model.shape import TreeShape
 from vispec.model.tree import Tree, choose_nodes, grow

@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
 from vispec import SpecModel
-from vispec.model.drafts import BaseHead, Draft, DraftHead, MedusaHead, ViSpecHead
+from vispec.model.drafts import BaseHead, Draft
 from vispec.model.drafts.base import Kept, Memory
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.formats import AUX_LAYERS
 from vispec.model.families import image_token_id
 from vispec.model.pairs import Span
+from vispec.model.parts import find_decoder
 from vispec.model.target import Prompt, Target
 from vispec.model.tree import DraftOutput
 
@@ -126,16 +128,29 @@ def random_head(target: PreTrainedModel, method: str, seed: int, num_q: int = 2,
     embedding = target.get_input_embeddings().weight
     sizes = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}
     sizes |= {"hidden_size": embedding.shape[1], "vocab_size": embedding.shape[0]} | config
+    if method == "eagle3":  # tiny targets have too few layers for those that it reads by default
+        layers = len(find_decoder(target).layers)
+        sizes["extra"] = {"eagle_config": {AUX_LAYERS: [number - 1 for number in (0, layers // 2, layers - 1)]}}
     head = bare_head(DraftConfig(**sizes), method, seed, num_q)
     head.embed_tokens.weight.data = embedding.detach()
     return head
 
 
 def bare_head(config: DraftConfig, method: str, seed: int, num_q: int = 2) -> BaseHead:
-    classes = {"eagle2": DraftHead, "medusa": MedusaHead}
-    head = ViSpecHead(config, num_q) if method == "vispec" else classes[method](config)
+    if method == "eagle3":
+        config = replace(config, extra={**config.extra, "draft_vocab_size": len(proposed_tokens(config.vocab_size))})
+    head = BaseHead.kinds[method](config, **{"num_q": num_q} if method == "vispec" else {})
     randomize(head, seed, 0.2)
+    if method == "eagle3":
+        tokens = proposed_tokens(config.vocab_size)
+        head.d2t.copy_(tokens - torch.arange(len(tokens)))
+        head.t2d[tokens] = True
     return head.eval()
+
+
+def proposed_tokens(vocabulary: int) -> torch.Tensor:
+    """Of EAGLE-3 heads: three of four tokens."""
+    return torch.tensor([token for token in range(vocabulary) if token % 4])
 
 
 def random_pair(family: str, seed: int, method: str = "vispec", tree=(30, 3, 8), vocabulary: int | None = None):
@@ -146,9 +161,9 @@ def random_pair(family: str, seed: int, method: str = "vispec", tree=(30, 3, 8),
 
 def read_prompt(draft: Draft, target: Target, prompt: Prompt, root: torch.Tensor, ahead: int = 64) -> Memory:
     """What a draft remembers of one prompt and the token after it; there is room for so many tokens more."""
-    memory = draft.memory(1, prompt.hidden.shape[1] + ahead, target)
+    memory = draft.memory(1, prompt.features.shape[1] + ahead, target)
     memory.used = draft.read(memory, prompt)
-    draft.extend(memory, Kept(prompt.hidden[:, -1:], root[:, None], torch.ones_like(root)))
+    draft.extend(memory, Kept(prompt.features[:, -1:], root[:, None], torch.ones_like(root)))
     return memory
 
 
@@ -162,10 +177,17 @@ def read_rows(
 ) -> None:
     """Let a draft read prompts of one length, features and embeddings (B, L, H), and the token (B,) after each."""
     memory.used = max(
-        draft.read(memory.part(b, b + 1), Prompt(None, {}, hidden[b : b + 1], embeds[b : b + 1], None, [spans], None))
+        draft.read(memory.part(b, b + 1), as_prompt(hidden[b : b + 1], embeds[b : b + 1], spans))
         for b, spans in enumerate(images)
     )
     draft.extend(memory, Kept(hidden[:, -1:], root[:, None], torch.ones_like(root)))
+
+
+def as_prompt(
+    features: torch.Tensor | None, embeds: torch.Tensor | None, images: Sequence[Span], ids: torch.Tensor | None = None
+) -> Prompt:
+    """One prompt as drafts meet it, of features (1, L, F) and embeddings (1, L, H)."""
+    return Prompt(ids, {}, features, embeds, None, [list(images)], None, features, None)
 
 
 def output_of(lm_head: torch.nn.Module) -> DraftOutput:

@@ -68,8 +68,8 @@ def count(text: str) -> int:
 
 
 def whole(text: str) -> int:
-    """A whole number from 0 on."""
-    if not text.isdigit():
+    """A whole number from 0 on, in 63 bits."""
+    if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
     return int(text)
 

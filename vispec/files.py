@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".unfinished"
+"""Ends the name of what is being written, which begins with a dot and the name that it gets."""
 LFS_POINTER = b"version https://git-lfs"
 """Begins what git leaves in place of a large file that was not fetched."""
 _KINDS = {dict: "an object", list: "a list"}
@@ -15,7 +18,13 @@ _KINDS = {dict: "an object", list: "a list"}
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:
     """The file appears whole or not at all."""
-    write_atomic(path, lambda file: file.write(json_bytes(value, indent=1) + b"\n"))
+    write_bytes_atomic(path, json_bytes(value, indent=1) + b"\n")
+
+
+def write_bytes_atomic(path: str | os.PathLike, content: bytes) -> None:
+    """The file appears whole or not at all; one that holds the same may lie where nothing can be written."""
+    if not (Path(path).is_file() and Path(path).read_bytes() == content):
+        write_atomic(path, lambda file: file.write(content))
 
 
 def json_bytes(value, **options) -> bytes:
@@ -32,7 +41,10 @@ def _special(path: Path) -> Path | int | None:
 
 
 def write_atomic(path: str | os.PathLike, write: Callable) -> None:
-    """Let `write(file)` fill a binary file beside `path`, then put it in place; devices and pipes are written to."""
+    """Let `write(file)` fill a binary file beside `path`, then put it in place.
+
+    Devices and pipes are written to; a link stays, and what it leads to is replaced.
+    """
     path = Path(path)
     special = _special(path)
     if special is not None:
@@ -40,18 +52,31 @@ def write_atomic(path: str | os.PathLike, write: Callable) -> None:
         with open(special, "wb", closefd=special == path) as file:
             write(file)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    place = Path(os.path.realpath(path))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=UNFINISHED)
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(name, place)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Remove what `write_atomic` has left in a folder where it was killed.
+
+    Args:
+        names: regular expression of the files that were being written; nothing else is touched.
+    """
+    left = re.compile(rf"\.({names})\.[a-z0-9_]{{8}}{re.escape(UNFINISHED)}")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if left.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

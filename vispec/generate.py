@@ -33,6 +33,7 @@ from vispec.evaluation.measure import (
     warm_up,
 )
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
+from vispec.methods import HEADS, LOOKUP
 from vispec.model.shape import AUTO, TUNE, TreeShape
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
@@ -87,7 +88,7 @@ def _make_parser() -> Parser:
     add_place_flags(parser)
     add(
         "--method",
-        choices=("vispec", "eagle2", "medusa", "lookup"),
+        choices=(*HEADS, LOOKUP),
         help="read from the weights; lookup drafts from the text",
     )
     add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
@@ -106,7 +107,7 @@ def _make_parser() -> Parser:
 def _pair(args: argparse.Namespace) -> tuple[str, str | None, TreeShape | str, str]:
     """Paths of target and draft head (none for lookup), the tree, and the dtype."""
     base, spec = args.base_model_path, args.spec_model_path
-    if args.method == "lookup":
+    if args.method == LOOKUP:
         if spec is not None:
             raise UserError(f"--spec-model-path {spec}: --method lookup has no draft head")
     elif (base is None) != (spec is None):
@@ -114,7 +115,7 @@ def _pair(args: argparse.Namespace) -> tuple[str, str | None, TreeShape | str, s
     dtype, shape = args.dtype or "auto", Models.tree
     if base is None:
         base, spec = embedded.require_weights()
-        spec = None if args.method == "lookup" else spec
+        spec = None if args.method == LOOKUP else spec
         dtype, shape = args.dtype or embedded.DTYPE, TreeShape(**embedded.TREE)
     return base, spec, asked_tree(args, shape, AUTO), dtype
 

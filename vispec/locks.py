@@ -1,4 +1,8 @@
-"""One run at a time: locks that the system frees when their holder is gone, however that ends."""
+"""One run at a time: locks that the system frees when their holder is gone, however that ends.
+
+Not by the library filelock: whether it takes an error of a file system without locks for a lock that another run has,
+and whether its file stays in the folder, differs from version to version, of which no package here asks for one.
+"""
 
 import errno
 import fcntl
@@ -6,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 FOLDER_LOCK = ".vispec.lock"
@@ -22,8 +27,10 @@ def alone_in(folder: Path, flag: str) -> Iterator[None]:
     """Keep other runs from a folder, which is made, while this one writes there; `flag` is where the user gave it.
 
     Raises:
-        ValueError: another run has it.
+        ValueError: another run has it, or it is no folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is no folder")
     with held(folder / FOLDER_LOCK, f"{flag} {folder} is in use by another run; wait for it or choose another folder"):
         yield
 
@@ -63,7 +70,7 @@ def _acquire(lock: Path, refusal: str) -> int | None:
             if error.errno in TAKEN:
                 raise ValueError(refusal) from None
             lock.unlink(missing_ok=True)
-            print(f"notice: {lock.parent}: no locks there ({error}); let one run at a time use it", file=sys.stderr)
+            _tell_once(f"notice: {lock.parent}: no locks there ({error}); let one run at a time use it")
             return None
         try:
             # who had it takes it away in the end, and a lock on what is gone keeps nobody out
@@ -72,3 +79,9 @@ def _acquire(lock: Path, refusal: str) -> int | None:
         except FileNotFoundError:
             pass
         os.close(handle)
+
+
+@cache
+def _tell_once(line: str) -> None:
+    """However many files of a folder are locked."""
+    print(line, file=sys.stderr)

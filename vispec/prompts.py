@@ -132,6 +132,15 @@ def adds_special_tokens(tokenizer, text: str) -> bool:
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """What a chat template raises, which is a program and raises what it likes, becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"the target's chat template refuses the conversation ({one_line(error)})") from None
+
+
 def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -> str:
     """The text that the chat template makes of a conversation."""
     template = chat_template(processor)
@@ -142,15 +151,13 @@ def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
 
-    try:
+    with template_errors():
         try:
             text = render(turns, system)
         except TemplateError:  # of its own accord: no system turn, or a user's turn first
             if not system or not turns or turns[0].role != "user":
                 raise
             text = render([user_turn(f"{system}\n\n", *turns[0].items), *turns[1:]], "")
-    except Exception as error:  # a template is a program, which raises what it likes
-        raise UserError(f"the target's chat template refuses the conversation ({one_line(error)})") from None
     if "'type': 'text'" in text:
         raise UserError("the target's chat template takes texts alone, and writes down items of a turn as they are")
     asked = [item for turn in turns for item in turn.items if isinstance(item, str)]

@@ -36,6 +36,8 @@ META_KINDS = {"provenance": (dict,), "resumed": (list,), "left_out": (list,)}
 RUN_KINDS = {"versions": (dict,)}
 LEFT_OUT_KINDS = {"question_id": (int, str), "reason": (str,)}
 """What is read by name: of the whole, of each run, and of each question that is left out."""
+BEGIN = b'{"question_id": '
+"""Of a line as we write it."""
 LARGEST = 2**31
 """Bound of whole numbers."""
 LONGEST = 1e9
@@ -75,6 +77,9 @@ class AnswerFile:
                 raise UserError(f"{self.path}, line {number}: this is no line of an answer file: {error}") from None
             self.lines.setdefault(line["question_id"], line)
             self.answers.setdefault(line["question_id"], answers)
+        if not (tail.startswith(BEGIN) or BEGIN.startswith(tail)):
+            found = reprlib.repr(tail.decode(errors="replace"))
+            raise UserError(f"{self.path}: the last line is no line of an answer file: {found}")
 
     @property
     def settings(self) -> dict:

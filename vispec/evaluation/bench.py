@@ -38,7 +38,6 @@ from vispec.evaluation.round_times import (
     PartTimes,
     PassCosts,
     Run,
-    drafted_tokens,
     most_new_tokens,
     part_timer,
     round_passes,
@@ -240,7 +239,7 @@ def round_parts(
 ) -> dict:
     """A round with one tree, which takes so many seconds, part by part."""
     tree = median(tree_building_times(model, repeats))
-    logits = (1 + model.shape.depth * model.shape.top_k) * drafted_tokens(model)
+    logits = (1 + model.shape.depth * model.shape.top_k) * model.draft.proposed
     parts = []
     for part, rows in sorted(times[0], key=by_order):
         number, _ = times[0][part, rows]

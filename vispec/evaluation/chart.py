@@ -10,7 +10,10 @@ from vispec.evaluation.results import Results, Row, Table
 from vispec.files import write_atomic
 
 INK, FAINT, LINE = "#1f2328", "#6e7781", "#d0d7de"
-COLOURS: Mapping[str, str] = {"vispec": "#2da44e", "eagle2": "#54a3d8", "medusa": "#e3a34f", "lookup": "#b6bcc4"}
+COLOURS: Mapping[str, str] = {
+    "vispec": "#2da44e", "eagle2": "#54a3d8", "eagle3": "#2f6fab", "msd": "#c2577a", "medusa": "#e3a34f",
+    "lookup": "#b6bcc4",
+}  # fmt: skip
 OTHER_COLOUR = "#a58bd0"
 WIDTH, HEIGHT, DPI = 11.0, 4.4, 150
 """Inches, and pixels an inch."""

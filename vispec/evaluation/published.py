@@ -6,6 +6,8 @@ A pair is (speedup, τ); τ counts draft tokens only, as here. Averages are over
 from collections.abc import Mapping
 from pathlib import Path
 
+from vispec.methods import HEADS, LOOKUP
+
 BENCHMARK_TITLES = {
     "sqa": "SQA",
     "mmvet": "MM-Vet",
@@ -18,13 +20,7 @@ BENCHMARK_TITLES = {
 }
 """The columns of the paper's tables, in its order."""
 
-METHOD_TITLES = {
-    "baseline": "baseline",
-    "lookup": "prompt lookup",
-    "medusa": "Medusa",
-    "eagle2": "EAGLE-2",
-    "vispec": "ViSpec",
-}
+METHOD_TITLES = {"baseline": "baseline", LOOKUP: "prompt lookup", **dict(reversed(HEADS.items()))}
 """In the order of the rows."""
 
 AVERAGE = "average"

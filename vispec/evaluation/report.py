@@ -67,9 +67,11 @@ def about(table: Table) -> str:
     settings = table.settings
     sampling = "greedy" if is_greedy(table.temperature) else f"temperature {table.temperature:g}"
     several = f" ({settings['devices']} devices)" if (settings["devices"] or 1) > 1 else ""
-    device, cap = settings["device"] + several, settings["max_new_tokens"]
+    device = (settings["device"] or "unknown device") + several
+    dtype, cap = settings["dtype"] or "unknown dtype", settings["max_new_tokens"]
+    length = f", at most {cap} new tokens" if cap else ""
     config = ", the target's generation config applied" if settings.get("generation_config") else ""
-    return f"{device}, {settings['dtype']}, {sampling}, at most {cap} new tokens{config}"
+    return f"{device}, {dtype}, {sampling}{length}{config}"
 
 
 def title(method: str) -> str:

@@ -46,6 +46,7 @@ class PassCosts:
 
     def __init__(self, model: "SpecModel", context: int):
         target, draft = model.target, model.draft
+        own_head = getattr(draft, "lm_head", None)
         text, config = target.text_config, draft.config
         heads = text.num_attention_heads
         self._context, self._element = context, target.embed_tokens.weight.element_size()
@@ -57,9 +58,9 @@ class PassCosts:
         self._modules = {
             DECODER: [target.decoder],
             HEAD: [target.lm_head],
-            DRAFT_LAYER: [*draft.beside_layers(), *draft.layers],
+            DRAFT_LAYER: [*(layer for layer in draft.beside_layers() if layer is not own_head), *draft.layers],
         }
-        self._head_shape = drafted_tokens(model), text.hidden_size
+        self._head_shape = draft.proposed, text.hidden_size
 
     def of(self, part: str, rows: int) -> Cost:
         """A pass of `rows` rows: weights, keys and values once, and the arithmetic."""
@@ -70,12 +71,6 @@ class PassCosts:
         if part in self._attention:
             cost += attention_cost(*self._attention[part], rows, self._context + rows, self._element)
         return cost
-
-
-def drafted_tokens(model: "SpecModel") -> int:
-    """Rows of the output head that the draft reads: those of its draft vocabulary, or all."""
-    vocabulary = model.draft.draft_vocab
-    return model.target.lm_head.weight.shape[0] if vocabulary is None else len(vocabulary)
 
 
 def round_passes(shape: TreeShape) -> list[tuple[int, str, int]]:
@@ -102,22 +97,22 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
     import torch
 
     from vispec.model.drafts.base import Kept
-    from vispec.model.drafts.eagle2 import Expansions
+    from vispec.model.drafts.pair_head import Expansions
     from vispec.model.tree import grow
 
     target, draft, shape = model.target, model.draft, model.shape
-    output, steps = draft.output(target), new_steps(target)
+    output, layers, steps = draft.output(target), draft.aux_layers(target), new_steps(target)
     output.expect([1, shape.top_k])
     capacity = ids.shape[1] + max(shape.total_token, draft.reach(shape))
     with torch.inference_mode():
         cache, memory = target.new_cache(1, capacity), draft.memory(1, capacity, target)
-        prompt = target.prefill(cache, ids, {})
+        prompt = target.prefill(cache, ids, {}, layers)
         root = prompt.logits.argmax(-1)
         draft.read(memory, prompt)
-        draft.extend(memory, Kept(prompt.hidden[:, -1:], root[:, None], torch.ones_like(root)))
+        draft.extend(memory, Kept(prompt.features[:, -1:], root[:, None], torch.ones_like(root)))
         tree = grow(draft, memory, root, shape, output)
         positions = cache.lengths[:, None] + tree.depths
-        features = target.forward(cache, tree.tokens, positions, tree.mask)
+        hidden = target.forward(cache, tree.tokens, positions, tree.mask).hidden
     passes: Counter[tuple[str, int]] = Counter()
     for number, part, rows in round_passes(shape):
         passes[part, rows] += number
@@ -125,9 +120,9 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
     def passing(part: str, rows: int, number: int) -> "torch.Tensor":
         """So many passes of a part."""
         if part == DECODER:
-            return target.forward(cache, tree.tokens, positions, tree.mask)
+            return target.forward(cache, tree.tokens, positions, tree.mask, layers).hidden
         if part == HEAD:
-            return target.logits(features)
+            return target.logits(hidden)
         estimates = memory.estimate[:, None].expand(-1, rows, -1)
         if part == DRAFT_HEAD:
             return [output.logits(estimates) for _ in range(number)][-1]
@@ -220,7 +215,7 @@ def verification(target: "Target", cache, n: int) -> Callable[[], object]:
     steps = torch.arange(n, device=target.device)
     tokens, positions = torch.ones_like(steps)[None], (cache.used + steps)[None]
     chain = (steps[:, None] >= steps)[None] if n > 1 else None
-    return lambda: target.logits(target.forward(cache, tokens, positions, chain))
+    return lambda: target.logits(target.forward(cache, tokens, positions, chain).hidden)
 
 
 def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
@@ -237,7 +232,7 @@ def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
             return expand_levels(estimates, lambda hidden, tokens, parents: hidden, root, shape, output)
 
     shape, target = model.shape, model.target
-    logits = torch.randn(1, shape.top_k, drafted_tokens(model), device=model.device).to(target.dtype)
+    logits = torch.randn(1, shape.top_k, model.draft.proposed, device=model.device).to(target.dtype)
     output = model.draft.output(target)._replace(logits=lambda hidden: logits[:, : hidden.shape[1]])
     root = torch.zeros(1, dtype=torch.long, device=model.device)
 

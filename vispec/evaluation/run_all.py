@@ -25,10 +25,9 @@ from vispec.evaluation.loading import Models
 from vispec.evaluation.measure import Generation
 from vispec.evaluation.measured_trees import add_tune_on, keep_trees
 from vispec.evaluation.runner import Plan, run
+from vispec.methods import HEADS, LOOKUP
 
-METHODS = ("baseline", "vispec", "eagle2", "medusa", "lookup")
-HEADS = ("vispec", "eagle2", "medusa")
-"""The methods that need a draft head."""
+METHODS = ("baseline", *HEADS, LOOKUP)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +90,7 @@ def _models(args: argparse.Namespace) -> Models:
     heads = dict(args.spec_model_path)
     if len(heads) < len(args.spec_model_path):
         raise UserError("--spec-model-path: found two heads of one method, expected one")
-    asked = args.methods or ("lookup", *heads)
+    asked = args.methods or (LOOKUP, *heads)
     lacking = [method for method in HEADS if method in asked and method not in heads]
     if lacking:
         raise UserError(f"--methods {lacking[0]}: its draft head is missing, give --spec-model-path {lacking[0]}=PATH")

@@ -21,7 +21,10 @@ from vispec.evaluation.lossless import wants_check
 from vispec.evaluation.measure import Generation, Kind
 from vispec.evaluation.measured_trees import add_tune_on
 from vispec.evaluation.runner import Plan, run
+from vispec.methods import HEADS, LOOKUP
 
+METHOD_FLAGS = {"--use-ours": "vispec", "--use-medusa": "medusa"}
+"""And what `--method` calls them."""
 UNUSED_FLAGS = ("--image-fc", "--load-in-8bit", "--max-gpu-memory", "--tree-choices", "--label")
 
 
@@ -65,9 +68,13 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
         add_tune_on(parser)
         add_place_flags(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
-        add("--method", choices=("lookup",), help="lookup drafts from the text so far, without a draft head")
-        parser.add_bool("--use-ours", "the draft head is ViSpec's; neither this nor --use-medusa: EAGLE-2's")
-        parser.add_bool("--use-medusa", "the draft head is Medusa's; --depth is not used")
+        add(
+            "--method",
+            choices=(*HEADS, LOOKUP),
+            help="whose draft head it is (default: eagle2); lookup drafts from the text so far, without one",
+        )
+        parser.add_bool("--use-ours", "another word for --method vispec")
+        parser.add_bool("--use-medusa", "another word for --method medusa; --depth is not used")
         add(
             "--check-lossless",
             type=parse_bool,
@@ -102,17 +109,19 @@ def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
 def _method(args: argparse.Namespace, arm: Kind) -> str:
     if arm == "baseline":
         return "baseline"
-    heads = [flag for flag, given in (("--use-ours", args.use_ours), ("--use-medusa", args.use_medusa)) if given]
+    heads = [flag for flag in METHOD_FLAGS if value_of(args, flag)]
     if len(heads) > 1:
-        raise UserError("--use-ours=True and --use-medusa=True: found both, expected at most one of them")
-    if args.method == "lookup":
+        raise UserError(f"{'=True and '.join(heads)}=True: found both, expected at most one of them")
+    if args.method == LOOKUP:
         heads += [flag for flag in ("--spec-model-path", *PLACES, "--num-q") if value_of(args, flag)]
         if heads:
             raise UserError(f"--method lookup has no draft head, found {', '.join(heads)}")
-        return "lookup"
+        return LOOKUP
+    if heads and args.method not in (None, METHOD_FLAGS[heads[0]]):
+        raise UserError(f"--method {args.method} and {heads[0]}=True: found both, expected one of them")
     if args.spec_model_path is None:
         raise UserError("--spec-model-path is missing: the draft head, a folder or a hub id (or --method lookup)")
-    return {"--use-ours": "vispec", "--use-medusa": "medusa"}[heads[0]] if heads else "eagle2"
+    return METHOD_FLAGS[heads[0]] if heads else args.method or "eagle2"
 
 
 def _model_id(args: argparse.Namespace, method: str) -> str:

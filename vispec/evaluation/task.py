@@ -1,5 +1,6 @@
 """An answer file that is being filled: resumable, whole after a kill, sorted and free of duplicates at the end."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from vispec.cli import UserError
 from vispec.evaluation.answer_file import FORMAT, AnswerFile, QuestionId, answer_line, meta_path
 from vispec.evaluation.settings import LOADED
-from vispec.files import json_bytes, write_atomic, write_json_atomic
+from vispec.files import json_bytes, remove_unfinished, write_bytes_atomic, write_json_atomic
 from vispec.locks import held
 
 
@@ -43,6 +44,7 @@ class Task(AnswerFile):
         lock = self.path.with_name(f".{self.path.name}.lock")
         refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
         with held(lock, refusal):
+            remove_unfinished(self.path.parent, rf"{re.escape(self.path.name)}(\.meta\.json)?")
             self.read()
             yield
 
@@ -112,7 +114,7 @@ class Task(AnswerFile):
     def _rewrite(self) -> None:
         lines = [self.lines[name] for name in sorted(self.lines, key=_order)]
         content = b"".join(json_bytes(line) + b"\n" for line in lines)
-        write_atomic(self.path, lambda file: file.write(content))
+        write_bytes_atomic(self.path, content)
         self.torn = False
 
 

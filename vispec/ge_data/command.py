@@ -35,9 +35,17 @@ def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
     add("--max-len", type=int, help="longest sample in tokens; default: what the target takes")
     add(
         "--store",
-        choices=("pairs", "all", "tokens"),
+        choices=("pairs", "all", "eagle3", "tokens"),
         default="pairs",
-        help="all: also features of image positions, for EAGLE-2; tokens: no features, for training with --online",
+        help="all: also features of image positions, for EAGLE-2; eagle3: also what goes into three layers, for "
+        "EAGLE-3; tokens: no features, for training with --online",
+    )
+    add(
+        "--aux-layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="of --store eagle3, counted from 0 (default: 2, half of all, and the last but two)",
     )
     if stage == "image":
         add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (%(default)s)")
@@ -68,12 +76,15 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--temperature {args.temperature}: expected a number from 0 on")
     if getattr(args, "min_pixels", 0) > getattr(args, "max_pixels", 0):
         raise ValueError(f"--min-pixels {args.min_pixels}: expected at most --max-pixels {args.max_pixels}")
+    if args.aux_layers is not None and args.store != "eagle3":
+        raise ValueError(f"--aux-layers {' '.join(map(str, args.aux_layers))}: only --store eagle3 stores them")
     rows = _load_rows(stage, args.data_folder)
     end = min(args.end, len(rows) - 1)
     if end < args.end:
         print(f"the data has {len(rows)} rows: --end {args.end} becomes {end}")
     if args.start > end:
-        raise ValueError(f"--start {args.start}: the data has only {len(rows)} rows")
+        place = f" in {args.data_folder}" if args.data_folder else ""
+        raise ValueError(f"--start {args.start}: the data{place} has only {len(rows)} rows")
     batches = batches_of(range(args.start, end + 1), getattr(args, "batch_size", 1))
 
     if args.worker is not None:
@@ -85,8 +96,9 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     from vispec.ge_data.target_identity import identify_target
 
     arguments = {k: v for k, v in vars(args).items() if k not in ("outdir", "worker", "gpus_per_model")}
-    if not arguments.get("allow_outside"):  # runs that are there may have been begun without the flag
-        arguments.pop("allow_outside", None)
+    for name in ("allow_outside", "aux_layers"):
+        if not arguments.get(name):  # runs that are there may have been begun without the flag
+            arguments.pop(name, None)
     arguments = {"stage": stage, "family": family, **arguments, "end": end}
     target = identify_target(args.model, args.dtype)
     groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
@@ -150,7 +162,8 @@ def _make_job(stage, family, args, rows):
     from vispec.model.loading import load_config, load_target
     from vispec.model.target import Target
 
-    names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "min_pixels", "max_pixels", "allow_outside")
+    names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "aux_layers", "min_pixels", "max_pixels")
+    names += ("allow_outside",)
     settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
     if stage == "text":

@@ -21,6 +21,7 @@ from vispec.ge_data.conversations import (
 )
 from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
+from vispec.model.drafts.eagle3 import aux_layers
 from vispec.model.families import image_spans, image_token_id, video_token_id
 from vispec.model.target import Target
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
@@ -54,6 +55,8 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     store: str = "pairs"
+    aux_layers: tuple[int, ...] | None = None
+    """Of "eagle3": the layers whose inputs are stored; None: those of EAGLE-3 by default."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     allow_outside: bool = False
@@ -71,6 +74,7 @@ class TextJob:
 
     def __init__(self, config, tokenizer, rows: Rows, settings: Settings, target: Target | None):
         self.target, self.rows, self.settings = target, rows, settings
+        self.layers = stored_layers(settings, target)
         self.media_tokens = _media_tokens(config)
         longest = config.get_text_config().max_position_embeddings
         limit = min(filter(None, (longest, settings.max_len, tokenizer.model_max_length)))
@@ -92,7 +96,7 @@ class TextJob:
             raise SkipRow("image tag in a text conversation")
         if self.target is None:
             return Tokens(ids, mask, [])
-        return features(self.target, ids, mask, {}, self.settings.store)
+        return features(self.target, ids, mask, {}, self.settings.store, self.layers)
 
 
 class ImageJob:
@@ -100,6 +104,7 @@ class ImageJob:
 
     def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
         self.target, self.processor, self.rows, self.settings = target, processor, rows, settings
+        self.layers = stored_layers(settings, target)
         # a target that cannot be asked is no fault of a row
         build_inputs(processor, [user_turn(Image.new("RGB", ORDINARY_PICTURE), LONG_ANSWER)])
         self.media_tokens = _media_tokens(target.config)
@@ -184,7 +189,19 @@ class ImageJob:
         rest = image_inputs(inputs)
         if self.settings.store == "tokens":
             return Tokens(ids, mask, image_spans(self.target.model, ids[None], rest)[0])
-        return features(self.target, ids, mask, rest, self.settings.store)
+        return features(self.target, ids, mask, rest, self.settings.store, self.layers)
+
+
+def stored_layers(settings: Settings, target: Target | None) -> tuple[int, ...]:
+    """The layers whose inputs are stored.
+
+    Raises:
+        ValueError: the target has too few, or not those that were asked for.
+    """
+    if settings.store != "eagle3":
+        return ()
+    asked = settings.aux_layers
+    return aux_layers(len(target.decoder.layers), None if asked is None else tuple(sorted(set(asked))))
 
 
 def _media_tokens(config) -> torch.Tensor:
@@ -224,13 +241,19 @@ def image_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def features(target: Target, ids: torch.Tensor, mask: torch.Tensor, inputs: dict, store: str) -> Sample:
+def features(
+    target: Target, ids: torch.Tensor, mask: torch.Tensor, inputs: dict, store: str, layers: tuple[int, ...] = ()
+) -> Sample:
     """One unpadded pass of the target over the tokens (L,), with the image's processor outputs.
+
+    Args:
+        layers: those whose inputs are kept too.
 
     Raises:
         ValueError: the image's tokens in `ids` are not those that `inputs` belong to.
     """
     length = len(ids)
     inputs = {**inputs, "attention_mask": torch.ones(1, length, dtype=torch.long)}
-    prompt = target.prefill(target.new_cache(1, length), ids[None], inputs)
-    return make_sample(ids, mask, prompt.images[0], prompt.embeds[0], prompt.hidden[0], store)
+    prompt = target.prefill(target.new_cache(1, length), ids[None], inputs, layers)
+    aux = prompt.features[0] if layers else None
+    return make_sample(ids, mask, prompt.images[0], prompt.embeds[0], prompt.hidden[0], store, aux, layers)

@@ -43,7 +43,10 @@ def full_matrices(stage: str, model: str, dtype: str) -> FullMatrices:
     config = load_config(model)
     found = dtype_of(config, dtype) or torch.bfloat16  # where the config says nothing the smaller dtype is fair
     count = 1 if stage == "text" else 2
-    return FullMatrices(count, count, config.get_text_config().hidden_size, found.itemsize)
+    width = config.get_text_config().hidden_size
+    if type(width) is not int:
+        raise ValueError(f"{model}: config.json: hidden_size is {width!r:.60}, expected a number")
+    return FullMatrices(count, count, width, found.itemsize)
 
 
 def rows_file(folder: RunFolder, worker: int) -> Path:

@@ -1,15 +1,20 @@
 """The folder of one generation run: sample files, what made them, what was skipped and why."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vispec.cli import changes, provenance
-from vispec.files import read_json, write_json_atomic
+from vispec.files import read_json, remove_unfinished, write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"
+NO_TARGET = dict.fromkeys(("model", "revision", "dtype"))
+"""What a manifest says of the target, each as text or null."""
+PLAIN = str | int | float | bool | None
+"""What the arguments of a run are."""
 
 
 @dataclass
@@ -47,9 +52,8 @@ class RunFolder:
             made_by.pop("arguments")
             manifest = {"arguments": arguments, "target": dict(target), "complete": False, **made_by}
             write_json_atomic(file, manifest)
-        for pattern in (f".*{SUFFIX}.*", f".{MANIFEST}.*", "logs/.*.json.*"):  # of writes that were killed
-            for leftover in path.glob(pattern):
-                leftover.unlink()
+        remove_unfinished(path, rf"\d+{re.escape(SUFFIX)}|{re.escape(MANIFEST)}")
+        remove_unfinished(path / "logs", r"rows_\d+\.json")
         return cls(path, arguments, manifest)
 
     def sample_path(self, index: int) -> Path:
@@ -93,8 +97,13 @@ def read_manifest(folder: Path) -> dict:
     if not path.is_file():
         return {}
     manifest = read_json(path)
-    if not isinstance(manifest.get("arguments"), dict):
-        raise ValueError(f"{path}: not a manifest of data generation (no arguments)")
+    target, arguments = manifest.get("target", NO_TARGET), manifest.get("arguments")
+    if not isinstance(arguments, dict) or not all(isinstance(one, PLAIN) for one in arguments.values()):
+        raise ValueError(f"{path}: not a manifest of data generation (no arguments, or others than plain values)")
+    if not isinstance(target, dict) or target.keys() != NO_TARGET.keys():
+        raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
+    if not all(isinstance(one, str | None) for one in target.values()):
+        raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
     return manifest
 
 

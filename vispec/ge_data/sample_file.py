@@ -3,14 +3,15 @@
 A draft head reads much less than a target computes. Of an image ViSpec reads the input embeddings and nothing else, so
 the features of image positions are left out, and the embeddings of text rows follow from the token ids. What
 remains is half of what two full (L, H) matrices take. Token ids alone take kilobytes: the target computes the features
-again when they are needed (`--store tokens`, training with `--online`).
+again when they are needed (`--store tokens`, training with `--online`). EAGLE-3 reads what goes into some layers of the
+target instead of features, of all tokens (`--store eagle3`).
 
-Shapes: L tokens, H hidden size, K stored features, N image rows.
+Shapes: L tokens, H hidden size, K stored features, N image rows, A tokens up to the last pair that is scored.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ FORMAT = 1
 
 TOKEN_TENSORS = ("input_ids", "loss_mask", "images")
 FEATURE_TENSORS = ("image_embeds", "hidden_positions", "hidden")
+AUX_TENSORS = ("aux_layers", "aux")
 INTEGERS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,6 +75,32 @@ class Sample(Tokens):
     """(K,) int64, ascending: the tokens whose features are stored."""
     hidden: torch.Tensor
     """(K, H) the target's last hidden states at these tokens."""
+    aux: torch.Tensor | None = field(default=None, kw_only=True)
+    """(A, layers * H) what goes into some layers at the first tokens, side by side; None where it is not stored."""
+    aux_layers: tuple[int, ...] = field(default=(), kw_only=True)
+    """Their numbers, ascending."""
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a head reads, once `read_by` has said of which layers: the tokens' places (K,), and features (K, F)."""
+        return (self.hidden_positions, self.hidden) if self.aux is None else (torch.arange(len(self.aux)), self.aux)
+
+    def read_by(self, layers: tuple[int, ...]) -> "Sample":
+        """As a head is trained on it that reads the inputs of these layers, or with none of them the features.
+
+        Raises:
+            ValueError: the sample does not have them; names it.
+        """
+        if not layers:
+            return replace(self, aux=None, aux_layers=())
+        if layers != self.aux_layers:
+            wanted = " ".join(map(str, layers))
+            found = " ".join(map(str, self.aux_layers)) or "none"
+            raise ValueError(
+                f"{self.name}: the inputs of layers {wanted} are not stored ({found} are), which this head reads; make "
+                f"the data with --store eagle3 --aux-layers {wanted}"
+            )
+        return self
 
     def has_all_features(self) -> bool:
         """Whether a head that keeps image rows as ordinary pairs (EAGLE-2) can be trained on the sample too."""
@@ -87,6 +115,8 @@ class Sample(Tokens):
             image_embeds=self.image_embeds[: sum(end - start for start, end in tokens.images)],
             hidden_positions=self.hidden_positions[kept],
             hidden=self.hidden[kept],
+            aux=None if self.aux is None else self.aux[: len(tokens)],
+            aux_layers=self.aux_layers,
         )
 
 
@@ -110,11 +140,8 @@ def needed_positions(loss_mask: torch.Tensor, images: Sequence[Span]) -> torch.T
     Returns:
         (K,) int64, ascending.
     """
-    scored = scored_pairs(loss_mask)
-    places = scored.nonzero()[:, 0]
-    last = int(places[-1]) if len(places) else -1
-    needed = torch.zeros_like(loss_mask)
-    needed[: last + 1] = True
+    scored, needed = scored_pairs(loss_mask), torch.zeros_like(loss_mask)
+    needed[: read_tokens_of(loss_mask)] = True
     for start, end in images:
         needed[max(start - 1, 0) : max(end - 1, 0)] = False
     needed[1:] |= scored[:-1]
@@ -128,9 +155,16 @@ def make_sample(
     embeds: torch.Tensor,
     hidden: torch.Tensor,
     store: str = "pairs",
+    aux: torch.Tensor | None = None,
+    aux_layers: tuple[int, ...] = (),
 ) -> Sample:
-    """Keep of the target's full `embeds` and `hidden` (L, H) what training needs; `store="all"` keeps all features."""
-    positions = torch.arange(len(input_ids)) if store == "all" else needed_positions(loss_mask, images)
+    """Keep of the target's full `embeds` and `hidden` (L, H) what training needs.
+
+    Args:
+        store: "pairs" keeps what ViSpec reads; all others keep all features.
+        aux: (L, layers * H) what goes into the layers `aux_layers`; none of it is kept when None.
+    """
+    positions = needed_positions(loss_mask, images) if store == "pairs" else torch.arange(len(input_ids))
     rows = torch.cat([torch.arange(start, end) for start, end in images] or [torch.zeros(0, dtype=torch.long)])
     return Sample(
         input_ids.cpu(),
@@ -139,7 +173,15 @@ def make_sample(
         embeds[rows.to(embeds.device)].cpu(),
         positions,
         hidden[positions.to(hidden.device)].cpu(),
+        aux=None if aux is None else aux[: read_tokens_of(loss_mask)].cpu(),
+        aux_layers=aux_layers,
     )
+
+
+def read_tokens_of(loss_mask: torch.Tensor) -> int:
+    """A: the tokens up to the last scored pair; those behind it influence nothing."""
+    places = scored_pairs(loss_mask).nonzero()[:, 0]
+    return int(places[-1]) + 1 if len(places) else 0
 
 
 def file_name(index: int) -> str:
@@ -160,6 +202,9 @@ def write_sample(path: str | Path, sample: Tokens, note: Mapping | None = None) 
         tensors["image_embeds"] = sample.image_embeds
         tensors["hidden_positions"] = sample.hidden_positions.to(torch.int32)
         tensors["hidden"] = sample.hidden
+        if sample.aux is not None:
+            tensors["aux_layers"] = torch.tensor(sample.aux_layers, dtype=torch.int32)
+            tensors["aux"] = sample.aux
     # one metadata key only: the writer orders several at random, and equal samples are to be equal files
     metadata = {"vispec": json.dumps({"format": FORMAT, **(note or {})}, sort_keys=True)}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
@@ -213,11 +258,16 @@ def read_sample(path: str | Path, vocab_size: int | None = None, hidden_size: in
         raise ValueError(f"{path}: hidden_positions are not the ascending places of {len(hidden)} features")
     if not torch.isin(needed_positions(fields["loss_mask"], fields["images"]), positions).all():
         raise ValueError(f"{path}: features that training reads are missing")
+    aux, layers = (tensors.get(name) for name in reversed(AUX_TENSORS))
+    if aux is not None:
+        layers = _aux_layers(path, aux, layers, hidden.shape[1], read_tokens_of(fields["loss_mask"]))
     return Sample(
         **fields,
         image_embeds=embeds,
         hidden_positions=positions,
         hidden=hidden,
+        aux=aux,
+        aux_layers=layers or (),
         picture=note.get("image"),
         name=str(path),
     )
@@ -234,6 +284,19 @@ def _read(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[st
     if not isinstance(note, dict) or not isinstance(note.get("image"), str | None):
         raise ValueError(f"{path}: not a training sample (its note is {note!r:.40})")
     return tensors, note
+
+
+def _aux_layers(path, aux: torch.Tensor, layers: torch.Tensor | None, size: int, tokens: int) -> tuple[int, ...]:
+    """The layers whose inputs a file holds, of features of `size` numbers and so many tokens that are read."""
+    if layers is None:
+        raise ValueError(f"{path}: inputs of layers, but not of which")
+    _check(path, "aux_layers", layers, 1, INTEGERS)
+    _check(path, "aux", aux, 2, FLOATS)
+    if tuple(aux.shape) != (tokens, size * len(layers)) or (layers.diff() <= 0).any():
+        raise ValueError(
+            f"{path}: inputs {tuple(aux.shape)} of layers {layers.tolist()}, expected {(tokens, size * len(layers))}"
+        )
+    return tuple(layers.tolist())
 
 
 def _token_fields(path: str | Path, tensors: Mapping[str, torch.Tensor], vocab_size: int | None) -> dict:

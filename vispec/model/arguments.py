@@ -1,4 +1,4 @@
-"""Numbers that callers hand over, checked once where they arrive: an error names the argument."""
+"""What callers hand over, checked once where they arrive: an error names the argument."""
 
 import math
 from numbers import Integral, Real
@@ -17,6 +17,13 @@ def whole(name: str, value, least: int | None = None) -> int:
     if least is not None and found < least:
         raise ValueError(f"{name} must be at least {least}, found {value}")
     return int(found)
+
+
+def of_kind(name: str, value, *kinds: type) -> None:
+    """TypeError where a value is of none of these kinds; None is of all."""
+    if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+        asked = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be {asked}, found {value!r:.60}")
 
 
 def number(name: str, value) -> int | float:

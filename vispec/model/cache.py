@@ -40,7 +40,7 @@ class TreeCache(Cache):
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=layer_devices[-1])
         """Committed tokens of each row, (B,), on the device of the last layer."""
         self._layer_devices = list(layer_devices)
-        self._places = _places_on_device(self._layer_devices)
+        self._places = places_on_device(self._layer_devices)
         self._homes: list[tuple[Home, int] | None] = [None] * len(self._layer_devices)  # buffer and place of each layer
         self._buffers: dict[Home, torch.Tensor] = {}  # (layers, keys and values, B, heads, capacity, D)
         self._numbers = torch.arange(self.capacity, device=self.lengths.device)  # of all slots
@@ -182,13 +182,16 @@ class TreeCache(Cache):
 
     def enlarged(self, capacity: int) -> "TreeCache":
         """A cache of as many rows with more slots, which holds what this one holds."""
-        other = TreeCache(self._layer_devices, len(self.lengths), capacity)
+        other = self._empty(capacity)
         other.used = self.used
         other.lengths.copy_(self.lengths)
         other._homes = list(self._homes)
         for home, buffer in self._buffers.items():
             other._buffers[home] = F.pad(buffer, (0, 0, 0, other.capacity - self.capacity))
         return other
+
+    def _empty(self, capacity: int) -> "TreeCache":
+        return TreeCache(self._layer_devices, len(self.lengths), capacity)
 
     def restart(self) -> None:
         """Begin with the first slot again."""
@@ -244,6 +247,6 @@ def _takes_layers() -> bool:
     return "layers" in Cache.__init__.__code__.co_varnames
 
 
-def _places_on_device(devices: list[torch.device]) -> list[int]:
+def places_on_device(devices: list[torch.device]) -> list[int]:
     """The index of each layer among the layers of its own device."""
     return [devices[:i].count(device) for i, device in enumerate(devices)]

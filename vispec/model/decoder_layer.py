@@ -61,6 +61,10 @@ class LayerParts(NamedTuple):
     gate_up: Callable | tuple
     activation: Callable
     down: Callable | tuple
+    hidden_norm: Norm | None
+    """Of EAGLE-3, whose layer reads an embedding and a feature side by side; the feature alone goes on."""
+    norm_before_residual: bool
+    """What goes on is the feature after its norm."""
 
 
 class Heads(NamedTuple):
@@ -80,7 +84,7 @@ class Heads(NamedTuple):
 def decoder_layer(
     x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], parts: LayerParts, heads: Heads, attend: Callable
 ) -> torch.Tensor:
-    """One layer over rows x (R, H).
+    """One layer over rows x (R, H), or (R, 2 H) where it has a `hidden_norm`: (R, H).
 
     Args:
         angles: see `widened`.
@@ -93,7 +97,11 @@ def before_attention(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: LayerParts, heads: Heads
 ) -> torch.Tensor:
     """(R, T, D) rotated queries and keys, and values."""
-    normed = x if parts.input_norm is None else parts.input_norm(x)
+    if parts.hidden_norm is not None:
+        embed, feature = x.chunk(2, dim=-1)
+        normed = torch.cat([parts.input_norm(embed), parts.hidden_norm(feature)], dim=-1)
+    else:
+        normed = x if parts.input_norm is None else parts.input_norm(x)
     qkv = _times(parts.qkv, normed).view(len(x), heads.all, heads.size)
     if parts.q_norm is not None:
         q, k, v = qkv.split([heads.queries, heads.keys, heads.keys], dim=1)
@@ -102,6 +110,9 @@ def before_attention(
 
 
 def after_attention(x: torch.Tensor, attended: torch.Tensor, parts: LayerParts) -> torch.Tensor:
+    if parts.hidden_norm is not None:
+        x = x.chunk(2, dim=-1)[1]
+        x = parts.hidden_norm(x) if parts.norm_before_residual else x
     x = x + _times(parts.o, attended)
     gate, up = _times(parts.gate_up, parts.post_norm(x)).chunk(2, dim=-1)
     return x + _times(parts.down, parts.activation(gate) * up)
@@ -194,6 +205,8 @@ def parts_of(layer: nn.Module, product: Callable) -> LayerParts:
         product(mlp.gate_proj, mlp.up_proj),
         F.silu if activation is None or "SiLU" in type(activation).__name__ else activation,
         product(mlp.down_proj),
+        norm_of(getattr(layer, "hidden_norm", None)),
+        getattr(layer, "norm_before_residual", False),
     )
 
 

@@ -8,7 +8,8 @@ What is on the device is in `Rows`, what the host knows of an answer in `Answer`
 device. All that the host tells a step is a bound of the lengths; where steps are captured it is rounded up, so that
 shapes change rarely. Any number of generations can run side by side on one decoder, each in a seat of its own.
 
-B rows, N nodes of a tree, D levels below its root, P pairs that the draft has not read, H hidden size, V vocabulary.
+B rows, N nodes of a tree, D levels below its root, P pairs that the draft has not read, F numbers of a feature, V
+vocabulary.
 """
 
 from collections import deque
@@ -40,8 +41,8 @@ Prompts = Sequence[tuple[torch.Tensor, Mapping]]
 class Verified(NamedTuple):
     """The target's pass over a tree."""
 
-    hidden: torch.Tensor
-    """(B, N, H)."""
+    features: torch.Tensor
+    """(B, N, F) what the draft reads."""
     logits: torch.Tensor
     """(B, N, V)."""
 
@@ -49,11 +50,11 @@ class Verified(NamedTuple):
 class Seat:
     """Room for one generation after the other, and the steps that were captured over it."""
 
-    def __init__(self, target: Target, rows: int, capacity: int, waiting: int):
+    def __init__(self, target: Target, rows: int, capacity: int, waiting: int, width: int):
         self.size, self.capacity, self.waiting = rows, capacity, waiting
         place = {"device": target.device}
         long = partial(torch.zeros, dtype=torch.long, **place)
-        features = torch.zeros(rows, waiting, target.text_config.hidden_size, dtype=target.dtype, **place)
+        features = torch.zeros(rows, waiting, width, dtype=target.dtype, **place)
         kept = Kept(features, long(rows, waiting), long(rows))
         self.rows = Rows(target.new_cache(rows, capacity), long(rows, 1), long(rows), kept, None)
         self.steps = Steps(target.device, target.can_capture)
@@ -102,6 +103,8 @@ class Decoder:
     def __init__(self, target: Target, draft: Draft | None = None):
         self.target, self.draft = target, draft
         self.output = draft.output(target) if draft is not None else None
+        self._layers = draft.aux_layers(target) if draft is not None else ()
+        self._width = target.text_config.hidden_size * max(len(self._layers), 1)
         self._bucket = BUCKET if target.can_capture else 1
         # where steps are captured, a seat waits for the next generation: its graphs know its tensors only
         self._idle: deque[Seat] = deque(maxlen=1)
@@ -154,7 +157,7 @@ class Decoder:
             answer.read += answer.waiting
         verified = run(("verify", size, shape, rows.cache.used), bound, self._verify, rows, tree)
         chosen = seat.steps.hold(("choose", size, shape), choice.choose(verified.logits, answers, tree))
-        return run(("keep", size, shape), bound, self._keep, rows, tree, verified.hidden, chosen)
+        return run(("keep", size, shape), bound, self._keep, rows, tree, verified.features, chosen)
 
     def _draft(self, rows: Rows, shape: TreeShape, waiting: int) -> Tree:
         """The draft reads what was kept and grows a tree."""
@@ -165,17 +168,20 @@ class Decoder:
     def _verify(self, rows: Rows, tree: Tree) -> Verified:
         """The target's pass over a tree."""
         tokens = tree.tokens.clamp(min=0)  # empty nodes go along as any token, nobody reads what they say
-        hidden = self.target.forward(rows.cache, tokens, rows.positions(tree.depths), tree.mask)
-        return Verified(hidden, self.target.logits(hidden))
+        return self._verified(rows, tokens, rows.positions(tree.depths), tree.mask)
 
-    def _keep(self, rows: Rows, tree: Tree, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def _verified(self, rows: Rows, *given) -> Verified:
+        hidden, features = self.target.forward(rows.cache, *given, self._layers)
+        return Verified(features, self.target.logits(hidden))
+
+    def _keep(self, rows: Rows, tree: Tree, features: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Keep the path that the target named: (B, 1 + D + 1), its length, its tokens, and the next root."""
         accepted = accept(tree, chosen)
         path, counts, kept = accepted.path, accepted.count + 1, rows.kept
         rows.cache.keep(path[:, 1 : tree.tokens.shape[1]])
         rows.cache.commit(counts)
         rows.root.copy_(accepted.root)
-        kept.features[:, : path.shape[1]] = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[2]))
+        kept.features[:, : path.shape[1]] = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
         kept.tokens[:, : path.shape[1]] = accepted.tokens
         kept.counts.copy_(counts)
         return torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
@@ -189,23 +195,22 @@ class Decoder:
         run, size = seat.steps.run, len(answers)
         verified = run(("plain", size, None, rows.cache.used), bound, self._verify_root, rows)
         chosen = seat.steps.hold(("choose", size, None), choice.choose(verified.logits, answers))
-        return run(("add", size, drafts), bound, self._add, rows, verified.hidden, chosen, drafts)
+        return run(("add", size, drafts), bound, self._add, rows, verified.features, chosen, drafts)
 
     def _verify_root(self, rows: Rows) -> Verified:
         """A pass over the newest token; its cache is exact, and needs no mask, for one row of the true length."""
         root = rows.root[:, None]
         exact = self._bucket == 1 and len(root) == 1
         itself = None if exact else torch.ones_like(root, dtype=torch.bool)[:, None]
-        hidden = self.target.forward(rows.cache, root, rows.positions(torch.zeros_like(root)), itself)
-        return Verified(hidden, self.target.logits(hidden))
+        return self._verified(rows, root, rows.positions(torch.zeros_like(root)), itself)
 
-    def _add(self, rows: Rows, hidden: torch.Tensor, chosen: torch.Tensor, drafts: bool) -> torch.Tensor:
+    def _add(self, rows: Rows, features: torch.Tensor, chosen: torch.Tensor, drafts: bool) -> torch.Tensor:
         rows.cache.commit(torch.ones_like(rows.root))
         rows.root.copy_(chosen[:, 0])
         if drafts:
             kept = rows.kept
             place = kept.counts[:, None]
-            kept.features.scatter_(1, place[..., None].expand_as(hidden), hidden)
+            kept.features.scatter_(1, place[..., None].expand_as(features), features)
             kept.tokens.scatter_(1, place, chosen)
             kept.counts += 1
         return torch.cat([torch.zeros_like(chosen), chosen], dim=1)
@@ -226,11 +231,11 @@ class Decoder:
         try:
             seat = self._idle.pop()
         except IndexError:
-            seat = Seat(self.target, *size)
+            seat = Seat(self.target, *size, self._width)
         if not seat.fits(*size):
             larger = map(max, size, (seat.size, seat.capacity, seat.waiting))
             del seat  # its memory may be needed
-            seat = Seat(self.target, *larger)
+            seat = Seat(self.target, *larger, self._width)
         if policy.shapes:
             if seat.rows.memory is None:
                 seat.give_memory(self.draft.memory(seat.size, seat.capacity, self.target))
@@ -262,11 +267,11 @@ class Decoder:
     def _read_prompt(self, seat: Seat, row: Rows, input_ids, inputs, choice: Choice, answer: Answer) -> int:
         """Prefill; returns the first token, with which the last pair of the prompt waits for the draft."""
         row.cache.restart()  # an answer that ended with its first token may have been there
-        answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs)
+        answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs, self._layers)
         with seat.steps.alone:
             row.root.copy_(choice.choose(prompt.logits[:, None], [answer])[:, 0])
         row.offset.copy_(0 if prompt.rope_delta is None else prompt.rope_delta)
-        row.kept.features[:, 0] = prompt.hidden[:, -1]
+        row.kept.features[:, 0] = prompt.features[:, -1]
         row.kept.tokens[:, 0] = row.root
         row.kept.counts.fill_(1)
         return int(row.root)

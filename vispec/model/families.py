@@ -242,12 +242,21 @@ def _tiled_lengths(model: PreTrainedModel, inputs: Mapping) -> list[int]:
     options = {name: getattr(config, name) for name in names if name in takes}
     rate = Fraction(getattr(config, "downsample_rate", None) or 1)
     side = int(vision.image_size // vision.patch_size * rate)
+    sizes = torch.as_tensor(sizes)
+    if sizes.dim() != 2 or sizes.shape[1] != 2:
+        raise ValueError(f"image_sizes must have the shape (images, 2), found {tuple(sizes.shape)}")
     # of several images in one sample LLaVA-OneVision shows the base grids alone
     together = torch.as_tensor(inputs.get("batch_num_images", [1] * len(sizes))).tolist()
     alone = [number == 1 for number in together for _ in range(number)]
     lengths = []
-    for size, tiled in zip(torch.as_tensor(sizes).tolist(), alone, strict=True):
+    for size, tiled in zip(sizes.tolist(), alone, strict=True):
         tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size) if tiled else 1
+        given = inputs.get("pixel_values")
+        if given is not None and given.dim() == 5 and tiles > given.shape[1]:
+            raise ValueError(
+                f"an image of size {size} has {tiles} tiles, pixel_values {given.shape[1]}: is the processor that of "
+                "another target?"
+            )
         features = torch.empty(tiles, side**2, 1)  # only their number matters
         packed = owner.pack_image_features([features], [size], image_newline=torch.empty(1), **options)
         packed = packed[0] if isinstance(packed, tuple) else packed

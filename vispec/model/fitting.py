@@ -5,14 +5,18 @@ import logging
 import torch
 
 from vispec.model.drafts import BaseHead, Draft
-from vispec.model.shape import TreeShape
+from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
 
 logger = logging.getLogger("vispec")
 
 
-def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
-    """The tree that a draft can fill; says so where it is smaller than what was asked for."""
+def fitted(shape: TreeShape, target: Target, draft: Draft) -> TreeShape:
+    """The tree that a target can follow and a draft can fill; says so where it is smaller than what was asked for."""
+    chain = target.fit(shape)
+    if chain.top_k != shape.top_k:
+        logger.warning("%s follows chains alone: the tree is %s, not %s", type(target.model).__name__, chain, shape)
+        shape = chain
     largest = draft.fit(shape)
     if (largest.total_token, largest.top_k) != (shape.total_token, shape.top_k):
         logger.warning(
@@ -22,10 +26,20 @@ def fitted(shape: TreeShape, draft: Draft) -> TreeShape:
     return largest
 
 
+def check_branches(target: Target, shape: TreeShape) -> None:
+    """Raises ValueError where a tree has branches and the target follows chains alone."""
+    chain = target.fit(shape)
+    if chain.top_k != shape.top_k:
+        raise ValueError(
+            f"{type(target.model).__name__} has layers that keep one state of the whole text, which cannot follow the "
+            f"branches of the tree {shape}: give a chain, such as {chain}, or {AUTO}"
+        )
+
+
 def check_pair(target: Target, draft: BaseHead) -> None:
     """A draft head reads the target's features and embeddings, so sizes have to agree."""
     vocabulary, hidden = target.embed_tokens.weight.shape
-    found = draft.config.hidden_size, draft.config.vocab_size
+    found = draft.target_size, draft.config.vocab_size
     if found != (hidden, vocabulary):
         raise ValueError(
             f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "

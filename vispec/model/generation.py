@@ -20,7 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from vispec.model.arguments import number, whole
+from vispec.model.arguments import number, of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, streamed
 from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
@@ -49,10 +49,12 @@ WHOLE = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "top_k"
          "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")  # fmt: skip
 NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
            "encoder_repetition_penalty", "max_time")  # fmt: skip
-"""Options that are whole numbers, and those that are other ones."""
+KINDS = {"generation_config": (GenerationConfig,), "eos_token_id": (int, list, torch.Tensor),
+         "logits_processor": (list,), "stopping_criteria": (list,)}  # fmt: skip
+"""Options that are whole numbers, those that are other numbers, and those that are something else."""
 NOT_TAKEN = ("inputs", "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
              "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
-"""Arguments of transformers' generate() that have no meaning here."""
+"""What has no meaning here."""
 
 Rounds = Callable[[list[SinglePrompt], list[Stop], Choice, bool], Iterator[dict[int, Round]]]
 """Answers prompts, with a draft or without one."""
@@ -153,7 +155,7 @@ class _Prepares:
     def _prepare_generation_config(self, *args, **kwargs):
         config, inputs = super()._prepare_generation_config(*args, **kwargs)
         refuse_modes(config)
-        check_numbers(vars(config))  # before transformers goes another way
+        check_kinds(vars(config))  # before transformers goes another way
         return config, inputs
 
     def _expand_inputs_for_generation(self, input_ids=None, expand_size=1, is_encoder_decoder=False, **inputs):
@@ -183,7 +185,7 @@ def generate_by(decode: Callable, target: Target, input_ids: torch.Tensor, optio
     known = {*inspect.signature(GenerationMixin.generate).parameters, *vars(GenerationConfig()), "tokenizer"}
     known -= {"self", "kwargs", *NOT_TAKEN}
     asked = {name: value for name, value in options.items() if name in known}
-    check_numbers(asked)
+    check_kinds(asked)
     inputs = {name: value for name, value in options.items() if name not in known and name not in NOT_TAKEN}
     inputs = prompt_inputs(arm, target.model, input_ids, inputs)
     # processors and criteria are made for the device of the ids, and the logits come out on this one
@@ -216,19 +218,17 @@ def decoding_method(target: Target, rounds: Rounds) -> Callable:
     return decode
 
 
-def check_numbers(options: Mapping) -> None:
-    """TypeError or ValueError where an option is no number, or not finite; generate() itself checks their ranges."""
-    for name in options.keys() & {*WHOLE, *NUMBERS}:
-        if options[name] is not None:
-            whole(name, options[name]) if name in WHOLE else number(name, options[name])
+def check_kinds(options: Mapping) -> None:
+    """TypeError or ValueError where an option is of another kind, or not finite; generate() checks their ranges."""
+    for name, kinds in KINDS.items():
+        of_kind(name, options.get(name), *kinds)
+    for name, value in options.items():
+        if name in (*WHOLE, *NUMBERS) and value is not None:
+            whole(name, value) if name in WHOLE else number(name, value)
 
 
 def refuse_modes(config: GenerationConfig) -> None:
-    """Refuse what is no greedy decoding or sampling of single texts.
-
-    Raises:
-        ValueError: it names the option.
-    """
+    """ValueError, with the option's name, for what is no greedy decoding or sampling of single texts."""
     for name, (off, what) in OFF.items():
         value = getattr(config, name, None)
         if value is not None and value != off:

@@ -47,6 +47,8 @@ def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor
         raise TypeError(f"input_ids must be a tensor of ids, found {found}; processors take return_tensors='pt'")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must have the shape (B, L) with B, L > 0, found {tuple(input_ids.shape)}")
+    if input_ids.is_meta:
+        raise ValueError("input_ids is on the meta device, so there are no ids in it")
     taken = forward_parameters(model)
     for name, value in inputs.items():
         if name in (*taken, *BESIDE):
@@ -89,12 +91,14 @@ def _check_input(name: str, value, shape: tuple[int, ...]) -> None:
     """Pixels that are not finite, or a mask that adds instead of hiding, would be answered without a word."""
     wants_tensor = name in PER_TOKEN or "pixel" in name or name.endswith("_grid_thw")
     if not isinstance(value, torch.Tensor):
-        if wants_tensor or hasattr(value, "__array__"):
+        if isinstance(value, str) or wants_tensor or hasattr(value, "__array__"):
             found = type(value).__name__
             raise TypeError(f"{name} must be a tensor, found {found}; processors take return_tensors='pt'")
         return
     if name in PER_TOKEN and tuple(value.shape) != shape:
         raise ValueError(f"{name} must have the shape {shape} of input_ids, found {tuple(value.shape)}")
+    if value.is_complex() or value.dim() == 0 or value.is_meta:
+        raise ValueError(f"{name} cannot be {value.dtype} of the shape {tuple(value.shape)} on {value.device}")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}")
     if value.is_floating_point() and not value.isfinite().all():

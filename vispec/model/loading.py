@@ -4,6 +4,7 @@ import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from packaging import version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from vispec.model.arguments import of_kind
 from vispec.model.target_files import check_files, check_numbers, explained, own_head, unread_rope
 
 logger = logging.getLogger("vispec")
@@ -28,6 +30,8 @@ def load_target(
     Raises:
         ValueError: transformers cannot load it, or would have to make up weights that its files lack.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"base_model_path must be a folder, a hub id or a loaded model, found {path!r:.60}")
     attention = kwargs.get("attn_implementation")
     if attention not in (None, "sdpa", "eager"):
         logger.warning("attention %r cannot take a tree mask, sdpa is used instead", attention)
@@ -121,7 +125,11 @@ def _one_line_errors(path: str, kwargs: Mapping) -> Iterator[dict]:
 
 
 def _check_device_map(device_map: str | dict | None) -> None:
-    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if device_map == {}:
+        raise ValueError("device_map is empty, so it says no place")
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    for place in places:
+        of_kind("device_map", place, str, int, torch.device)
     if any(str(place).startswith("cuda") for place in places) and not torch.cuda.is_available():
         raise ValueError(f"device_map {device_map}: torch sees no GPU here")
 

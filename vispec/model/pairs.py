@@ -22,7 +22,7 @@ class PairLayout:
         valid: (B, R) bool, False in the padding.
         lengths: (B,) pairs of each row.
         compressed: (B, R) index of the compressed vector that is the pair's input, counting over all images of the
-            batch; -1 for text pairs.
+            batch; -1 for text pairs. Where nothing is compressed, 0 for the pairs of images' rows.
         image_before: (B, R) index of the last image that ended before token i+1, counting likewise; -1 for none.
         last_image: (B,) index of each row's last image; -1 for none.
         images: (row, span) of all images of the batch, in the order of these indices.
@@ -41,13 +41,14 @@ class PairLayout:
         return PairLayout(**tensors, images=self.images)
 
 
-def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int) -> PairLayout:
+def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int | None) -> PairLayout:
     """Lay out the pairs of a batch.
 
     Args:
         lengths: tokens of each row.
         images: token spans of each row's images, ascending and disjoint; spans may touch.
         compressed: vectors that replace each image. An image shorter than that puts the surplus at its first position.
+            None: all rows of an image stay.
     """
     rows = []
     all_images: list[tuple[int, Span]] = []
@@ -59,7 +60,10 @@ def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int) ->
             all_images.append((row, (start, end)))
             first, stop = max(start - 1, 0), end - 1
             pieces.append(_text(text_from, first, before))
-            if stop > first:
+            if stop > first and compressed is None:
+                places = torch.arange(first, stop)
+                pieces.append(torch.stack([places, torch.zeros_like(places), torch.full_like(places, before)]))
+            elif stop > first:
                 places = torch.arange(stop - compressed, stop).clamp(min=first)
                 vectors = torch.arange(index * compressed, (index + 1) * compressed)
                 pieces.append(torch.stack([places, vectors, torch.full_like(places, before)]))

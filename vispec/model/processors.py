@@ -68,10 +68,13 @@ def refuse_processors(processors: Sequence[LogitsProcessor], texts: torch.Tensor
         texts: (B, L) padded prompts.
 
     Raises:
+        TypeError: one of them is none.
         ValueError: it names the processor's class.
     """
     for processor in processors:
         name = type(processor).__name__
+        if not callable(processor):
+            raise TypeError(f"logits_processor must hold what can be called, found {processor!r:.60}")
         reason = REFUSED.get(name) or (REFUSED_IN_BATCHES.get(name) if len(texts) > 1 else None)
         if reason is not None:
             raise ValueError(f"{name} {reason}, which draft trees cannot do")

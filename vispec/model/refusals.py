@@ -16,14 +16,18 @@ STATES = {"linear_attention": "linear-attention", "conv": "convolution", "mamba"
 
 
 def refuse_layers(model: PreTrainedModel, known: frozenset[str]) -> None:
-    """Raises ValueError where the config names layers of other kinds, or no number of positions."""
+    """Raises ValueError where the config names layers of other kinds, or no number of positions.
+
+    Args:
+        known: kinds of layers that keep keys and values, and those that keep a state and that the model's are known of.
+    """
     name, text_config = type(model).__name__, model.config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ()) - known
     states = sorted(STATES[kind] for kind in kinds & set(STATES))
     if states:
         raise ValueError(
-            f"{name} has {' and '.join(states)} layers, which keep one state of the whole text; tree decoding would "
-            "need one for every branch, and a way back to an earlier one"
+            f"{name} has {' and '.join(states)} layers, which keep one state of the whole text; the way back to an "
+            "earlier one is known only of gated delta nets as in Qwen3.5 and of short convolutions as in LFM2"
         )
     if kinds:
         found, fitting = ", ".join(sorted(kinds)), ", ".join(sorted(known))

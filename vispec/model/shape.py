@@ -40,6 +40,11 @@ class TreeShape:
         """Levels below the root: at most so many draft tokens are accepted in a round."""
         return self.depth + 1
 
+    @property
+    def chain(self) -> "TreeShape":
+        """The tree of this depth whose nodes have one child each."""
+        return TreeShape(min(self.total_token, self.levels + 1), self.depth, 1)
+
     def fitted(self, vocabulary: int, depth: int | None = None) -> "TreeShape":
         """The largest tree not above this one that a vocabulary of that size can fill; `depth` replaces its own."""
         depth = self.depth if depth is None else depth

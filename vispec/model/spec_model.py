@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from vispec.model.arguments import whole
+from vispec.methods import HEADS, LOOKUP
+from vispec.model.arguments import of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
-from vispec.model.drafts import METHODS, BaseHead, Draft, PromptLookup, load_draft
+from vispec.model.drafts import BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
-from vispec.model.fitting import check_pair, fitted
+from vispec.model.fitting import check_branches, check_pair, fitted
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
@@ -36,7 +37,7 @@ class SpecModel:
         target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
         draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`;
             None for a model that only runs the baseline.
-        total_token: nodes of the tree, root included.
+        total_token: nodes of the tree, root included. Where the target follows chains alone, `depth` says how long.
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
@@ -78,13 +79,15 @@ class SpecModel:
 
     def set_tree(self, tree: str | TreeShape | None) -> None:
         """Draft trees of this shape from now on; see the class."""
+        of_kind("tree", tree, str, TreeShape)
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
         elif not isinstance(tree, str | TreeShape | None):
             raise TypeError(f"tree must be a text such as '30/3/8' or a TreeShape, found {tree!r}")
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
-            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.draft)
+            check_branches(self.target, shape)
+            self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.target, self.draft)
 
     @classmethod
     def from_pretrained(
@@ -112,7 +115,7 @@ class SpecModel:
             base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads; or one that is
                 loaded.
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
-            method: "vispec", "eagle2" or "medusa"; read from the weights, and checked against them when given. "lookup"
+            method: one of vispec.methods.HEADS; read from the weights, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
             total_token, depth, top_k, tree, fast: see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
@@ -129,9 +132,9 @@ class SpecModel:
         TreeShape(total_token, depth, top_k)
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
             tree = TreeShape.parse(tree)
-        if method not in (None, "lookup", *METHODS):
-            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}, lookup")
-        if method == "lookup" and spec_model_path is not None:
+        if method not in (None, LOOKUP, *HEADS):
+            raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}, {LOOKUP}")
+        if method == LOOKUP and spec_model_path is not None:
             raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
         place = {"revision": spec_revision, "subfolder": spec_subfolder}
         if spec_model_path is None and any(place.values()):
@@ -145,7 +148,7 @@ class SpecModel:
         elif dtype != "auto" or device_map is not None:
             raise ValueError("dtype and device_map load a target, found one that is loaded")
         model = cls(target, None, total_token, depth, top_k, tree, fast)
-        if method == "lookup":
+        if method == LOOKUP:
             model._attach(PromptLookup())
         elif spec_model_path is not None:
             embedding = model.target.embed_tokens.weight
@@ -161,8 +164,8 @@ class SpecModel:
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft)
-        self.shape = fitted(self.shape, draft)
         self.draft, self._auto = draft, {}
+        self.shape = fitted(self.shape, self.target, draft) if self.tree is None else self.fit(self.shape)
 
     @property
     def device(self) -> torch.device:
@@ -306,9 +309,7 @@ class SpecModel:
             options = Sampling(temperature, top_p, top_k).options | {"max_new_tokens": max_new_tokens}
             decode = partial(answer, self.target, self._rounds, speculate=speculate, streams=True)
             return generate_by(decode, self.target, input_ids, inputs | options, self.stream)
-        rounds = self._asked(
-            input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate=speculate
-        )
+        rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate)
         return streamed(rounds)
 
     def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
@@ -332,8 +333,7 @@ class SpecModel:
     def with_tree(self, tree: str | TreeShape, draft: Draft | None = None) -> "SpecModel":
         """The same model with other trees, and another draft if one is given; all tensors are shared."""
         model = copy.copy(self)
-        if draft is not None:
-            model.draft = None
+        model.draft = self.draft if draft is None else None
         model.set_tree(tree)
         if draft is not None:
             model._attach(draft)
@@ -360,6 +360,10 @@ class SpecModel:
         if not self.target.can_capture:
             return "none"
         return "some" if self._decoder.failed_captures else "all"
+
+    def fit(self, shape: TreeShape) -> TreeShape:
+        """The largest tree not above this one that the draft can fill and the target can follow."""
+        return self.draft.fit(self.target.fit(shape))
 
     def _require_draft(self) -> None:
         if self.draft is None:
@@ -391,9 +395,7 @@ class SpecModel:
         return self._decoder.rounds(prompts, stops, choice, self._policy(speculate, len(prompts)))
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
-        if not speculate:
-            return Always(None)
-        if self.tree != AUTO:
-            return Always(self.shape)
-        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.draft.fit))
+        if not speculate or self.tree != AUTO:
+            return Always(self.shape if speculate else None)
+        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))
         return auto.answer()

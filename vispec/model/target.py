@@ -8,14 +8,14 @@ After the prompt only the text decoder and the output head are called, with our 
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from vispec.model.cache import TreeCache
@@ -23,11 +23,23 @@ from vispec.model.families import embedded_ids, image_spans, tables_behind_text,
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters, refuse_missing
 from vispec.model.pairs import Span
+from vispec.model.parts import (
+    eos_token_ids,
+    execution_device,
+    find_decoder,
+    find_rope_owner,
+    max_positions,
+    position_axes,
+    use_maskable_attention,
+)
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
+from vispec.model.recurrent import RecurrentLayers, known_states
 from vispec.model.refusals import refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
+from vispec.model.shape import TreeShape
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
+from vispec.model.watching import Watched, watching, watching_prompt
 from vispec.model.windows import KINDS, Windows
 
 logger = logging.getLogger("vispec")
@@ -35,8 +47,6 @@ logger = logging.getLogger("vispec")
 _PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 FAST = "VISPEC_FAST"
 """Environment variable; 0 lets all targets and drafts decode by their own layers alone."""
-LARGEST_PASS = 1024
-"""Tokens of a pass behind the prompt, where it matters how many they may be."""
 
 
 @dataclass
@@ -57,6 +67,19 @@ class Prompt:
     """Token spans of each row's images, and of the frames of its videos."""
     rope_delta: torch.Tensor | None
     """(B, 1) what is added to positions after the prompt: M-RoPE's delta, 1 where a family counts from 1; None: 0."""
+    features: torch.Tensor
+    """(B, L, F) what a draft reads: `hidden`, or what goes into the layers that were asked for, side by side."""
+    positions: torch.Tensor | None
+    """(axes, B, L) of M-RoPE; None where the decoder was given one number for each token, or none."""
+
+
+class States(NamedTuple):
+    """What the text decoder makes of n new tokens."""
+
+    hidden: torch.Tensor
+    """(B, n, H) after the final norm: what the output head reads."""
+    features: torch.Tensor
+    """(B, n, F) what a draft reads, see `Prompt`."""
 
 
 class Target:
@@ -76,29 +99,31 @@ class Target:
         self.decoder = find_decoder(model)
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
-        refuse_layers(model, KINDS)
+        refuse_layers(model, KINDS | known_states(self.decoder))
         refuse_decoder(model, self.decoder, self.lm_head)
         # of the layers the first and last, so that large targets are not read twice
-        for part in (self.embed_tokens, self.lm_head, self.decoder.layers[0], self.decoder.layers[-1]):
-            refuse_not_finite(f"the target's {type(part).__name__}", part.named_parameters())
+        unread = {id(weight) for layer in self.decoder.layers[1:-1] for weight in layer.parameters()}
+        named = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in unread)
+        refuse_not_finite(f"the target {type(model).__name__}", named)
         self.text_config = model.config.get_text_config()
-        self.max_positions = _max_positions(self.text_config)
-        self.layer_devices = [_execution_device(layer) for layer in self.decoder.layers]
-        self.eos_token_ids = _eos_token_ids(model)
-        self._input_device = _execution_device(self.embed_tokens)
-        self._rope_owner = _find_rope_owner(model)
+        self.max_positions = max_positions(self.text_config)
+        self.layer_devices = [execution_device(layer) for layer in self.decoder.layers]
+        self.eos_token_ids = eos_token_ids(model)
+        self._input_device = execution_device(self.embed_tokens)
+        self._rope_owner = find_rope_owner(model)
         # hooks sit on modules that all threads share, so a model reads only one prompt at a time
         self._prefill_lock = _PREFILL_LOCKS.setdefault(model, threading.Lock())
-        _use_maskable_attention(model)
+        use_maskable_attention(model)
         self._windows = Windows(model, self.decoder)
+        self._recurrent = RecurrentLayers(self.decoder, self.layer_devices)
         self._embedded = embedded_ids(model.config, len(self.embed_tokens.weight))
         if self._embedded is not None:
             self._embedded = self._embedded.to(self._input_device)
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
-        axes = _position_axes(self.decoder, self.text_config)
-        self._stock = StockDecoder(self.decoder, axes, tables_behind_text(model))
+        axes = position_axes(self.decoder, self.text_config)
+        self._stock = StockDecoder(self.decoder, axes, self._prefill_lock, tables_behind_text(model))
         self._products: Products | None = None
         self._text: StockDecoder | LeanDecoder = self._stock
         if self.fast:
@@ -126,6 +151,8 @@ class Target:
             reason = "the text decoder has hooks"
         elif self._windows:
             reason = "some layers see a part of the text only"
+        elif self._recurrent:
+            reason = "some layers keep a state of the text"
         elif self._stock.reads_ids:
             reason = "its layers have tables of tokens"
         if reason is not None:
@@ -135,6 +162,10 @@ class Target:
     def lean(self) -> bool:
         """Whether decoding goes by the lean pass."""
         return self._text is not self._stock
+
+    def fit(self, shape: TreeShape) -> TreeShape:
+        """The tree of this depth that the target can follow: a chain, where some layers keep a state of the text."""
+        return shape.chain if self._recurrent else shape
 
     def expect(self, rows: Iterable[int]) -> None:
         """Choose kernels for passes over so many tokens, those of all rows of a batch together."""
@@ -177,7 +208,7 @@ class Target:
     @property
     def devices(self) -> list[torch.device]:
         """Where embeddings, layers and output head compute."""
-        return [self._input_device, *self.layer_devices, _execution_device(self.lm_head)]
+        return [self._input_device, *self.layer_devices, execution_device(self.lm_head)]
 
     @property
     def device(self) -> torch.device:
@@ -188,27 +219,34 @@ class Target:
     def can_capture(self) -> bool:
         """Whether steps of decoding are captured in CUDA graphs; says once why they are not."""
         reason = obstacle(self.model, self.decoder, self.devices)
+        if self._recurrent and reason is None:
+            reason = "some layers keep a state of the text"
         if reason is not None:
             level = logging.INFO if self.device.type == "cpu" else logging.WARNING
             logger.log(level, "decoding runs without CUDA graphs: %s", reason)
         return reason is None
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
-        return TreeCache(self.layer_devices, batch_size, capacity)
+        return self._recurrent.new_cache(batch_size, capacity)
 
     @torch.no_grad()
-    def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping) -> Prompt:
+    def prefill(
+        self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()
+    ) -> Prompt:
         """Run the whole VLM over a prompt; its keys and values are committed to `cache`.
 
         Args:
             cache: empty.
             input_ids: (B, L).
             inputs: what else the family's processor returned, attention_mask included.
+            layers: see `forward`.
         """
         batch, length = input_ids.shape
         refuse_missing(self.model, inputs)
         spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
+        if self._rope_owner is not None:  # Qwen's Omni looks for images only where there is a mask
+            inputs.setdefault("attention_mask", torch.ones_like(input_ids, device=self._input_device))
         wants_kinds = self._rope_owner is not None and "mm_token_type_ids" in forward_parameters(self.model)
         if wants_kinds and "mm_token_type_ids" not in inputs:  # others answer without them, and otherwise with them
             inputs["mm_token_type_ids"] = self._place(token_kinds(self.config, input_ids))
@@ -217,7 +255,9 @@ class Target:
             self._refresh()
             if self._rope_owner is not None:
                 self._rope_owner.rope_deltas = None
-            with self._watch() as seen:
+            watched: Watched = dict.fromkeys(layers)
+            around = watching_prompt(self.decoder, self.embed_tokens, self.lm_head)
+            with around as seen, watching(self.decoder.layers, watched):
                 logits = self.model(
                     input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
                 ).logits
@@ -226,15 +266,30 @@ class Target:
                 remembered, self._rope_owner.rope_deltas = self._rope_owner.rope_deltas, None
         offset = self._offset(seen["positions"], remembered, batch, length)
         cache.commit(torch.full_like(cache.lengths, length))
+        hidden, positions = seen["hidden"].to(self.device), seen["positions"]
         return Prompt(
             input_ids.to(self.device),
             inputs,
-            seen["hidden"].to(self.device),
+            hidden,
             seen["embeds"].to(self.device),
             logits[:, -1].to(self.device),
             spans,
             offset if offset is None else offset.to(self.device),
+            self._features(hidden, watched),
+            positions.to(self.device) if positions is not None and positions.dim() == 3 else None,
         )
+
+    def _features(self, hidden: torch.Tensor, watched: Watched) -> torch.Tensor:
+        """(B, L, F) what a draft reads of a pass: features after the final norm, or what went into some layers."""
+        if not watched:
+            return hidden
+        if any(state.shape != hidden.shape for state in watched.values()):
+            shapes = ", ".join(sorted({str(tuple(state.shape)) for state in watched.values()}))
+            raise ValueError(
+                f"{type(self.decoder).__name__}: its layers read {shapes} where features are {tuple(hidden.shape)}: no "
+                "head for their inputs is known"
+            )
+        return torch.cat([state.to(self.device) for state in watched.values()], dim=-1)
 
     def _offset(
         self, positions: torch.Tensor | None, remembered: torch.Tensor | None, batch: int, length: int
@@ -261,8 +316,13 @@ class Target:
         return offset.expand(batch, 1)
 
     def forward(
-        self, cache: TreeCache, tokens: torch.Tensor, positions: torch.Tensor, ancestors: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        cache: TreeCache,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        ancestors: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> States:
         """Run the text decoder over n new tokens a row; their keys stay provisional in `cache`.
 
         Args:
@@ -270,9 +330,7 @@ class Target:
             positions: (B, n), rope deltas added.
             ancestors: (B, n, n) bool, which of the new tokens each of them sees; None where nothing is to be hidden:
                 n = 1 and a single row whose length the host knows exactly, so that `cache.used` is that length.
-
-        Returns:
-            (B, n, H) features.
+            layers: numbers of those whose inputs are to be the features, ascending; none: what the output head reads.
         """
         cache.reserve(tokens.shape[1])
         if ancestors is None and self._windows:
@@ -282,8 +340,11 @@ class Target:
         if self._embedded is not None:
             tokens = self._embedded[tokens]
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
-        with self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
-            return self._text(cache, embeds, self._place(positions), self._place(mask)).to(self.device)
+        heard = self._recurrent.watch(cache) if self._recurrent and tokens.shape[1] > 1 else nullcontext()
+        watched: Watched = dict.fromkeys(layers)
+        with heard, self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
+            hidden = self._text(cache, embeds, self._place(positions), self._place(mask), watched).to(self.device)
+        return States(hidden, self._features(hidden, watched))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
@@ -295,93 +356,3 @@ class Target:
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value
-
-    @contextmanager
-    def _watch(self):
-        """Record the decoder's merged embeddings and features of this thread's pass; only its last row gets logits."""
-        seen: dict[str, torch.Tensor | None] = {}
-        me = threading.get_ident()
-
-        # a pass of another thread may meet a hook that is half added or half removed, and then gives it no kwargs
-        def decoder_inputs(module, args, kwargs=None):
-            if threading.get_ident() == me:
-                embeds = kwargs["inputs_embeds"]
-                # a class that reads no images leaves its decoder to embed the text
-                seen["embeds"] = self.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
-                seen["positions"] = kwargs.get("position_ids")
-
-        def decoder_outputs(module, args, output):
-            if threading.get_ident() == me:
-                seen["hidden"] = output[0]
-
-        def head_inputs(module, args):
-            if threading.get_ident() == me:
-                return (args[0][:, -1:], *args[1:])
-
-        handles = [
-            self.decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
-            self.decoder.register_forward_hook(decoder_outputs),
-            self.lm_head.register_forward_pre_hook(head_inputs),
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module with the decoder layers and the token embedding, wherever the family hangs it."""
-    module = model
-    while not (hasattr(module, "layers") and hasattr(module, "embed_tokens")):
-        name = next((n for n in ("language_model", "text_model", "model") if hasattr(module, n)), None)
-        if name is None:
-            raise ValueError(f"{type(model).__name__}: no text decoder with `layers` and `embed_tokens` was found")
-        module = getattr(module, name)
-    return module
-
-
-def _find_rope_owner(model: PreTrainedModel) -> nn.Module | None:
-    """The module that remembers M-RoPE's offset of the last prompt; it moved between versions of transformers."""
-    return next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
-
-
-def _max_positions(text_config) -> int:
-    if not getattr(text_config, "attn_temperature_tuning", False):
-        return text_config.max_position_embeddings
-    # Llama 4 scales queries from a place on, and counts places by slots: a tree's nodes are not where it thinks
-    return max(0, min(text_config.max_position_embeddings, text_config.floor_scale - 1 - LARGEST_PASS))
-
-
-def _position_axes(decoder: nn.Module, text_config) -> int:
-    """Rows of the positions that a decoder takes: one for each section of M-RoPE's angles, else one."""
-    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    sections = getattr(getattr(decoder, "rotary_emb", None), "mrope_section", None) or rope.get("mrope_section")
-    return len(sections) if sections else 1
-
-
-def _use_maskable_attention(model: PreTrainedModel) -> None:
-    """Trees need a 4-D mask: sdpa and eager attention take one, others do not."""
-    text_config = model.config.get_text_config()
-    chosen = getattr(text_config, "_attn_implementation", "sdpa")
-    if chosen not in ("sdpa", "eager"):
-        logger.warning("attention %r cannot take a tree mask, the text decoder uses sdpa instead", chosen)
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            if config is text_config:
-                config._attn_implementation = "sdpa"
-
-
-def _eos_token_ids(model: PreTrainedModel) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        return []
-    return [int(e) for e in eos] if isinstance(eos, list | tuple) else [int(eos)]
-
-
-def _execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes, also when accelerate has placed it, as a whole or part by part."""
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    device = next((device for device in devices if device is not None), None)
-    return torch.device(device) if device is not None else next(module.parameters()).device

@@ -9,7 +9,9 @@ B rows, n tokens of a pass, R = B n, H hidden size, T = query + key + value head
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -30,6 +32,7 @@ from vispec.model.decoder_layer import (
     widened,
 )
 from vispec.model.products import Product, Products, has_hooks, obstacle
+from vispec.model.watching import Watched, watching
 
 logger = logging.getLogger("vispec")
 
@@ -41,7 +44,7 @@ COMPILED_ON = "cuda"
 """Device on which the layer's small operations are fused by torch.compile."""
 BACKEND = "inductor"
 
-PARTS = {"self_attn", "mlp", "post_attention_layernorm", "input_layernorm"}
+PARTS = {"self_attn", "mlp", "post_attention_layernorm", "input_layernorm", "hidden_norm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ATTENTION_ATTRIBUTES = {
@@ -87,7 +90,7 @@ def check_layer(layer: nn.Module) -> None:
     norms = [
         getattr(owner, name, None)
         for owner in (layer, attention)
-        for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm", "q_norm", "k_norm")
     ]
     for norm in filter(None, norms):
         check_norm(norm)
@@ -161,7 +164,11 @@ class LeanLayers:
         self._build()  # always: what is made of norms costs little, and a change of their data leaves no trace
 
     def __call__(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attend: Callable[..., torch.Tensor]
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        attend: Callable[..., torch.Tensor],
+        watched: Watched,
     ) -> torch.Tensor:
         """All layers over rows x (R, H).
 
@@ -171,6 +178,8 @@ class LeanLayers:
         """
         cos, sin = angles
         for number, parts in enumerate(self._parts):
+            if number in watched:
+                watched[number] = x
             attended = attend(number, self._before(x, cos, sin, parts, self.heads))
             x = self._after(x, attended, parts)
         return x
@@ -218,11 +227,12 @@ class StockDecoder:
 
     Args:
         axes: of the positions that it takes, more than one for M-RoPE.
+        lock: to be held by whoever sets hooks.
         tables: see `vispec.model.families.tables_behind_text`.
     """
 
-    def __init__(self, decoder: nn.Module, axes: int, tables: Sequence[nn.Module] = ()):
-        self.decoder, self._axes, self._tables = decoder, axes, tables
+    def __init__(self, decoder: nn.Module, axes: int, lock: threading.Lock, tables: Sequence[nn.Module] = ()):
+        self.decoder, self._axes, self._lock, self._tables = decoder, axes, lock, tables
         takes = inspect.signature(type(decoder).forward).parameters
         # decoders with windows ask the device for it, to cut a mask by it that is ours; no longer in transformers 5
         self._further = {"last_cache_position": 0} if "last_cache_position" in takes else {}
@@ -237,7 +247,12 @@ class StockDecoder:
         return positions if self._axes == 1 else positions[None].expand(self._axes, -1, -1)
 
     def __call__(
-        self, cache: TreeCache, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+        self,
+        cache: TreeCache,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        watched: Watched,
     ) -> torch.Tensor:
         """Features (B, n, H) of new tokens, whose keys stay provisional.
 
@@ -245,15 +260,17 @@ class StockDecoder:
             embeds: (B, n, H); where it `reads_ids` the tokens (B, n).
             positions: (B, n).
             mask: (B, 1, n, m), added to the scores; None where nothing is hidden.
+            watched: gets (B, n, H) each.
         """
-        return self.decoder(
-            **self._given(embeds),
-            attention_mask=mask,
-            position_ids=self.places(positions),
-            past_key_values=cache,
-            use_cache=True,
-            **self._further,
-        ).last_hidden_state
+        with self._lock if watched else nullcontext(), watching(self.decoder.layers, watched):
+            return self.decoder(
+                **self._given(embeds),
+                attention_mask=mask,
+                position_ids=self.places(positions),
+                past_key_values=cache,
+                use_cache=True,
+                **self._further,
+            ).last_hidden_state
 
     def _given(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the decoder is told of the new tokens, see `__call__`."""
@@ -306,16 +323,18 @@ class LeanDecoder:
         self._layers.refresh()
         self._norm = _lean_norm(norm_of(self._decoder.norm))
 
-    def __call__(self, cache, embeds, positions, mask):
+    def __call__(self, cache, embeds, positions, mask, watched):
         if torch.is_autocast_enabled(embeds.device.type):
-            return self._stock(cache, embeds, positions, mask)
+            return self._stock(cache, embeds, positions, mask, watched)
         heads = self._layers.heads
         angles = [
             (angle[0] if angle.dim() == 4 else angle).reshape(-1, angle.shape[-1])
             for angle in self._decoder.rotary_emb(embeds, self._stock.places(positions))
         ]
         attend = partial(attend_cached, cache, heads, grouped(mask, heads))
-        out = self._layers(embeds.reshape(-1, embeds.shape[-1]), widened(*angles, heads), attend)
+        out = self._layers(embeds.reshape(-1, embeds.shape[-1]), widened(*angles, heads), attend, watched)
+        for number, state in watched.items():
+            watched[number] = state.view(embeds.shape)
         return self._norm(out).view(embeds.shape)
 
 
@@ -338,7 +357,7 @@ def _compare(lean: LeanDecoder, stock: StockDecoder, max_positions: int) -> None
             for decoder, cache in zip((lean, stock), caches, strict=True):
                 cache.reserve(n)
                 mask = cache.mask(earlier, table.dtype)
-                outs.append(decoder(cache, embeds, places + (start + part * n), mask).float())
+                outs.append(decoder(cache, embeds, places + (start + part * n), mask, {}).float())
                 cache.commit(torch.full_like(cache.lengths, n))
             difference = ((outs[0] - outs[1]).norm() / outs[1].norm()).item()
             if not difference <= AGREEMENT[table.dtype]:

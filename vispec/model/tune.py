@@ -66,7 +66,7 @@ class Tuning:
 
     shape: TreeShape
     default: TreeShape
-    """30/3/8, or what the draft can fill of it."""
+    """30/3/8, or what draft and target can do of it."""
     measured: dict[TreeShape, Measured]
 
     def report(self) -> str:
@@ -101,8 +101,8 @@ def tune(model, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tun
     if not told:
         reason = "the answers to these prompts end with their first token" if prompts else "there are no prompts"
         raise ValueError(f"no tree can be chosen: {reason}")
-    default = model.draft.fit(DEFAULT)
-    shapes = list(dict.fromkeys([default, *map(model.draft.fit, SHAPES)]))
+    default = model.fit(DEFAULT)
+    shapes = list(dict.fromkeys([default, *map(model.fit, SHAPES)]))
     arms = {shape: model.with_tree(shape) for shape in shapes}
     measured = {shape: Measured() for shape in shapes}
     lengths = [inputs["input_ids"].shape[1] for inputs in told]

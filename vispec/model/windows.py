@@ -114,8 +114,8 @@ def _layer_windows(model: PreTrainedModel, decoder: nn.Module) -> list[Window | 
             return [None] * len(layers)
         own = [getattr(getattr(layer, "self_attn", None), "sliding_window", size) for layer in layers]
         return [Window(SLIDING, int(window)) if window else None for window in own]
-    sizes = {FULL: None, SLIDING: size, CHUNKED: getattr(config, "attention_chunk_size", None)}
-    unknown = sorted({kind for kind in kinds if kind != FULL and not sizes[kind]})
+    sizes = {SLIDING: size, CHUNKED: getattr(config, "attention_chunk_size", None)}
+    unknown = sorted({kind for kind in kinds if kind in (SLIDING, CHUNKED) and not sizes[kind]})
     if unknown:
         raise ValueError(f"{name} has {', '.join(unknown)} layers, and its config does not say how far they see")
-    return [None if kind == FULL else Window(kind, int(sizes[kind])) for kind in kinds]
+    return [Window(kind, int(sizes[kind])) if kind in sizes else None for kind in kinds]

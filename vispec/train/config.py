@@ -72,7 +72,9 @@ def _intermediate_size(text) -> int:
 def _heads(text, hidden: int) -> int:
     """As many as the target has, or so many more that each has an even width: rotary embedding turns pairs."""
     asked = text.num_attention_heads
-    return next(heads for heads in range(asked, hidden + 1) if hidden % (2 * heads) == 0)
+    if fitting := [heads for heads in range(asked, hidden + 1) if hidden % (2 * heads) == 0]:
+        return fitting[0]
+    raise ValueError(f"its hidden size {hidden} cannot be divided into {asked} or more heads of an even width")
 
 
 def _rope_theta(text) -> float:

@@ -123,11 +123,13 @@ def _read_target(base: str):
     from transformers import GenerationConfig
 
     from vispec.model.loading import load_config
+    from vispec.model.target_files import check_files
 
     try:
         tokenizer, config = load_tokenizer(base), load_config(base)
     except ValueError as error:
         raise UserError(f"--base-model-path {base}: no tokenizer and config can be read there ({error})") from None
+    check_files(base)  # the generation config among them
     try:
         generation = GenerationConfig.from_pretrained(base)
     except OSError:  # transformers itself then takes what the config says
@@ -149,7 +151,10 @@ def _check(args: argparse.Namespace, base: str, vocab_size: int, required: int) 
 
     if not Path(args.spec_model_path).is_dir():
         raise UserError(f"--spec-model-path {args.spec_model_path}: expected a local folder with a draft head")
-    found = read_config(Path(args.spec_model_path, CONFIG)).vocab_size
+    config = read_config(Path(args.spec_model_path, CONFIG))
+    if "draft_vocab_size" in config.extra:
+        raise UserError(f"--spec-model-path {args.spec_model_path}: an EAGLE-3 head, which has a vocabulary of its own")
+    found = config.vocab_size
     if found != vocab_size:
         raise UserError(
             f"--spec-model-path {args.spec_model_path}: a head for {found} tokens, but {base} has {vocab_size}"

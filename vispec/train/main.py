@@ -10,15 +10,14 @@ from vispec.cli import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    from vispec.cli import Parser
-    from vispec.train import command
+    from vispec.train import flags
+    from vispec.train.command import train
     from vispec.train.losses import Objective
 
     logging.basicConfig(format="%(message)s")
-    parser = Parser(prog="vispec.train.main", description="Stage 1: an EAGLE-2 draft head on text.")
-    command.add_arguments(parser, lr=3e-5, token_weight=0.1)
-    args = parser.parse_args(argv)
-    return command.train(args, "eagle2", command.recipe_of(args, Objective.stage1(args.pw), mtp_steps=0))
+    description = "Stage 1: an EAGLE-2 draft head on text."
+    args = flags.make_parser("vispec.train.main", description, lr=3e-5, token_weight=0.1).parse_args(argv)
+    return train(args, "eagle2", flags.recipe_of(args, Objective.stage1(args.pw), mtp_steps=0))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ from vispec.cli import run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    from vispec.cli import Parser
     from vispec.model.drafts.medusa import HEADS
-    from vispec.train import command
+    from vispec.train import flags
+    from vispec.train.command import train
     from vispec.train.losses import Objective
 
     logging.basicConfig(format="%(message)s")
-    parser = Parser(prog="vispec.train.main_medusa", description=f"Medusa's {HEADS} heads, on the data of stage 1.")
-    command.add_arguments(parser, lr=3e-5, token_weight=0.1)
-    args = parser.parse_args(argv)
+    description = f"Medusa's {HEADS} heads, on the data of stage 1."
+    args = flags.make_parser("vispec.train.main_medusa", description, lr=3e-5, token_weight=0.1).parse_args(argv)
     objective = Objective(feature_weight=1.0, token_weight=args.pw, token_loss="ce", ranking_weight=0.0)
-    return command.train(args, "medusa", command.recipe_of(args, objective, mtp_steps=HEADS - 1))
+    return train(args, "medusa", flags.recipe_of(args, objective, mtp_steps=HEADS - 1))
 
 
 if __name__ == "__main__":

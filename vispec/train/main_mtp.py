@@ -6,37 +6,31 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_mtp --
 
 import logging
 
-from vispec.cli import parse_bool, run_cli
+from vispec.cli import count, parse_bool, run_cli, whole
 
 
 def main(argv: list[str] | None = None) -> int:
-    from vispec.cli import Parser
-    from vispec.train import command
+    from vispec.train import flags
+    from vispec.train.command import train
     from vispec.train.losses import Objective
 
     logging.basicConfig(format="%(message)s")
-    parser = Parser(
-        prog="vispec.train.main_mtp", description="Stage 2: a ViSpec draft head on images, trained on its own outputs."
-    )
-    command.add_arguments(parser, lr=3e-6, token_weight=1.0)
+    description = "Stage 2: a ViSpec draft head on images, trained on its own outputs."
+    parser = flags.make_parser("vispec.train.main_mtp", description, lr=3e-6, token_weight=1.0)
     parser.add_argument("--use-ours", type=parse_bool, default=True, help="False: EAGLE-2 instead (%(default)s)")
-    parser.add_argument("--num-q", type=int, help="queries of the vision adaptor; default: 2, or those of --loadpath")
-    parser.add_argument("--mtp-steps", type=int, default=1, help="how often outputs are fed back (%(default)s)")
+    parser.add_argument("--num-q", type=count, help="queries of the vision adaptor; default: 2, or those of --loadpath")
+    parser.add_argument("--mtp-steps", type=whole, default=1, help="how often outputs are fed back (%(default)s)")
     parser.add_argument("--loss", choices=("l1", "ce"), default="l1", help="as released, or as in the paper")
     parser.add_argument("--blind", type=parse_bool, default=False, help="never show the head an image (%(default)s)")
     parser.add_argument("--image-fc", nargs="?", const="True", help="accepted, without effect")
     args = parser.parse_args(argv)
     if args.image_fc is not None:
         print("--image-fc has no effect")
-    if args.mtp_steps < 0:
-        raise ValueError(f"--mtp-steps {args.mtp_steps}: expected at least 0")
-    if args.num_q is not None and args.num_q < 1:
-        raise ValueError(f"--num-q {args.num_q}: expected at least 1")
     if args.blind and not args.use_ours:
         raise ValueError("--blind=True needs --use-ours=True: EAGLE-2 reads image rows as ordinary pairs")
-    recipe = command.recipe_of(args, Objective.stage2(args.loss, args.pw), args.mtp_steps)
+    recipe = flags.recipe_of(args, Objective.stage2(args.loss, args.pw), args.mtp_steps)
     method = "vispec" if args.use_ours else "eagle2"
-    return command.train(args, method, recipe, args.num_q if args.use_ours else None)
+    return train(args, method, recipe, args.num_q if args.use_ours else None)
 
 
 if __name__ == "__main__":

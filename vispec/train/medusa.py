@@ -24,10 +24,9 @@ class MedusaTrainer(Trainer):
 
     head: MedusaHead
 
-    def __init__(self, head: MedusaHead, lm_head, train, held_out, lengths, recipe: Recipe, *rest):
+    def __init__(self, head: MedusaHead, lm_head, train, held_out, recipe: Recipe, *rest):
         # a head to start from may have fewer or more of them than a new one
-        recipe = replace(recipe, mtp_steps=head.fixed_depth)
-        super().__init__(head, lm_head, train, held_out, lengths, recipe, *rest)
+        super().__init__(head, lm_head, train, held_out, replace(recipe, mtp_steps=head.fixed_depth), *rest)
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """(S, heads, H): the estimates of every head for the target feature of each scored pair."""

@@ -78,14 +78,15 @@ class MetricsLog:
         if self.path.is_file():
             lines = self.path.read_bytes().splitlines(keepends=True)
             # a line without its end was being written when the run was killed
-            kept = [line for line in lines if line.endswith(b"\n") and self._epoch(line) <= epochs]
+            kept = [line for line in lines if line.endswith(b"\n") and self._epoch_of(line) <= epochs]
             write_atomic(self.path, lambda file: file.write(b"".join(kept)))
 
-    def _epoch(self, line: bytes) -> int:
-        values = parse_json(line, str(self.path))
-        if not isinstance(values, dict) or not isinstance(values.get("epoch"), int):
-            raise ValueError(f"{self.path}: a line has no epoch, which this training writes into each")
-        return values["epoch"]
+    def _epoch_of(self, line: bytes) -> int:
+        found = parse_json(line, str(self.path))
+        epoch = found.get("epoch") if isinstance(found, dict) else None
+        if type(epoch) is not int:
+            raise ValueError(f"{self.path}: {found!r:.60} is no line of an epoch's metrics")
+        return epoch
 
     def step(self, step: int, values: dict) -> None:
         self._scalars("train_step", step, values)

@@ -4,7 +4,7 @@ The processes that load data read token ids and pictures only. The target runs i
 unpadded sample at a time: exactly the pass of data generation, so the features are those that would have been stored.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from vispec.model.loading import load_target
 from vispec.model.target import Target
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
 from vispec.prompts import build_inputs, image_file, load_processor, user_turn
-from vispec.train.samples import Batch, Noise, collate
+from vispec.train.samples import Batch, Noise, SampleFiles, collate
 
 PIXEL_LIMIT_NAMES = ("min_pixels", "max_pixels")
 
@@ -82,17 +82,14 @@ class Pictures:
         return Path(self._arguments[folder].get("data_folder") or LLAVA_PRETRAIN_FOLDER)
 
 
-class TokenFolder(torch.utils.data.Dataset):
-    """Sample files without their features; items are asked for as (index, epoch), epoch None for no noise.
+class TokenFolder(SampleFiles):
+    """Sample files without their features; `vocab_size` is the target's number of tokens."""
 
-    `vocab_size` is the target's number of tokens.
-    """
-
-    def __init__(self, paths: Sequence[Path], pictures: Pictures, vocab_size: int):
-        self.paths, self.pictures, self.vocab_size = list(paths), pictures, vocab_size
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    def __init__(
+        self, paths: Sequence[Path], max_len: int, pictures: Pictures, vocab_size: int, skip: Collection[Path] = ()
+    ):
+        super().__init__(paths, max_len, skip)
+        self.pictures, self.vocab_size = pictures, vocab_size
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tokens, Unseen]:
         index, epoch = key
@@ -108,10 +105,19 @@ class OnlineFeatures:
         max_len: longer samples are cut.
         noise: of the input features.
         all_features: also those of image positions.
+        layers: those of the target whose inputs the head reads in place of its features.
     """
 
-    def __init__(self, target: Target, max_len: int, noise: Noise, all_features: bool = False):
-        self.target, self.max_len, self.noise, self.all_features = target, max_len, noise, all_features
+    def __init__(
+        self,
+        target: Target,
+        max_len: int,
+        noise: Noise,
+        all_features: bool = False,
+        layers: tuple[int, ...] = (),
+    ):
+        self.target, self.max_len, self.noise = target, max_len, noise
+        self.all_features, self.layers = all_features, layers
         target.model.requires_grad_(False)
 
     def batch(self, items: Sequence[tuple[Tokens, Unseen]]) -> Batch:
@@ -123,7 +129,7 @@ class OnlineFeatures:
     def _sample(self, tokens: Tokens, inputs: dict[str, torch.Tensor]) -> Sample:
         store = "all" if self.all_features and tokens.images else "pairs"
         try:
-            sample = features(self.target, tokens.input_ids, tokens.loss_mask, inputs, store)
+            sample = features(self.target, tokens.input_ids, tokens.loss_mask, inputs, store, self.layers)
         except ValueError as error:
             raise ValueError(f"{tokens.name}: {error}") from None
         if sample.images != tokens.images:

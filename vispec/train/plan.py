@@ -1,6 +1,5 @@
 """--dry-run: what a training command would do with its data, by counting and arithmetic."""
 
-from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -9,33 +8,31 @@ from torch.utils.data import DataLoader
 from vispec.ge_data.sample_file import Tokens, read_length
 from vispec.prompts import load_tokenizer
 from vispec.train.losses import chunk_rows
-from vispec.train.samples import without_tracebacks
+from vispec.train.samples import SampleFiles, without_tracebacks
 from vispec.train.trainer import Trainer
 
 LOGIT_TENSORS = 6
 """Of a chunk of the loss: logits and probabilities of target and draft, their difference, the logits' gradient."""
 
 
-def print_plan(trainer: Trainer, basepath: str, max_len: int) -> None:
+def print_plan(trainer: Trainer, basepath: str) -> None:
     """Read all samples and print what `trainer` would do.
 
     Args:
         basepath: has the target's tokenizer.
-        max_len: to which training cuts samples.
     """
     tokenizer = _tokenizer(basepath)
-    recipe = trainer.recipe
-    tokens, scored, images, *cut = _count(trainer.train_set, trainer.skipped[0], recipe.workers, max_len)
-    held_out = _count(trainer.held_out_set, trainer.skipped[1], recipe.workers, max_len)
+    recipe, max_len = trainer.recipe, trainer.train_set.max_len
+    tokens, scored, images, *cut = _count(trainer.train_set, recipe.workers)
+    held_out = _count(trainer.held_out_set, recipe.workers)
     cut, lost, empty = (a + b for a, b in zip(cut, held_out[3:], strict=True))
-    trained = sum(parameter.numel() for parameter in trainer.parameters)
-    frozen = sum(parameter.numel() for parameter in trainer.head.parameters()) - trained
-    begun = trainer.steps_done
+    frozen = sum(parameter.numel() for parameter in trainer.head.parameters()) - trainer.trained
+    longest, begun = max(trainer.train_set.lengths), trainer.steps_done
     print(
         f"plan of this run; nothing is trained or written\n"
         f"samples       {len(trainer.train_set):,}, held out {len(trainer.held_out_set):,}"
-        + (f", {skipped:,} of both skipped" if (skipped := sum(map(len, trainer.skipped))) else "")
-        + f"\ntokens        {tokens:,}, held out {held_out[0]:,}; the longest sample has {max(trainer.lengths[0]):,}\n"
+        + (f", {skipped:,} of both skipped" if (skipped := trainer.skipped) else "")
+        + f"\ntokens        {tokens:,}, held out {held_out[0]:,}; the longest sample has {longest:,}\n"
         f"images        {images:,}, held out {held_out[2]:,}\n"
         f"scored pairs  {scored:,}, held out {held_out[1]:,}\n"
         f"cut           {cut:,} of all samples by {lost:,} tokens together, to --max-len {max_len:,}; "
@@ -43,7 +40,7 @@ def print_plan(trainer: Trainer, basepath: str, max_len: int) -> None:
         f"steps         {trainer.steps_per_epoch:,} an epoch of {trainer.group_size} samples each, "
         f"{trainer.steps_per_epoch * recipe.epochs:,} in {recipe.epochs} epochs"
         + (f"; {begun:,} of them are done" if begun else "")
-        + f"\nparameters    {trained:,} trained, {frozen:,} frozen\nmemory        of each process, about:"
+        + f"\nparameters    {trainer.trained:,} trained, {frozen:,} frozen\nmemory        of each process, about:"
     )
     parts = memory_estimate(trainer)
     for what, size in {**parts, "together": sum(parts.values())}.items():
@@ -57,9 +54,8 @@ def print_plan(trainer: Trainer, basepath: str, max_len: int) -> None:
 def memory_estimate(trainer: Trainer) -> dict[str, int]:
     """Bytes by what they hold, for the largest batch that the data can make."""
     recipe, config = trainer.recipe, trainer.head.config
-    parameters = sum(parameter.numel() for parameter in trainer.head.parameters())
-    trained = sum(parameter.numel() for parameter in trainer.parameters)
-    pairs = recipe.batch_size * max(trainer.lengths[0])
+    parameters, trained = sum(parameter.numel() for parameter in trainer.head.parameters()), trainer.trained
+    pairs = recipe.batch_size * max(trainer.train_set.lengths)
     size, steps = config.hidden_size, recipe.mtp_steps + 1
     # what backward reads of a pair: inputs of fc (and img_fc), x, q, k, v, attention twice, both sides of the norm; the
     # four products of the MLP
@@ -108,13 +104,13 @@ def _tokenizer(basepath: str):
         raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
 
 
-def _count(samples: torch.utils.data.Dataset, skipped: Collection[int], workers: int, max_len: int) -> list[int]:
+def _count(samples: SampleFiles, workers: int) -> list[int]:
     """Sums of `_numbers` over the samples that are not skipped, each read as training reads it."""
     from tqdm import tqdm
 
-    keys = [(index, None) for index in range(len(samples)) if index not in skipped]
+    keys = [(index, None) for index in range(len(samples)) if index not in samples.skipped]
     loader = DataLoader(
-        samples, sampler=keys, batch_size=None, collate_fn=partial(_numbers, max_len), num_workers=workers
+        samples, sampler=keys, batch_size=None, collate_fn=partial(_numbers, samples.max_len), num_workers=workers
     )
     bar = tqdm(without_tracebacks(loader), total=len(keys), desc="samples", leave=False)
     return sum(bar, torch.zeros(6, dtype=torch.long)).tolist()

@@ -4,12 +4,16 @@ import atexit
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from vispec.children import launcher
 
@@ -50,13 +54,15 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Over all processes; the gradients travel as one vector, of which they are parts afterwards."""
+        if self.count > 1:
+            gradients = [parameter.grad for parameter in parameters]
+            vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
+
     def gather(self, values: list) -> list:
         """The lists of all processes as one."""
-        if self.count == 1:
-            return values
-        found: list = [None] * self.count
-        dist.all_gather_object(found, values)
-        return [value for part in found for value in part]
+        return gather_object(values) if self.count > 1 else values
 
     def leave(self) -> None:
         """Part from the others when all work is done; the process has nothing left but to end, successfully.
@@ -88,8 +94,6 @@ def launched_processes() -> Processes:
         value = os.environ.get(name, "false")
         if value.lower() not in ("false", "0", ""):
             raise ValueError(f"{name}={value} is set, but this training uses plain processes alone; unset it")
-    from accelerate import Accelerator
-
     accelerator = Accelerator()
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"--mixed_precision={accelerator.mixed_precision} is not supported; choose bf16 or no")

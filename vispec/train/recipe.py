@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass
 
 from vispec.train.losses import Objective
 
+OTHER_FIELDS = ("save_every", "save_steps", "save_dtype", "save_embedding", "keep", "workers", "report_to")
+"""Of a recipe: what does not decide the weights, so that a run may go on with others."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -11,6 +14,7 @@ class Recipe:
 
     Attributes:
         clip_value, clip_norm: gradients are cut at a value, or scaled down to a norm where there is one.
+        save_dtype, save_embedding: of checkpoints; the state that a run goes on from is exact.
         keep: newest checkpoints that stay; 0 for all.
     """
 
@@ -27,6 +31,8 @@ class Recipe:
     seed: int = 0
     save_every: int = 1
     save_steps: int = 0
+    save_dtype: str = "float32"
+    save_embedding: bool = True
     keep: int = 0
     workers: int = 0
     report_to: str = "none"
@@ -46,8 +52,6 @@ def schedule(step: int, steps_per_epoch: int, epochs: int) -> float:
 
 def recipe_identity(recipe: Recipe) -> dict:
     """The parts of a recipe that decide the weights, as plain values."""
-    values = asdict(recipe)
-    values.update(values.pop("objective"))
-    for name in ("save_every", "save_steps", "keep", "workers", "report_to"):
-        values.pop(name)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    values = {name: value for name, value in asdict(recipe).items() if name not in OTHER_FIELDS}
+    objective = values.pop("objective")
+    return {**values, **objective, "betas": list(recipe.betas)}

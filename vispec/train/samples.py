@@ -1,11 +1,11 @@
 """Sample files as batches of pairs: reading, noise, padding, and the order of an epoch.
 
-Shapes: B samples, L tokens of the longest, H hidden size, S scored pairs, N image rows.
+Shapes: B samples, L tokens of the longest, H hidden size, F numbers of an input feature, S scored pairs, N image rows.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from multiprocessing.queues import Queue
@@ -36,7 +36,7 @@ class Batch:
     ids: torch.Tensor
     """(B, L)."""
     hidden: torch.Tensor
-    """(B, L, H) input features, with noise in training; zeros where none are stored."""
+    """(B, L, F) input features, with noise in training; zeros where none are stored."""
     image_rows: torch.Tensor
     """(N, H) embeddings of the image rows of all samples."""
     image_index: torch.Tensor
@@ -83,45 +83,62 @@ class Noise:
     seed: int = 0
 
     def __call__(self, sample: Sample, index: int, epoch: int | None) -> torch.Tensor:
-        """The sample's features (K, H) as the head reads them in an epoch; None: without noise."""
+        """The sample's features (K, F) as the head reads them in an epoch; None: without noise."""
+        _, features = sample.inputs
         if epoch is None or not self.width:
-            return sample.hidden
+            return features
         digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        noise = torch.rand(sample.hidden.shape, generator=generator) - 0.5
-        return sample.hidden + noise * (self.width * NOISE_LENGTH / max(len(sample), 1))
+        noise = torch.rand(features.shape, generator=generator) - 0.5
+        return features + noise * (self.width * NOISE_LENGTH / max(len(sample), 1))
 
 
-class SampleFolder(torch.utils.data.Dataset):
-    """Sample files; items are asked for as (index, epoch), epoch None for no noise.
+class SampleFiles(torch.utils.data.Dataset):
+    """Some sample files; items are asked for as (index, epoch), epoch None for no noise.
 
     Args:
         paths: the files.
         max_len: longer samples are cut.
-        noise, seed: width and seed of the `Noise` on input features.
+        skip: files among them that are left out; the order and the noise of the others do not change with it.
+    """
+
+    def __init__(self, paths: Sequence[Path], max_len: int, skip: Collection[Path] = ()):
+        self.paths, self.max_len = list(paths), max_len
+        self.lengths = read_lengths(paths, max_len)
+        self.skipped = {index for index, path in enumerate(paths) if path in skip}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class SampleFolder(SampleFiles):
+    """Sample files with their features.
+
+    Args:
+        noise: on input features.
         all_features: refuse samples without the features of image positions.
         sizes: (V, H) of the draft head, which ids and features have to fit; None does not look.
+        layers: those of the target whose inputs the head reads in place of its features.
     """
 
     def __init__(
         self,
         paths: Sequence[Path],
         max_len: int,
-        noise: float = 0.0,
-        seed: int = 0,
+        noise: Noise | None = None,
         all_features: bool = False,
         sizes: tuple[int, int] | None = None,
+        layers: tuple[int, ...] = (),
+        skip: Collection[Path] = (),
     ):
-        self.paths, self.max_len, self.noise = list(paths), max_len, Noise(noise, seed)
-        self.all_features, self.sizes = all_features, sizes or ()
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        super().__init__(paths, max_len, skip)
+        self.noise, self.all_features = noise or Noise(0.0), all_features
+        self.sizes, self.layers = sizes or (), layers
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Sample, torch.Tensor]:
-        """The sample and its input features (K, H)."""
+        """The sample and its input features (K, F)."""
         index, epoch = key
-        sample = read_sample(self.paths[index], *self.sizes).cut(self.max_len)
+        sample = read_sample(self.paths[index], *self.sizes).cut(self.max_len).read_by(self.layers)
         if self.all_features and sample.images and not sample.has_all_features():
             raise ValueError(
                 f"{sample.name}: features of image positions are not stored, which this head reads; make the data with "
@@ -134,7 +151,7 @@ def collate(items: Sequence[tuple[Sample, torch.Tensor]]) -> Batch:
     """Pad samples and their input features to one batch."""
     samples = [sample for sample, _ in items]
     lengths = [len(sample) for sample in samples]
-    longest, size = max(lengths), samples[0].hidden.shape[1]
+    longest, size = max(lengths), items[0][1].shape[1]
     dtype = items[0][1].dtype
     ids = torch.zeros(len(samples), longest, dtype=torch.long)
     hidden = torch.zeros(len(samples) * longest, size, dtype=dtype)
@@ -142,7 +159,8 @@ def collate(items: Sequence[tuple[Sample, torch.Tensor]]) -> Batch:
     for row, (sample, features) in enumerate(items):
         offset = row * longest
         ids[row, : len(sample)] = sample.input_ids
-        hidden[offset + sample.hidden_positions] = features.to(dtype)
+        places, _ = sample.inputs
+        hidden[offset + places] = features.to(dtype)
         image_index += [torch.arange(offset + start, offset + end) for start, end in sample.images]
         pairs = sample.scored().nonzero()[:, 0]
         scored.append(pairs + offset)

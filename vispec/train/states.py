@@ -15,16 +15,18 @@ from pathlib import Path
 import torch
 
 from vispec.cli import changes
+from vispec.files import UNFINISHED, read_json, remove_unfinished
 from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.drafts.vocabulary import DraftVocabulary
-from vispec.train.metrics import Sums
+from vispec.train.metrics import METRICS_FILE, Sums
+from vispec.train.recipe import Recipe
 
 STATE = re.compile(r"state_(\d+)")
-UNFINISHED, REMOVED = ".unfinished", ".removed"
+REMOVED = ".removed"
 
-RESUME_FILE = "resume.pt"
-RESUME_FORMAT = 3
+RESUME_FILE, START_FILE = "resume.pt", "training.json"
+RESUME_FORMAT = 4
 RESUME_KINDS = {
     "identity": dict,
     "epoch": int,
@@ -41,10 +43,12 @@ def read_resume(folder: Path) -> dict | None:
     """The state that a run has left in a folder to go on from; None where there is none.
 
     Raises:
-        ValueError: the file is damaged, or of another version; names it.
+        ValueError: the file is damaged, or of another version; or there is none beside files of others with the names
+            of ours; the message names them.
     """
     path = folder / RESUME_FILE
     if not path.is_file():
+        _refuse_unknown(folder)
         return None
     with open(path, "rb") as file:
         try:
@@ -53,8 +57,8 @@ def read_resume(folder: Path) -> dict | None:
             kind = type(error).__name__
             raise ValueError(f"{path}: cut off, or no state of a training ({kind}); choose another --cpdir") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if found != RESUME_FORMAT:
-        raise ValueError(f"{path}: format {found}, expected {RESUME_FORMAT}; choose another --cpdir")
+    if type(found) is not int or found != RESUME_FORMAT:
+        raise ValueError(f"{path}: format {found!r:.60}, expected {RESUME_FORMAT}; choose another --cpdir")
     for name, kind in RESUME_KINDS.items():
         if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
             raise ValueError(f"{path}: {name} is {type(state.get(name)).__name__}, expected {_name(kind)}")
@@ -117,12 +121,12 @@ def _name(kind) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def write_state(head: BaseHead, folder: Path, epoch: int) -> None:
+def write_state(head: BaseHead, folder: Path, epoch: int, recipe: Recipe) -> None:
     """Write `folder`/state_<epoch>; one that is there already, of a run killed before it could note it, is replaced."""
     final = folder / f"state_{epoch}"
     unfinished = folder / f".{final.name}{UNFINISHED}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_draft(head, unfinished)
+    save_draft(head, unfinished, getattr(torch, recipe.save_dtype), recipe.save_embedding)
     _sync(unfinished)
     _remove(final)
     unfinished.rename(final)
@@ -137,14 +141,33 @@ def prune_states(folder: Path, keep: int, epoch: int) -> None:
         _remove(folder / f"state_{number}")
 
 
-def remove_leftovers(folder: Path, files: tuple[str, ...]) -> None:
-    """Remove what a killed run has left half-written: checkpoints, and temporary files beside `files`."""
-    for pattern in (f".state_*{UNFINISHED}", f".state_*{REMOVED}"):
-        for path in folder.glob(pattern):
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run has left half-written or half-removed."""
+    halves = re.compile(rf"\.{STATE.pattern}({re.escape(UNFINISHED)}|{re.escape(REMOVED)})")
+    for path in folder.iterdir():
+        if halves.fullmatch(path.name):
             shutil.rmtree(path)
-    for name in files:
-        for path in folder.glob(f".{name}.*"):
-            path.unlink()
+    remove_unfinished(folder, "|".join(map(re.escape, (RESUME_FILE, METRICS_FILE, START_FILE))))
+
+
+def _refuse_unknown(folder: Path) -> None:
+    """A run that was killed before its first state has left its start alone; more was made by others."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = {name for name in found if STATE.fullmatch(name)} | found & {METRICS_FILE}
+    if START_FILE in found and not _is_start(folder / START_FILE):
+        others.add(START_FILE)
+    if others:
+        raise ValueError(
+            f"--cpdir {folder} holds {', '.join(sorted(others))}, but no {RESUME_FILE} to go on from; choose another "
+            "folder"
+        )
+
+
+def _is_start(path: Path) -> bool:
+    try:
+        return read_json(path).keys() >= {"command", "arguments", "versions"}
+    except ValueError:
+        return False
 
 
 def _remove(path: Path) -> None:

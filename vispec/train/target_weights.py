@@ -35,6 +35,13 @@ def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
     return embedding, embedding
 
 
+def count_layers(basepath: str) -> int:
+    """Layers of the target's text decoder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(basepath).get_text_config().num_hidden_layers
+
+
 def tables_digest(*tables: torch.Tensor) -> str:
     """What tells tables from others: a hash of their dtypes, shapes and numbers."""
     digest = hashlib.blake2b(digest_size=8)

@@ -7,7 +7,7 @@ gradients are summed.
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 
 from vispec.files import write_atomic
 from vispec.model.drafts import BaseHead
+from vispec.model.drafts.checkpoints import own_tensors
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import chunk_rows, summed_loss
-from vispec.train.metrics import DEPTH, METRICS_FILE, MetricsLog, Sums
+from vispec.train.metrics import DEPTH, MetricsLog, Sums
 from vispec.train.nonfinite import gradient_norm, spoiled_samples
 from vispec.train.processes import Processes
 from vispec.train.recipe import Recipe, schedule
-from vispec.train.samples import Batch, SampleFolder, collate, epoch_groups, micro_batches, without_tracebacks
+from vispec.train.samples import Batch, SampleFiles, collate, epoch_groups, micro_batches, without_tracebacks
 from vispec.train.states import (
     RESUME_FILE,
     RESUME_FORMAT,
@@ -38,7 +39,7 @@ from vispec.train.states import (
 from vispec.train.target_weights import tables_digest
 
 if TYPE_CHECKING:  # the target's code takes seconds to import, and training on stored features does without
-    from vispec.train.online import OnlineFeatures, TokenFolder
+    from vispec.train.online import OnlineFeatures
 
 DRAFTS_EVERY = 25
 """Steps of training between two whose drafts are followed: that takes several passes of the head."""
@@ -51,40 +52,34 @@ class Trainer:
         head: in float32; changed in place.
         lm_head: (V, H) the target's output head.
         train, held_out: sample files.
-        lengths: tokens of each training and each held-out sample, to put similar ones together.
         folder: of checkpoints, metrics and the state to resume from.
         identity: arguments that a run to be resumed must share.
         online: computes the features where `train` and `held_out` are a `TokenFolder`.
-        skip: files among them that are left out; the order and the noise of the others do not change with it.
     """
 
     def __init__(
         self,
         head: BaseHead,
         lm_head: torch.Tensor,
-        train: "SampleFolder | TokenFolder",
-        held_out: "SampleFolder | TokenFolder",
-        lengths: tuple[list[int], list[int]],
+        train: SampleFiles,
+        held_out: SampleFiles,
         recipe: Recipe,
         folder: Path,
         processes: Processes,
         identity: dict,
         online: "OnlineFeatures | None" = None,
-        skip: Collection[Path] = (),
     ):
         self.recipe, self.folder, self.processes, self.identity = recipe, folder, processes, identity
-        self.train_set, self.held_out_set, self.lengths, self.online = train, held_out, lengths, online
-        self.skipped = tuple(
-            {index for index, path in enumerate(dataset.paths) if path in skip} for dataset in (train, held_out)
-        )
+        self.train_set, self.held_out_set, self.online = train, held_out, online
         self.head = head.to(processes.device).train()
         self.lm_head = lm_head.to(processes.device)
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
+        self.trained = sum(p.numel() for p in self.parameters)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
         self.group_size = recipe.batch_size * recipe.accumulation * processes.count
-        self.steps_per_epoch = math.ceil(len(train) / self.group_size)
+        self.steps_per_epoch = len(self.groups(0))
         self.epoch, self.step_in_epoch, self.sums = 0, 0, Sums()
         self.seconds = 0.0
         """What the epoch's steps have taken so far, also before an interruption."""
@@ -128,7 +123,7 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is None:  # the image parameters in a step without images
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.processes.sum(parameter.grad)
+        self.processes.sum_gradients(self.parameters)
         sums = Sums(self.processes.sum(sums.values).tolist())
         norm = gradient_norm(self.parameters)
         sums.add_gradient_norm(norm)
@@ -157,6 +152,11 @@ class Trainer:
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
+    @property
+    def skipped(self) -> int:
+        """Samples that are left out."""
+        return len(self.train_set.skipped) + len(self.held_out_set.skipped)
+
     def run(self) -> None:
         """Train to the last epoch, from wherever `resume` has put us.
 
@@ -164,7 +164,7 @@ class Trainer:
         """
         log = None
         if self.processes.is_main:
-            remove_leftovers(self.folder, (RESUME_FILE, METRICS_FILE, "training.json"))
+            remove_leftovers(self.folder)
             log = MetricsLog(self.folder, self.recipe.report_to, self.epoch, self.steps_done)
         while self.epoch < self.recipe.epochs:
             self._train_epoch(log)
@@ -184,18 +184,21 @@ class Trainer:
             if self.describe:
                 self.head.card = self.describe(self.head, self.epoch, line)
             if self.epoch % self.recipe.save_every == 0 or self.epoch == self.recipe.epochs:
-                write_state(self.head, self.folder, self.epoch)
+                write_state(self.head, self.folder, self.epoch, self.recipe)
                 prune_states(self.folder, self.recipe.keep, self.epoch)
             log.epoch(self.epoch, line)
             self.save()
             print(_describe(self.epoch, self.recipe.epochs, line), flush=True)
 
+    def groups(self, epoch: int) -> list[list[int]]:
+        """The samples of each step of an epoch, as many steps in each."""
+        return epoch_groups(self.train_set.lengths, self.group_size, self.recipe.seed, epoch)
+
     def _train_epoch(self, log: MetricsLog | None) -> None:
         from tqdm import tqdm
 
         groups = [
-            [index for index in group if index not in self.skipped[0]]
-            for group in epoch_groups(self.lengths[0], self.group_size, self.recipe.seed, self.epoch)
+            [index for index in group if index not in self.train_set.skipped] for group in self.groups(self.epoch)
         ][self.step_in_epoch :]
         mine = [
             micro_batches(group, self.recipe.batch_size, self.processes.index, self.processes.count) for group in groups
@@ -245,7 +248,8 @@ class Trainer:
             ValueError: a loss is not finite, in whichever process: all raise it together.
         """
         sums, spoiled = Sums(), []
-        order = sorted(set(range(len(self.held_out_set))) - self.skipped[1], key=lambda i: self.lengths[1][i])
+        samples = self.held_out_set
+        order = sorted(set(range(len(samples))) - samples.skipped, key=lambda i: samples.lengths[i])
         mine = micro_batches(order, self.recipe.batch_size, self.processes.index, self.processes.count)
         self.head.eval()
         for batch in self._loader(self.held_out_set, [[(i, None) for i in batch] for batch in mine]):
@@ -279,11 +283,15 @@ class Trainer:
         right = torch.zeros(DEPTH, shape.numel(), dtype=torch.bool, device=choice.device)
         with self.processes.precision():
             for m, out in enumerate(self.drafted(batch)):
-                right[m, batch.scored] = self._tokens(out) == choice
+                right[m, batch.scored] = self.drafted_tokens(out) == choice
         along, scored = torch.zeros_like(right[0]), torch.zeros_like(right[0])
         scored[batch.scored] = True
         along[batch.scored] = batch.ids.flatten()[batch.scored + 2] == choice
         return count_in_a_row(right.view(DEPTH, *shape), along.view(shape), scored.view(shape))
+
+    def drafted_tokens(self, outs: torch.Tensor) -> torch.Tensor:
+        """(S,) the token that each output (S, H) proposes first."""
+        return self._tokens(outs)
 
     def _tokens(self, features: torch.Tensor) -> torch.Tensor:
         chunks = features.split(chunk_rows(features.device.type, self.lm_head.shape[0], 1))
@@ -293,7 +301,7 @@ class Trainer:
     def _table(self) -> torch.Tensor:
         return self.head.embed_tokens.weight
 
-    def _loader(self, dataset: "SampleFolder | TokenFolder", keys: list) -> Iterable[Batch]:
+    def _loader(self, dataset: SampleFiles, keys: list) -> Iterable[Batch]:
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
@@ -318,7 +326,7 @@ class Trainer:
             "step_in_epoch": self.step_in_epoch,
             "sums": self.sums.values.tolist(),
             "seconds": self.seconds,
-            "head": self.head.state_dict(),
+            "head": own_tensors(self.head),
             "draft_vocab": vars(vocabulary) if vocabulary else None,
             "moments": self.optimizer.state_dict()["state"],
         }
@@ -343,10 +351,10 @@ class Trainer:
                     f"{path}: epoch {state['epoch']}, step {state['step_in_epoch']}; the run has {self.recipe.epochs} "
                     f"epochs of {self.steps_per_epoch} steps"
                 )
-            check_weights(path, state["head"], self.head.state_dict())
+            check_weights(path, state["head"], own_tensors(self.head))
             begun = state["epoch"] > 0 or Sums(state["sums"]).pairs > 0  # steps may have been skipped
             check_moments(path, state["moments"], self.parameters, begun)
-            self.head.load_state_dict(state["head"])
+            self.head.load_state_dict(state["head"], strict=False)  # all but the target's own table
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
             self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]

@@ -93,7 +93,7 @@ _SIDES = {"patch_size": 7, "temporal_patch_size": 2, "spatial_merge_size": 2}
 TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, **_SIDES}
 QWEN25_TOWER = {**TOWER, "window_size": 28, "fullatt_block_indexes": [1], "tokens_per_second": 2}
 QWEN3_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-_FLAT = 3 * 2 * 7 * 7
+FLAT = 3 * 2 * 7 * 7
 """Values of a patch of two frames."""
 _STILL = 3 * 7 * 7
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
@@ -114,39 +114,39 @@ FAMILIES = {
     "qwen2_vl": Family(
         "qwen2_vl",
         _qwen2({"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, **_SIDES}),
-        grids((_FLAT,)),
-        grid_clips((_FLAT,)),
+        grids((FLAT,)),
+        grid_clips((FLAT,)),
     ),
     "qwen2_5_vl": Family(
         "qwen2_5_vl",
         _qwen2(QWEN25_TOWER),
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), second_per_grid_ts=(1.0, 0.5)),
+        grids((FLAT,)),
+        grid_clips((FLAT,), second_per_grid_ts=(1.0, 0.5)),
     ),
     "qwen3_vl": Family(
         "qwen3_vl",
         {"text_config": {**TEXT, **_INTERLEAVED}, "vision_config": QWEN3_TOWER, **MARKS},
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), stamped=True),
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
     ),
     "qwen3_vl_moe": Family(
         "qwen3_vl_moe",
         {"text_config": {**TEXT, **_INTERLEAVED, **EXPERTS}, "vision_config": QWEN3_TOWER, **MARKS},
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), stamped=True),
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
     ),
     "glm4v": Family(
         "glm4v",
         {"text_config": {**TEXT, **_GLM_ROPE}, "vision_config": _GLM_TOWER, **_GLM_MARKS},
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), stamped=True),
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
         video_as_image=True,
     ),
     "glm4v_moe": Family(
         "glm4v_moe",
         {"text_config": {**TEXT, **_GLM_ROPE, **_GLM_MOE}, "vision_config": _GLM_TOWER, **_GLM_MARKS},
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), stamped=True),
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
         video_as_image=True,
     ),
     "glm46v": Family(
@@ -156,15 +156,15 @@ FAMILIES = {
             "vision_config": {**_GLM_TOWER, "model_type": "glm4v_vision"},
             **_GLM_MARKS,
         },
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), stamped=True),
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
         video_as_image=True,
     ),
     "glm_ocr": Family(
         "glm_ocr",
         {"text_config": {**TEXT, **_GLM_ROPE}, "vision_config": _GLM_TOWER, **_GLM_MARKS},
-        grids((_FLAT,)),
-        grid_clips((_FLAT,), stamped=True),
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
         video_as_image=True,
     ),
     "paddleocr_vl": Family(

@@ -18,7 +18,7 @@ from vispec.evaluation.families.family import (
     Shown,
 )
 from vispec.evaluation.families.further import SAM
-from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, grid_clips, grids, mrope
+from vispec.evaluation.families.grids import EXPERTS, FLAT, MARKS, QWEN3_TOWER, TOWER, grid_clips, grids, mrope
 from vispec.evaluation.families.squares import BOTH_MARKS, CLIP, EVERY_OTHER, GRANITE, LAYERS, WINDOWED
 from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
 from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
@@ -26,6 +26,12 @@ from vispec.evaluation.families.windows import LATENT, LATENT_EXPERTS, placed, p
 
 _WIDE = {**TEXT, **EVERY_OTHER, "head_dim": 16}
 _SPARSE = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+_LINEAR |= {"linear_value_head_dim": 8}
+_DELTA_NETS = {**_LINEAR, "num_hidden_layers": 3, "layer_types": ["linear_attention"] * 2 + ["full_attention"]}
+_DELTA_NETS |= {"head_dim": 16, **mrope(2, 3, 3, partial_rotary_factor=1.0)}
+_TWO_OF_THREE = "two layers of three are gated delta nets: chains"
+_CONVOLUTIONS = "two layers of three are convolutions: chains"
 _LFM2_TOWER = {**VISION, "patch_size": 7, "num_patches": 16, "model_type": "siglip2_vision_model"}
 _LFM2 = {"vision_config": _LFM2_TOWER, "projector_hidden_size": 32, "image_token_id": IMAGE}
 _MUSE_TOWER = {**VISION, "patch_size": 7, "pos_emb_height": 4, "pos_emb_width": 4}
@@ -92,7 +98,8 @@ def apart(sizes: list[int]) -> Shown:
 
 
 def _lfm2(*kinds: str) -> dict:
-    return {"text_config": {**TEXT, "model_type": "lfm2", "layer_types": list(kinds)}, **_LFM2}
+    layers = {"num_hidden_layers": len(kinds), "layer_types": list(kinds)}
+    return {"text_config": {**TEXT, "model_type": "lfm2", **layers}, **_LFM2}
 
 
 def _minimax(*kinds: str) -> dict:
@@ -164,8 +171,26 @@ FAMILIES = {
         },
         in_one,
     ),
-    "lfm2_vl": Family("lfm2_vl", _lfm2("conv", "full_attention")),
+    "lfm2_vl": Family("lfm2_vl", _lfm2("conv", "full_attention", "conv"), shaped, remark=_CONVOLUTIONS),
     "lfm2_vl (full attention)": Family("lfm2_vl", _lfm2("full_attention", "full_attention"), shaped),
+    "qwen3_5": Family(
+        "qwen3_5",
+        {"text_config": {**TEXT, **_DELTA_NETS}, "vision_config": TOWER | {"num_position_embeddings": 16}, **MARKS},
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
+        remark=_TWO_OF_THREE,
+    ),
+    "qwen3_5_moe": Family(
+        "qwen3_5_moe",
+        {
+            "text_config": {**TEXT, **_DELTA_NETS, **EXPERTS, "shared_expert_intermediate_size": 32},
+            "vision_config": TOWER | {"num_position_embeddings": 16},
+            **MARKS,
+        },
+        grids((FLAT,)),
+        grid_clips((FLAT,), stamped=True),
+        remark=_TWO_OF_THREE,
+    ),
     "gemma4_unified": Family(
         "gemma4_unified",
         {
@@ -252,9 +277,10 @@ FAMILIES = {
     "qwen4_exp": Family(
         "qwen4_exp",
         {
-            "text_config": {**TEXT, **EXPERTS, "head_dim": 16, "layer_types": ["linear_attention"] * 2}
-            | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
-            | {"linear_value_head_dim": 8, "shared_expert_intermediate_size": 16, "hc_count": 2, "hc_lowrank": 4},
+            "text_config": {**TEXT, **EXPERTS, **_LINEAR, "head_dim": 16, "hc_count": 2, "hc_lowrank": 4}
+            | {"layer_types": ["linear_attention", "indexed_attention"], "shared_expert_intermediate_size": 16}
+            | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+            | {"indexer_compress_ratio": 4},
             "vision_config": QWEN3_TOWER,
             **MARKS,
         },

@@ -27,9 +27,10 @@ class Oracle(PromptLookup):
             held = memory.ids[row, :length].cpu()
             text = next(t for t in self.texts if len(t) >= length and ((t[:length] == held) | (held == EMPTY)).all())
             answer = text[length : length + levels]
+            turns = k if k > 1 else levels + 2  # a chain leaves the right path at every depth in its turn
             for branch in range(k):
-                turn = (branch + length) % k  # how many tokens are right; the last turn is the answer itself
-                right = turn if turn < k - 1 else levels
+                turn = (branch + length) % turns  # how many tokens are right; the last turn is the answer itself
+                right = turn if turn < turns - 1 else levels
                 wrong = (answer + 1 + branch) % (self.vocabulary - 1)
                 tokens[row, branch, : len(answer)] = torch.cat([answer[:right], wrong[right:]])
         return tokens.to(memory.ids.device)

@@ -53,7 +53,7 @@ def batch_of(prompts: list[Inputs], join: Callable[[list[Inputs]], Inputs] | Non
         padded = [F.pad(prompt[name], (longest - prompt[name].shape[1], 0), value=fill) for prompt in prompts]
         batch[name] = torch.cat(padded)
     parts = [{name: value for name, value in prompt.items() if name not in per_token} for prompt in prompts]
-    if join is not None:
+    if join is not None and any(parts):
         return {**batch, **join(parts)}
     names = {name: None for part in parts for name in part}
     return {**batch, **{name: torch.cat([part[name] for part in parts if name in part]) for name in names}}

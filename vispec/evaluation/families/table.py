@@ -9,8 +9,9 @@ from transformers import AutoModelForImageTextToText
 from vispec.cli import one_line
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.evaluation.families.trial import COLUMNS, NEW_TOKENS, NOT_TRIED, TREE, WORKS, Outcome
+from vispec.model.parts import find_decoder
+from vispec.model.recurrent import known_states
 from vispec.model.refusals import refuse_decoder, refuse_layers
-from vispec.model.target import find_decoder
 from vispec.model.windows import KINDS
 
 COMMAND = "python -m vispec.evaluation.families --out docs/models.md"
@@ -26,6 +27,7 @@ handed over as objects.
 
 - {WORKS}: plain decoding and trees ({TREE}: nodes, depth, width) give the model's own greedy `generate()` token for
   token in float32, {NEW_TOKENS} tokens, with prompt lookup and with a draft that knows the answer on changing branches.
+  Where layers keep one state of the whole text, chains of that depth do ({TREE.chain}); trees are refused.
 - heads: random ViSpec and EAGLE-2 heads, two images. batch: three rows with two images, none and one, padded on the
   left, each answered as alone. video: one, two that touch, and a batch of rows with one, none and another.
 - {NOT_TRIED}: not tried here, or the family does not have it.
@@ -102,7 +104,7 @@ def by_default_config(rows: set[str]) -> tuple[dict[str, str], list[str], list[s
             continue
         try:
             decoder = find_decoder(model)
-            refuse_layers(model, KINDS)
+            refuse_layers(model, KINDS | known_states(decoder))
             refuse_decoder(model, decoder, model.get_output_embeddings())
         except ValueError as error:
             refused[name] = one_line(error)

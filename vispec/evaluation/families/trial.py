@@ -14,6 +14,8 @@ from vispec.evaluation.families.prompts import batch_of, prompt_of
 from vispec.evaluation.random_pairs import randomize
 from vispec.model.drafts import BaseHead, Draft, PromptLookup, build_head
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.shape import TreeShape
+from vispec.model.target import Target
 
 PROMPTS = {
     "text": ("...",),
@@ -26,7 +28,7 @@ PROMPTS = {
 BATCHES = {"video": (".A.", "...", ".B.."), "batch": (".a.b.", "...", ".b..")}
 COLUMNS = (*PROMPTS, "heads", "batch")
 NEW_TOKENS = 24
-TREE = "12/3/4"
+TREE = TreeShape(12, 3, 4)
 
 WORKS, REFUSED, FAILED, DIFFERS, NOT_TRIED = "yes", "refused", "error", "DIFFERS", "–"
 
@@ -54,10 +56,16 @@ def try_family(family: Family, seed: int = 1) -> dict[str, Outcome] | None:
     if model is None:
         return None
     try:
-        SpecModel(model, PromptLookup(), tree=TREE)
+        speculating(model, PromptLookup())
     except Exception as error:  # whatever goes wrong is what the table has to say
         return dict.fromkeys(COLUMNS, _outcome(error))
     return {column: _try_column(family, model, column, seed) for column in COLUMNS}
+
+
+def speculating(model: PreTrainedModel, draft: Draft) -> SpecModel:
+    """With TREE, or with the chain of its depth where the target follows chains alone."""
+    target = Target(model)
+    return SpecModel(target, draft, tree=target.fit(TREE))
 
 
 def _try_column(family: Family, model: PreTrainedModel, column: str, seed: int) -> Outcome:
@@ -90,12 +98,10 @@ def _outcome(error: Exception) -> Outcome:
 def _compare(model: PreTrainedModel, prompt: Inputs) -> None:
     expected = own_answer(model, prompt)
     _require_wandering(expected)
-    baseline = SpecModel(model, PromptLookup(), tree=TREE).baseline_generate(**prompt, max_new_tokens=NEW_TOKENS)
+    baseline = SpecModel(model).baseline_generate(**prompt, max_new_tokens=NEW_TOKENS)
     _require(baseline, expected, "plain decoding")
     for name, draft in _drafts(model, [expected[0]]):
-        answer, _, last_round = SpecModel(model, draft, tree=TREE).specgenerate(
-            **prompt, max_new_tokens=NEW_TOKENS, log=True
-        )
+        answer, _, last_round = speculating(model, draft).specgenerate(**prompt, max_new_tokens=NEW_TOKENS, log=True)
         _require(answer, expected, name)
         if isinstance(draft, Oracle) and last_round + 1 > NEW_TOKENS * 2 // 3:
             raise AssertionError(f"the draft that knows the answer took {last_round + 1} rounds: the trial says little")
@@ -104,9 +110,7 @@ def _compare(model: PreTrainedModel, prompt: Inputs) -> None:
 def _compare_heads(model: PreTrainedModel, prompt: Inputs) -> None:
     expected = own_answer(model, prompt)
     for method in ("vispec", "eagle2"):
-        answer = SpecModel(model, random_head(model, method), tree=TREE).specgenerate(
-            **prompt, max_new_tokens=NEW_TOKENS
-        )
+        answer = speculating(model, random_head(model, method)).specgenerate(**prompt, max_new_tokens=NEW_TOKENS)
         _require(answer, expected, f"a {method} head")
 
 
@@ -117,7 +121,7 @@ def _compare_batch(model: PreTrainedModel, prompts: list[Inputs], join: Callable
     _require_wandering(expected)
     batch = batch_of(prompts, join)
     for name, draft in _drafts(model, texts):
-        answer = SpecModel(model, draft, tree=TREE).specgenerate(**batch, max_new_tokens=NEW_TOKENS)
+        answer = speculating(model, draft).specgenerate(**batch, max_new_tokens=NEW_TOKENS)
         _require(answer[:, -NEW_TOKENS:], expected, f"a batch, {name}")
 
 

@@ -5,16 +5,18 @@ round, tells it what the target has said (`extend`) and asks what may come next 
 itself what it remembers: keys and values of its own, positions of its own, the text, nothing. Of a prompt it gets all
 there is, the processor's pixels too.
 
-B rows, P pairs: a feature of the target, and the token after it.
+B rows, P pairs: a feature of the target, F numbers, and the token after it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from vispec.methods import HEADS
 from vispec.model.drafts import checkpoints
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import CARD, model_card, upload_head
@@ -31,7 +33,7 @@ class Kept:
     """What the target has said that the draft has not read yet."""
 
     features: torch.Tensor
-    """(B, P, H) of the root and the kept nodes, or of the last prompt token; surplus rows are ignored."""
+    """(B, P, F) of the root and the kept nodes, or of the last prompt token; surplus rows are ignored."""
     tokens: torch.Tensor
     """(B, P) the token after each of them."""
     counts: torch.Tensor
@@ -68,6 +70,9 @@ class Draft(Protocol):
     def reach(self, shape: TreeShape) -> int:
         """Places that a round needs behind those that are taken."""
 
+    def aux_layers(self, target: Target) -> tuple[int, ...]:
+        """The layers of a target whose inputs it reads as features; none: it reads what the output head reads."""
+
     def output(self, target: Target) -> DraftOutput:
         """How its estimates become tokens of a target."""
 
@@ -93,16 +98,14 @@ class Draft(Protocol):
 
 Head = TypeVar("Head", bound="BaseHead")
 
-METHODS = ("vispec", "eagle2", "medusa")
-"""Of the heads, as flags and configs name them."""
-
-
 class BaseHead(nn.Module):
     """What all draft heads share: config, the frozen copy of the target's embedding table, files, and the hub."""
 
     kinds: ClassVar[dict[str, type["BaseHead"]]] = {}
     """The class of each method."""
     method: str
+    reads_target_head: ClassVar[bool] = True
+    """Whether its estimates become tokens by the target's output head, of which a draft vocabulary takes some rows."""
     fixed_depth: int | None = None
     """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
     draft_vocab: DraftVocabulary | None = None
@@ -112,7 +115,13 @@ class BaseHead(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        BaseHead.kinds[cls.method] = cls
+        if "method" in vars(cls):
+            BaseHead.kinds[cls.method] = cls
+
+    @classmethod
+    def new_config(cls, config: DraftConfig) -> DraftConfig:
+        """Of a head whose training begins, from what was asked for."""
+        return config
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -127,12 +136,24 @@ class BaseHead(nn.Module):
 
     # --- decoding ---
 
+    @property
+    def target_size(self) -> int:
+        """Hidden size of the target."""
+        return self.config.hidden_size
+
+    @property
+    def proposed(self) -> int:
+        """How many tokens it may propose."""
+        return self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
+
     def fit(self, shape: TreeShape) -> TreeShape:
-        vocabulary = self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
-        return shape.fitted(vocabulary, self.fixed_depth)
+        return shape.fitted(self.proposed, self.fixed_depth)
 
     def reach(self, shape: TreeShape) -> int:
         return shape.levels + 1 + shape.depth * shape.top_k
+
+    def aux_layers(self, target: Target) -> tuple[int, ...]:
+        return ()
 
     def output(self, target: Target) -> DraftOutput:
         if self.draft_vocab is None:
@@ -181,12 +202,16 @@ class BaseHead(nn.Module):
 
     # --- files and the hub, as libraries around it have them ---
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, embedding: bool = True) -> None:
         """Write config.json, model.safetensors, README.md (the model card) and a draft vocabulary into `folder`.
 
         A head without a card gets one that tells what its own tensors show.
+
+        Args:
+            dtype: of the tensors in the file; the head's when None.
+            embedding: False leaves the embedding table out: the head then loads with its target, which has it.
         """
-        checkpoints.save_draft(self, folder)
+        checkpoints.save_draft(self, folder, dtype, embedding)
         if self.card is None:
             Path(folder, CARD).write_text(model_card(self), encoding="utf-8")
 
@@ -208,27 +233,28 @@ class BaseHead(nn.Module):
         head.card = card.read_text(encoding="utf-8") if card else None
         return head
 
-    def push_to_hub(self, repo_id: str, **options) -> str:
+    def push_to_hub(self, repo_id: str, dtype: torch.dtype | None = None, embedding: bool = True, **options) -> str:
         """Upload the files of `save_pretrained` to a model repository, which is made where it is missing.
 
         Args:
             repo_id: "owner/name".
+            dtype, embedding: see `save_pretrained`.
             options: see `vispec.model.drafts.hub.upload_head`.
 
         Returns:
             The address of the commit.
         """
-        return upload_head(self.save_pretrained, repo_id, **options)
+        return upload_head(partial(self.save_pretrained, dtype=dtype, embedding=embedding), repo_id, **options)
 
 
-def build_head(config: DraftConfig, method: str, **sizes: int) -> BaseHead:
+def build_head(config: DraftConfig, method: str, **sizes: int | bool) -> BaseHead:
     """A head without memory for its weights (meta device), to be filled by `load_state_dict(assign=True)`.
 
     Args:
-        sizes: num_q of ViSpec, heads of Medusa; their defaults where they are not given.
+        sizes: num_q of ViSpec, heads of Medusa, input_norm of MSD; their defaults where they are not given.
     """
     if method not in BaseHead.kinds:
-        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}")
     with torch.device("meta"):
         return BaseHead.kinds[method](config, **sizes)
 
@@ -246,7 +272,8 @@ def load_draft(
 
     Args:
         path: folder with config.json and model.safetensors or pytorch_model.bin, or the hub id of such a repository.
-        method: one of METHODS; checked against the weights when given.
+        method: one of HEADS; checked against the weights when given. MSD's have EAGLE-2's names, so it has to be given
+            for those that say nowhere what they are.
         num_q: queries of the vision adaptor; checked against the weights when given.
         dtype: of the loaded head; that of the file when None.
         embedding: the target's (V, H) embedding table, used where the file has none.
@@ -259,11 +286,16 @@ def load_draft(
         ValueError: a file or tensor is missing, surplus or has the wrong shape, or does not fit what was asked.
     """
     config, weights_file = checkpoints.find_draft(path, **hub)
-    weights = checkpoints.read_weights(weights_file, embedding)
-    head = build_head(config, **checkpoints.identify(weights, weights_file, method, num_q))
-    checkpoints.fill(head, weights, weights_file, dtype, embedding)
+    weights, config = checkpoints.read_weights(weights_file, config)
+    head = build_head(config, **checkpoints.identify(weights, config, weights_file, method, num_q))
+    checkpoints.fill(head, weights, weights_file, dtype, embedding if head.target_size == config.hidden_size else None)
     head.embed_tokens.weight.requires_grad_(False)
     vocabulary_file = checkpoints.find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None
     if vocabulary_file is not None:
+        if not head.reads_target_head:
+            raise ValueError(
+                f"{vocabulary_file}: a {head.method} head has an output head of its own, so no draft vocabulary holds "
+                "for it; remove that file, or load with draft_vocab=False"
+            )
         head.draft_vocab = DraftVocabulary.read(vocabulary_file, config.vocab_size)
     return head.eval()

@@ -3,6 +3,8 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -10,24 +12,31 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from vispec.files import read_json, write_atomic, write_json_atomic
+from vispec.model.arguments import of_kind
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.formats import as_specforge, flat_config, is_eagle3
 from vispec.model.drafts.hub import CARD
 from vispec.model.refusals import refuse_not_finite
 
 logger = logging.getLogger("vispec")
 
 CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, INPUT_NORM = "embed_tokens.weight", "layers.0.input_layernorm.weight"
 LEAST_ALIKE = 0.5
 """Mean cosine of the embeddings of a head and its target: near 1 after fine-tuning, near 0 between strangers."""
 
 
-def save_draft(head: nn.Module, folder: str | Path) -> None:
+def save_draft(head: nn.Module, folder: str | Path, dtype: torch.dtype | None = None, embedding: bool = True) -> None:
     """Write config.json, model.safetensors and, where the head has them, draft vocabulary and model card into `folder`.
 
     Each file appears whole or not at all.
+
+    Args:
+        dtype: of the tensors in the file; the head's when None.
+        embedding: False leaves the embedding table out: the head then loads with its target, which has it.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    tensors = head.state_dict() if embedding else own_tensors(head)
+    tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     write_json_atomic(Path(folder) / CONFIG, head.config.to_dict())
     if head.draft_vocab is not None:
@@ -36,12 +45,17 @@ def save_draft(head: nn.Module, folder: str | Path) -> None:
         write_atomic(Path(folder) / CARD, lambda file: file.write(head.card.encode()))
 
 
+def own_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a head without the embedding table, which is its target's."""
+    return {name: tensor for name, tensor in head.state_dict().items() if name != EMBEDDING}
+
+
 def read_config(path: str | Path) -> DraftConfig:
     """Read a draft head's config file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file")
-    return DraftConfig.from_dict(read_json(path), source=str(path))
+    return DraftConfig.from_dict(flat_config(read_json(path)), source=str(path))
 
 
 def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
@@ -50,6 +64,8 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     Raises:
         ValueError: one of them is missing, or the config is wrong; or a revision of a folder was asked for.
     """
+    of_kind("spec_model_path", path, str, PathLike)
+    of_kind("spec_subfolder", hub.get("subfolder"), str)
     local = Path(path).is_dir()
     if local and hub.get("revision"):
         raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
@@ -124,11 +140,11 @@ def _repository_is_cached(repo_id: str, cache_dir: str | Path | None) -> bool:
     return Path(cache_dir or constants.HF_HUB_CACHE, folder, "snapshots").is_dir()
 
 
-def read_weights(path: Path, embedding: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a file, with the target's embedding table where it has none.
+def read_weights(path: Path, config: DraftConfig) -> tuple[dict[str, torch.Tensor], DraftConfig]:
+    """The tensors of a file by the names that heads have here, and a config that says what they show.
 
     Raises:
-        ValueError: the file cannot be read, or has no such table and there is none to take.
+        ValueError: the file cannot be read, or holds something else.
     """
     try:
         safe = path.suffix == ".safetensors"
@@ -141,12 +157,15 @@ def read_weights(path: Path, embedding: torch.Tensor | None = None) -> dict[str,
             raise ValueError(f"{path}: {name} is no tensor but a {type(value).__name__}")
     foreign = _foreign(weights)
     if foreign is not None:
-        raise ValueError(f"{path}: {foreign}, expected a draft head of ViSpec, EAGLE-2 or Medusa in our format")
-    if EMBEDDING not in weights:
-        if embedding is None:
-            raise ValueError(f"{path}: no {EMBEDDING}, and no target to take it from")
-        weights[EMBEDDING] = embedding
-    return weights
+        raise ValueError(f"{path}: {foreign}, expected a draft head of ViSpec, EAGLE-2, EAGLE-3 or Medusa")
+    if not is_eagle3(weights):
+        if INPUT_NORM in weights:  # of others, whose configs leave to the model's type whether there are biases
+            config = replace(config, qkv_bias="layers.0.self_attn.q_proj.bias" in weights)
+        return weights, config
+    try:
+        return as_specforge(weights, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _foreign(names: Iterable[str]) -> str | None:
@@ -154,8 +173,6 @@ def _foreign(names: Iterable[str]) -> str | None:
     names = list(names)
     if names and all(name.startswith("module.") for name in names):
         return "its tensors' names begin with `module.`, so a wrapper was saved and not the head in it"
-    if "d2t" in names or any(name.startswith("midlayer.") for name in names):
-        return "these are the weights of an EAGLE-3 head"
     if names and all(re.fullmatch(r"\d+\.\d+\.(linear\.)?(weight|bias)", name) for name in names):
         return "these are the weights of one of FasterDecoding's Medusa heads"
     if any(re.search(r"(^|\.)layers\.[1-9]\d*\.", name) for name in names):
@@ -164,18 +181,23 @@ def _foreign(names: Iterable[str]) -> str | None:
 
 
 def identify(
-    weights: Mapping[str, torch.Tensor], path: Path, method: str | None, num_q: int | None
-) -> dict[str, str | int]:
-    """Method, and num_q or the number of Medusa's heads, as the weights have them, checked against what was asked."""
-    queries = weights.get("imadpt.q")
+    weights: Mapping[str, torch.Tensor], config: DraftConfig, path: Path, method: str | None, num_q: int | None
+) -> dict[str, str | int | bool]:
+    """Method and what `build_head` asks of it, as the weights have them, checked against what was asked."""
+    queries, input_norm = weights.get("imadpt.q"), INPUT_NORM in weights
     medusa = {name.split(".")[1] for name in weights if name.startswith("medusa_head.")}
-    found = "vispec" if queries is not None else "medusa" if medusa else "eagle2"
+    found = "vispec" if queries is not None else "medusa" if medusa else "eagle3" if is_eagle3(weights) else "eagle2"
+    if found == "eagle2" and ("msd" in (method, config.extra.get("method")) or input_norm):
+        found = "msd"
     if method is not None and method != found:
         raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")
     if queries is None:
         if num_q is not None:
             raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
-        return {"method": found, "heads": len(medusa)} if medusa else {"method": found}
+        sizes = {"medusa": {"heads": len(medusa)}, "msd": {"input_norm": input_norm}}
+        return {"method": found, **sizes.get(found, {})}
+    if queries.dim() == 0 or len(queries) == 0:
+        raise ValueError(f"{path}: the vision adaptor's imadpt.q has no queries, its shape is {tuple(queries.shape)}")
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
     return {"method": found, "num_q": queries.shape[0]}
@@ -197,26 +219,33 @@ def fill(
     Raises:
         ValueError: a tensor is missing, surplus, misshapen or not finite, or the embeddings are a stranger's.
     """
+    if EMBEDDING not in weights:
+        if embedding is None:
+            raise ValueError(f"{path}: no {EMBEDDING}, and no target to take it from")
+        weights = {**weights, EMBEDDING: embedding}
     if embedding is not None:
         _compare_embedding(weights[EMBEDDING], embedding, path)
     _check_tensors(head, weights, path)
     refuse_not_finite(str(path), weights.items())
-    weights = {name: tensor.to(dtype) if dtype else tensor for name, tensor in weights.items()}
+    weights = {n: w.to(dtype) if dtype and w.is_floating_point() else w for n, w in weights.items()}
     if embedding is not None and _same(weights[EMBEDDING], embedding):
         weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
     head.load_state_dict(weights, assign=True)
 
 
 def _check_tensors(head: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    expected = head.state_dict()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
         raise ValueError(f"{path}: missing tensor(s) {', '.join(missing)}")
     if surplus:
         raise ValueError(f"{path}: unexpected tensor(s) {', '.join(surplus)}")
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the config asks for {shape}")
+    for name, tensor in expected.items():
+        found, shape = weights[name], tuple(tensor.shape)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, the config asks for {shape}")
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {found.dtype}, a draft head's is {tensor.dtype}")
 
 
 def _compare_embedding(ours: torch.Tensor, target: torch.Tensor, path: Path) -> None:

@@ -7,6 +7,8 @@ from vispec.model.arguments import number, whole
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
          "num_hidden_layers", "max_position_embeddings")  # fmt: skip
 """Keys that are whole numbers from 1 on."""
+LARGEST = 2**31 - 1
+"""Of them: torch takes no larger size."""
 
 
 @dataclass
@@ -48,13 +50,13 @@ class DraftConfig:
             config._check_numbers()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from None
-        if config.rope_scaling is not None:
+        if config.rope_scaling is not None and not config.mrope_section:
             raise ValueError(f"{source}: rope_scaling {config.rope_scaling} is not supported, a draft head wants null")
         if config.num_hidden_layers != 1:
             raise ValueError(f"{source}: num_hidden_layers {config.num_hidden_layers}, but a draft head has one layer")
         if config.hidden_act != "silu":
             raise ValueError(f"{source}: hidden_act {config.hidden_act!r} is not supported, a draft head wants 'silu'")
-        if config.hidden_size % config.num_attention_heads:
+        if config.hidden_size % config.num_attention_heads and "head_dim" not in values:
             raise ValueError(
                 f"{source}: hidden_size {config.hidden_size} is no multiple of "
                 f"num_attention_heads {config.num_attention_heads}"
@@ -69,7 +71,9 @@ class DraftConfig:
     def _check_numbers(self) -> None:
         """TypeError or ValueError at a size that is none."""
         for name in SIZES:
-            whole(name, getattr(self, name), 1)
+            if whole(name, getattr(self, name), 1) > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST}, found {getattr(self, name)}")
+        whole("head_dim", self.head_dim, 2)
         for name in ("rms_norm_eps", "rope_theta"):
             if number(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
@@ -84,4 +88,9 @@ class DraftConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.extra.get("head_dim") or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mrope_section(self) -> list[int] | None:
+        """How many angles of a head each axis of M-RoPE turns; None: positions are plain numbers."""
+        return (self.rope_scaling or {}).get("mrope_section")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from vispec.methods import HEADS
 from vispec.model.drafts.vocabulary import with_vocabulary_section
 
 CARD = "README.md"
@@ -29,7 +30,6 @@ def generate(model, inputs=None, **options):
     return pairs[HEAD].generate(**options)
 '''
 """What stands there."""
-NAMES = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "medusa": "Medusa"}
 MEASURES = {
     "loss": "loss",
     "top1": "top-1 accuracy",
@@ -109,7 +109,7 @@ def model_card(
         pipeline_tag="image-text-to-text",
         tags=["speculative-decoding", "draft-model", head.method],
     )
-    name, config = NAMES[head.method], head.config
+    name, config = HEADS[head.method], head.config
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {name} draft head for {target}\n",

@@ -12,24 +12,31 @@ from vispec.model.drafts.config import DraftConfig
 
 
 class DraftLayer(nn.Module):
-    """The weights of a Llama decoder layer without the input norm; `vispec.model.decoder_layer` computes it."""
+    """The weights of a Llama decoder layer; `vispec.model.decoder_layer` computes it.
 
-    def __init__(self, config: DraftConfig):
+    Args:
+        input_norm: the first layer of most heads has none.
+        width: numbers that attention reads of a pair; None: H.
+    """
+
+    def __init__(self, config: DraftConfig, input_norm: bool = False, width: int | None = None):
         super().__init__()
-        self.self_attn = DraftAttention(config)
+        if input_norm:
+            self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DraftAttention(config, width or config.hidden_size)
         self.mlp = DraftMLP(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class DraftAttention(nn.Module):
-    def __init__(self, config: DraftConfig):
+    def __init__(self, config: DraftConfig, width: int):
         super().__init__()
         self.head_dim = config.head_dim
-        size, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+        bias = config.qkv_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
 
 class DraftMLP(nn.Module):

@@ -63,6 +63,9 @@ class PromptLookup:
     def reach(self, shape: TreeShape) -> int:
         return shape.levels + 1
 
+    def aux_layers(self, target: Target) -> tuple[int, ...]:
+        return ()
+
     def output(self, target: Target) -> DraftOutput:
         return DraftOutput(target.logits, lambda rows: None)
 

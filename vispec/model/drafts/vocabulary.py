@@ -26,6 +26,7 @@ from torch import nn
 from vispec.files import parse_json, write_atomic
 from vispec.model.products import Products
 from vispec.model.target import Target
+from vispec.model.target_files import load_part
 from vispec.model.tree import DraftOutput
 
 logger = logging.getLogger("vispec")
@@ -95,8 +96,8 @@ class DraftVocabulary:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(base_model_path, **where)
-        except Exception:  # transformers trips over a broken file in many ways
+            tokenizer = load_part(AutoTokenizer, base_model_path, **where)
+        except ValueError:
             logger.warning("%s: no tokenizer there, so %s is not checked against it", base_model_path, self.source)
             return
         if fingerprint(tokenizer, self.token_ids) != self.fingerprint:
