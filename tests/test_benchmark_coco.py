@@ -17,7 +17,7 @@ def test_wrong_data_file(tmp_path):
     with pytest.raises(ValueError, match="is not Karpathy's file"):
         BENCHMARKS["coco_caption"].questions(str(tmp_path))
     (tmp_path / "dataset_coco.json").write_text("{")
-    with pytest.raises(ValueError, match="is no valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         BENCHMARKS["coco_caption"].questions(str(tmp_path))
 
 

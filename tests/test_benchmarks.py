@@ -131,10 +131,10 @@ def test_a_row_that_is_no_object_or_has_no_text(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("gqa", '{"question_id": "1", "image": "a", "text": "b"}\n\n{"question_id', "line 3 is no valid JSON"),
+        ("gqa", '{"question_id": "1", "image": "a", "text": "b"}\n\n{"question_id', "line 3: not valid JSON"),
         ("vizwiz", '{"image": "a"}', "expected a list of rows in it"),
         ("textvqa", '{"rows": []}', "expected a list of rows under `data`"),
-        ("textvqa", "{", "is no valid JSON .*; get it again from"),
+        ("textvqa", "{", "not valid JSON .*; get it again from"),
         ("seed_bench", "", "has no question of this benchmark"),
         ("mmvet", "[]", "is not as published"),
         ("mmvet", '{"v1_0": {"question": "x"}}', r"is not as published: .*KeyError\('imagename'\)"),

@@ -17,6 +17,7 @@ from vispec.evaluation.run_one import make_parser
 from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.checkpoints import read_config, save_draft
 from vispec.model.shape import TreeShape
+from vispec.prompts import RefusedPrompt
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC, EAGLE2 = (str(FAMILY / name) for name in ("target", "draft_vispec", "draft_eagle2"))
@@ -281,12 +282,14 @@ def test_an_image_that_the_processor_refuses_is_left_out(coco, tmp_path, monkeyp
     def refuse(processor, turns):
         images = [item() for turn in turns for item in turn.items if not isinstance(item, str)]
         if images[0].width == 48:
-            raise ValueError("absolute aspect ratio must be smaller than 200")
+            raise RefusedPrompt("absolute aspect ratio must be smaller than 200")
         return build(processor, turns)
 
     monkeypatch.setattr(answerer, "build_inputs", refuse)
     assert [line["question_id"] for line in read(run_baseline(coco, tmp_path))] == [10, 20, 40, 70]
-    assert "question 50 is left out: ValueError: absolute aspect ratio" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "question 50 is left out: absolute aspect ratio" in printed.err
+    assert "left out, because the target's processor refuses their prompt: 50" in printed.out
 
 
 def test_a_benchmark_without_any_readable_image_fails(coco, tmp_path, capsys):

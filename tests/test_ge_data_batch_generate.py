@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_models import image_prompt, random_target, reference_inputs
 from tiny_rows import TARGETS
 
-from vispec.ge_data.batch_generate import SeededSampling, generate_answers
+from vispec.ge_data.batch_generate import SeededSampling, collate_prompts, generate_answers
 from vispec.ge_data.jobs import ImageJob, Settings
 from vispec.ge_data.sources import Rows
 from vispec.model.target import Target
@@ -114,3 +114,18 @@ def test_a_prompt_close_to_the_limit_cuts_its_own_answer_only(tmp_path):
     # positions are limited without --max-len too
     target.max_positions = limit
     assert made(None, batch=True) == together
+
+
+def test_images_of_different_tiles_in_one_batch():
+    """With the mask of their pixels, as SmolVLM's processor gives it."""
+    prompts = [
+        {
+            "input_ids": torch.ones(1, 5, dtype=torch.long),
+            "pixel_values": torch.ones(1, tiles, 3, 4, 4),
+            "pixel_attention_mask": torch.ones(1, tiles, 4, 4, dtype=torch.long),
+        }
+        for tiles in (13, 17)
+    ]
+    batch = collate_prompts(prompts, 0)
+    assert batch["pixel_values"].shape == (2, 17, 3, 4, 4) and batch["pixel_attention_mask"].shape == (2, 17, 4, 4)
+    assert batch["pixel_attention_mask"][0, 13:].sum() == batch["pixel_values"][0, 13:].sum() == 0

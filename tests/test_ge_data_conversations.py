@@ -10,6 +10,7 @@ from tiny_rows import turn
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from vispec.cli import UserError
 from vispec.embedded import TARGET
 from vispec.ge_data.conversations import QWEN_SYSTEM, ChatRenderer, SkipRow, read_turns, render_vicuna, tokenize
 from vispec.ge_data.sources import shuffled
@@ -194,6 +195,35 @@ def test_templates_of_text_models_want_strings():
     tokenizer = byte_tokenizer(False)
     text, spans = ChatRenderer(tokenizer, chatml, "be kind")([("human", "hi"), ("gpt", "yes")])
     assert [text[start:end] for start, end in spans] == ["yes<|im_end|>"]
+
+
+TURNS = [("human", "hi"), ("gpt", "yes"), ("human", "so?"), ("gpt", "no")]
+PLAIN = "{{ m['role'] }}: {{ m['content'] }}.{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + PLAIN
+FEW = "{% for m in messages %}{% if loop.index > 4 %}{{ raise_exception('too many') }}{% endif %}" + PLAIN
+LAST = "{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}"
+THINKS = "{% for m in messages %}" + PLAIN.replace("{{ m['role'] }}: ", LAST)
+
+
+def test_a_system_text_that_is_refused_begins_the_first_human_turn():
+    text, spans = ChatRenderer(byte_tokenizer(False), NO_SYSTEM, "be kind")(TURNS)
+    assert text.startswith("user: be kind\n\nhi.assistant: yes.")
+    assert [text[start:end] for start, end in spans] == ["yes.", "no."]
+
+
+@pytest.mark.parametrize(("template", "reason"), [(FEW, "refuses the conversation"), (THINKS, "rewrites earlier")])
+def test_a_conversation_that_the_template_does_not_fit_is_skipped(template, reason):
+    render = ChatRenderer(byte_tokenizer(False), template, "be kind")
+    assert len(render(TURNS[:2])[1]) == 1
+    with pytest.raises(SkipRow, match=reason):
+        render(TURNS)
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('never') }}", "hello"])
+def test_a_template_that_cannot_be_used_is_one_line(template):
+    with pytest.raises(UserError, match="the target's chat template cannot be used") as caught:
+        ChatRenderer(byte_tokenizer(False), template, "be kind")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

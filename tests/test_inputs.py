@@ -54,6 +54,13 @@ def test_ids_that_are_no_ids(ids):
         recorded_model("llava_next", "vispec").specgenerate(ids)
 
 
+@pytest.mark.parametrize("arm", ["generate", "specgenerate", "stream"])
+@pytest.mark.parametrize("shape", [(3,), (1, 1, 3), (1, 0), (0, 3)])
+def test_ids_of_other_shapes(arm, shape):
+    with pytest.raises(ValueError, match=r"input_ids must have the shape \(B, L\)"):
+        getattr(recorded_model("llava_next", "vispec"), arm)(torch.ones(shape, dtype=torch.long))
+
+
 @pytest.mark.parametrize("wrong", [12, -1])
 def test_ids_beyond_the_vocabulary(wrong):
     model = SpecModel(random_target("llava_1.5", 0, vocabulary=12))
@@ -121,6 +128,10 @@ def test_image_tokens_without_pixels(arm, family):
 
 def test_no_target_or_draft():
     target = random_target("llava_1.5", 0)
+    with pytest.raises(TypeError, match="target must be a loaded model, found Linear"):
+        SpecModel(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="tree must be a text such as '30/3/8' or a TreeShape, found 5"):
+        SpecModel(target, tree=5)
     with pytest.raises(TypeError, match="target must be a loaded model, found str; SpecModel.from_pretrained loads"):
         SpecModel("x")
     with pytest.raises(TypeError, match="draft must be a draft head or a PromptLookup, found str"):

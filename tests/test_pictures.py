@@ -23,6 +23,10 @@ def palette(colour: tuple[int, int, int]) -> Image.Image:
     return image
 
 
+def grey(value: float, dtype: type) -> Image.Image:
+    return Image.fromarray(np.full((4, 4), value, dtype))
+
+
 @pytest.mark.parametrize(
     ("file", "colour", "without_white"),
     [
@@ -33,7 +37,12 @@ def palette(colour: tuple[int, int, int]) -> Image.Image:
         (saved(palette((10, 20, 30))), (10, 20, 30), (10, 20, 30)),
         (saved(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255), (1, 2, 3)),
         (saved(Image.new("1", (4, 4), 1)), (255, 255, 255), (255, 255, 255)),
-        (saved(Image.fromarray(np.full((4, 4), 32768, np.uint16))), (128, 128, 128), (128, 128, 128)),
+        (saved(grey(32768, np.uint16)), (128, 128, 128), (128, 128, 128)),
+        (saved(grey(200, np.int32), "TIFF"), (200, 200, 200), (200, 200, 200)),
+        (saved(grey(65535, np.int32), "TIFF"), (255, 255, 255), (255, 255, 255)),
+        (saved(grey(0.5, np.float32), "TIFF"), (127, 127, 127), (127, 127, 127)),
+        (saved(grey(32768, np.float32), "TIFF"), (127, 127, 127), (127, 127, 127)),
+        (saved(grey(np.nan, np.float32), "TIFF"), (0, 0, 0), (0, 0, 0)),
         (saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG"), (255, 255, 255), (255, 255, 255)),
     ],
 )

@@ -15,7 +15,16 @@ from vispec.cli import UserError
 from vispec.evaluation import text
 from vispec.ge_data.conversations import tokenize
 from vispec.pictures import UnreadableImage
-from vispec.prompts import ReservedWord, Turn, build_inputs, chat_messages, image_file, load_processor, user_turn
+from vispec.prompts import (
+    RefusedPrompt,
+    ReservedWord,
+    Turn,
+    build_inputs,
+    chat_messages,
+    image_file,
+    load_processor,
+    user_turn,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = json.loads((GOLDEN / "published_chat_templates.json").read_text())
@@ -192,6 +201,9 @@ def test_a_system_text_that_is_refused_begins_the_first_user_turn(processor, tem
         ("{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}", "refuses the conversation"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "takes texts alone"),
         ("{% for", "refuses the conversation"),
+        ("", "has no chat template"),
+        ("{{ messages[9] }}", "leaves out what is asked"),
+        ("{% for m in messages if m['content'] is string %}{{ m['content'] }}{% endfor %}", "leaves out"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(processor, template, message):
@@ -199,6 +211,41 @@ def test_a_template_that_cannot_be_used_is_one_line(processor, template, message
     with pytest.raises(UserError, match=message) as caught:
         build_inputs(processor, [user_turn("what?")])
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_that_the_processor_trips_over_is_one_line():
+    processor = load_processor(str(GOLDEN / "llava_next" / "target"))
+    processor.chat_template = f"{ITEMS}<image>".join(["{% for m in messages %}", "{% endfor %}"])
+    with pytest.raises(RefusedPrompt, match="the target's LlavaNextProcessor refuses the prompt"):
+        build_inputs(processor, [user_turn("what?", Image.new("RGB", (60, 40)))], "")
+
+
+def test_pixels_that_are_not_finite_are_refused(processor):
+    processor.image_processor.image_std = [0, 0, 0]
+    with pytest.raises(RefusedPrompt, match="makes pixel_values of numbers that are not finite"):
+        build_inputs(processor, [QUESTION])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_1.5"])
+@pytest.mark.parametrize("name", ["patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"])
+def test_what_older_processor_files_leave_out(tmp_path, family, name):
+    folder = shutil.copytree(GOLDEN / family / "target", tmp_path / "target")
+    expected = build_inputs(load_processor(str(folder)), [QUESTION])["input_ids"]
+    values = json.loads((folder / "processor_config.json").read_text())
+    values.pop(name)
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    assert build_inputs(load_processor(str(folder)), [QUESTION])["input_ids"].equal(expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 3), (10, 10), (200, 5), (13, 27)])
+@pytest.mark.parametrize("family", ["llava_next", pytest.param("qwen2_5_vl", marks=needs_torchvision)])
+def test_small_pictures_are_taken(family, size):
+    """As newer transformers do, whose sizes for Qwen these are."""
+    inputs = build_inputs(load_processor(str(GOLDEN / family / "target")), [user_turn("what?", Image.new("RGB", size))])
+    assert inputs["pixel_values"].isfinite().all()
+    if family == "qwen2_5_vl":
+        rows, columns = {(1, 1): (4, 4), (9, 3): (4, 8), (10, 10): (4, 4), (200, 5): (2, 26), (13, 27): (6, 4)}[size]
+        assert inputs["image_grid_thw"].tolist() == [[1, rows, columns]]
 
 
 def test_the_template_of_the_tokenizer_alone(processor):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, random_target
 
 from vispec import SpecModel
+from vispec.ge_data.target_identity import identify_target
 from vispec.model.loading import load_target
 from vispec.train.target_weights import read_tables
 
@@ -59,6 +60,7 @@ def test_broken_weights(folder, content, message):
     ("content", "message"),
     [
         ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
         ("[", "not valid JSON"),
         ('{"weight_map": {"a": "part.safetensors"}}', "part.safetensors: no such file"),
         ('{"weight_map": {"a": "../part.safetensors"}}', "../part.safetensors is no file beside it"),
@@ -91,6 +93,9 @@ def test_broken_json(folder, name, content, message):
         ({"vocab_size": 999}, r"asks for other shapes than those of its weights \(.*lm_head.weight"),
         ({"hidden_act": "nope"}, f"hidden_act 'nope' is not known to transformers {transformers.__version__}"),
         ({"rope_scaling": {"rope_type": "nope"}}, "rope_type 'nope' is not known to transformers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
     ],
 )
 def test_what_this_version_does_not_know(folder, values, message):
@@ -124,6 +129,58 @@ def test_a_tied_head_with_weights_of_its_own(folder):
         tensors = load_file(folder / WEIGHTS)
         own = next(tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
         assert torch.equal(load_target(str(folder)).get_output_embeddings().weight, own)
+
+
+@pytest.mark.parametrize("part", [None, "vision", []])
+def test_parts_of_a_config_that_are_none(folder, part):
+    """Transformers would build such a part at its full default size."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": part}))
+    refused(folder, "vision_config is .*, expected an object")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "nope"}, "quantization_config.quant_method 'nope' is not known to transformers"),
+        ("int4", "quantization_config is 'int4', expected an object"),
+        ({"bits": 4}, "quant_method"),
+    ],
+)
+def test_a_quantization_that_is_not_known(folder, quantization, message):
+    """Transformers would go on as if there was none."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("name", ["float16", "float99"])
+def test_the_dtype_by_its_newer_name(folder, name):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype")
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": name}))
+    if name == "float99":
+        refused(folder, "float99")
+    else:
+        assert load_target(str(folder)).dtype == torch.float16
+        assert identify_target(str(folder), "auto")["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tables_of_a_target_as_bin(folder, zipped):
+    expected = read_tables(str(folder))
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    assert all(map(torch.equal, read_tables(str(folder)), expected))
+    file.rename(folder / "part.bin")
+    (folder / f"{file.name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.bin")}))
+    assert all(map(torch.equal, read_tables(str(folder)), expected))
+    for content, message in ((b"", "empty"), (b"version https://git-lfs", "git-lfs pointer"), (b"x", "cannot be read")):
+        (folder / "part.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=f"part.bin: .*{message}"):
+            read_tables(str(folder))
 
 
 def test_devices_that_are_not_there(folder, monkeypatch):

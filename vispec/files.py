@@ -18,13 +18,18 @@ _KINDS = {dict: "an object", list: "a list"}
 
 def write_json_atomic(path: str | os.PathLike, value) -> None:
     """The file appears whole or not at all."""
-    write_bytes_atomic(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_bytes_atomic(path, json_bytes(value, indent=1) + b"\n")
 
 
 def write_bytes_atomic(path: str | os.PathLike, content: bytes) -> None:
     """The file appears whole or not at all; one that holds the same may lie where nothing can be written."""
     if not (Path(path).is_file() and Path(path).read_bytes() == content):
         write_atomic(path, lambda file: file.write(content))
+
+
+def json_bytes(value, **options) -> bytes:
+    """A value as JSON; half of a surrogate pair, which UTF-8 has not, is spelt as JSON spells it."""
+    return json.dumps(value, ensure_ascii=False, **options).encode(errors="backslashreplace")
 
 
 def _special(path: Path) -> Path | int | None:

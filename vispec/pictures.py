@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from vispec.cli import one_line
@@ -15,6 +16,9 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM",
 MOST_PIXELS = "VISPEC_MAX_PIXELS"
 """Environment variable: a picture with more pixels is not decoded."""
 MOST_PIXELS_DEFAULT = 80_000_000
+
+WHITES = {"I": (255, 2**16 - 1), "F": (1, 255, 2**16 - 1)}
+"""What white usually is where pixels are 32-bit numbers, by Pillow's mode."""
 
 
 class UnreadableImage(OSError):
@@ -60,7 +64,7 @@ def read_picture(file: str | Path | BinaryIO, on_white: bool = True) -> Image.Im
     except FileNotFoundError:
         raise UnreadableImage("no such file") from None
     except Image.UnidentifiedImageError:
-        raise UnreadableImage(f"no picture, or none of {', '.join(FORMATS)}") from None
+        raise UnreadableImage(f"damaged, no picture, or none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise whatever their code trips over
         raise UnreadableImage(f"{type(error).__name__}: {one_line(error)}") from None
 
@@ -73,13 +77,25 @@ def _known_formats() -> list[str]:
 
 
 def in_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:
-    """A picture of any mode in RGB: 16 bits scaled to 8; see `read_picture` for `on_white`."""
-    if image.mode.startswith("I"):  # convert() would cut values off at 255
+    """A picture of any mode in RGB: what is not stored in 8 bits is scaled; see `read_picture` for `on_white`."""
+    if image.mode.startswith("I;16"):  # convert() would cut values off at 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")
+    elif image.mode in ("I", "F"):
+        image = _from_numbers(image)
+    elif image.mode == "La":  # the one mode that converts to its like alone
+        image = image.convert("LA")
     if not on_white or not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _from_numbers(image: Image.Image) -> Image.Image:
+    """Grey of 32-bit numbers, which do not say what white is: the next of the usual ones that none of them exceeds."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    most = values.max()
+    white = next((white for white in WHITES[image.mode] if most <= white), most)
+    return Image.fromarray((values.clip(min=0) / white * 255).astype(np.uint8))
 
 
 def _check_size(image: Image.Image) -> None:

@@ -4,6 +4,8 @@ A user turn is a list of text, image and video items in the order in which they 
 template makes of it (LLaVA puts images first, Qwen keeps the order) is left to the processor.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +17,12 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from vispec.cli import UserError, one_line
+from vispec.files import read_json
 from vispec.pictures import read_picture
 from vispec.video import Video, video_arguments
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature, ProcessorMixin
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 SYSTEM_TURN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -36,15 +39,29 @@ PIXEL_LIMITS = {"min_pixels": 256 * 28**2, "max_pixels": 1280 * 28**2}
 """Sizes to which Qwen's processor scales images in training data and in most benchmarks."""
 FAMILIES_WITH_PIXEL_LIMITS = ("qwen2_vl", "qwen2_5_vl")
 
+MOST_NARROW = 200
+"""Longer side of a picture over the shorter one that Qwen's processor takes."""
+
 SCRATCH_WORD = "<placeholder>"
 """What processors write in place of image tokens while they count them."""
+
+PROCESSOR_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",
+)  # fmt: skip
+"""All of them hold objects."""
 
 ImageSource: TypeAlias = Image.Image | Callable[[], Image.Image]
 """A picture, or how to open it when it is needed."""
 Item: TypeAlias = str | ImageSource | Video
 
 
-class ReservedWord(UserError):
+class RefusedPrompt(ValueError):
+    """The target's processor cannot take a prompt, such as one with a picture of an odd size; the message says why."""
+
+
+class ReservedWord(RefusedPrompt):
     """A text has what stands for an image or a video; the message names it."""
 
 
@@ -83,24 +100,31 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     Raises:
         UnreadableImage: a picture cannot be read.
         ReservedWord: a text has what stands for an image or a video.
-        UserError: there is no chat template, or it refuses the conversation; the processor refuses the prompt.
+        RefusedPrompt: the processor cannot take it.
+        UserError: there is no chat template, or it refuses the conversation.
     """
+    import torch
+
     shown = [item for turn in turns for item in turn.items if not isinstance(item, str)]
     videos = video_arguments(processor, [item for item in shown if isinstance(item, Video)])
     sources = [item for item in shown if not isinstance(item, Video)]
     images = [source if isinstance(source, Image.Image) else source() for source in sources]
+    images = [_large_enough(processor, image) for image in images]
     _refuse_reserved_words(processor, turns, system, bool(shown))
     text = _rendered(processor, turns, system)
     options = videos if adds_special_tokens(processor.tokenizer, text) else videos | {"add_special_tokens": False}
     try:
         inputs = processor(images=images or None, text=[text], return_tensors="pt", **options)
-    except (MemoryError, RuntimeError):
+    except MemoryError:
         raise
-    except Exception as error:  # for sizes that it cannot divide, or settings of its own that are none
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        shown = f" with pictures of {sizes} pixels" if images else ""
-        raise UserError(f"the target's processor refuses the prompt{shown} ({one_line(error)})") from None
-    return inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
+    except Exception as error:  # whatever its code trips over
+        name, reason = type(processor).__name__, f"{type(error).__name__}: {one_line(error)}"
+        raise RefusedPrompt(f"the target's {name} refuses the prompt ({reason})") from error
+    inputs = inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
+    for part, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise RefusedPrompt(f"the target's processor makes {part} of numbers that are not finite")
+    return inputs
 
 
 def adds_special_tokens(tokenizer, text: str) -> bool:
@@ -119,7 +143,7 @@ def template_errors() -> Iterator[None]:
 
 def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -> str:
     """The text that the chat template makes of a conversation."""
-    template = _chat_template(processor)
+    template = chat_template(processor)
 
     def render(turns: Sequence[Turn], system: str) -> str:
         messages = chat_messages(turns, system)
@@ -136,15 +160,23 @@ def _rendered(processor: "ProcessorMixin", turns: Sequence[Turn], system: str) -
             text = render([user_turn(f"{system}\n\n", *turns[0].items), *turns[1:]], "")
     if "'type': 'text'" in text:
         raise UserError("the target's chat template takes texts alone, and writes down items of a turn as they are")
+    asked = [item for turn in turns for item in turn.items if isinstance(item, str)]
+    words = re.findall(r"\w+", _encodable(asked[-1])) if asked else []
+    if not text or (words and max(words, key=len) not in text):
+        raise UserError("the target's chat template leaves out what is asked")
     return text
 
 
-def _chat_template(processor: "ProcessorMixin") -> str:
-    """The processor's; the tokenizer's where it has none, as when tokenizer_config.json alone holds one."""
+def chat_template(processor) -> str:
+    """The processor's; the tokenizer's where it has none, as when tokenizer_config.json alone holds one.
+
+    Raises:
+        UserError: neither has one.
+    """
     for owner in (processor, getattr(processor, "tokenizer", None)):
         template = getattr(owner, "chat_template", None)
         template = template.get("default") if isinstance(template, dict) else template
-        if template is not None:
+        if template:
             return template
     raise UserError(f"the {type(processor).__name__} of the target has no chat template, so no prompt can be built")
 
@@ -159,23 +191,89 @@ def _refuse_reserved_words(processor: "ProcessorMixin", turns: Sequence[Turn], s
             raise ReservedWord(f"the text holds {word}, which the target's processor keeps for itself")
 
 
-def load_processor(path: str, pixel_limits: bool = False, **limits: int) -> "ProcessorMixin":
+def load_processor(path: str, pixel_limits: bool = False, **options) -> "ProcessorMixin":
     """The target's processor, from a folder or a hub id.
 
     Args:
-        pixel_limits: hold Qwen's images within `PIXEL_LIMITS`.
-        limits: others of them, for whatever family.
+        pixel_limits: holds Qwen's images within `PIXEL_LIMITS`.
+        options: go to its `from_pretrained`.
 
     Raises:
-        ValueError: it cannot be loaded.
+        UserError: it lacks a package, or a file of it is broken.
     """
     from transformers import AutoConfig, AutoProcessor
 
-    from vispec.model.target_files import load_part
+    with _named_errors(path, "processor"):
+        if pixel_limits and AutoConfig.from_pretrained(path).model_type in FAMILIES_WITH_PIXEL_LIMITS:
+            options |= PIXEL_LIMITS
+        processor = AutoProcessor.from_pretrained(path, **options)
+        if hasattr(processor, "num_additional_image_tokens"):
+            _complete(processor, AutoConfig.from_pretrained(path))
+    return processor
 
-    if pixel_limits and load_part(AutoConfig, path).model_type in FAMILIES_WITH_PIXEL_LIMITS:
-        limits = PIXEL_LIMITS | limits
-    return load_part(AutoProcessor, path, **limits)
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a target's processor, with that one's chat template; needs no package that reads images.
+
+    Raises:
+        UserError: a file of it is broken.
+    """
+    from transformers import AutoTokenizer, ProcessorMixin
+
+    with _named_errors(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        values, _ = ProcessorMixin.get_processor_dict(path)
+        tokenizer.chat_template = values.get("chat_template") or tokenizer.chat_template
+    return tokenizer
+
+
+@contextmanager
+def _named_errors(path: str, what: str) -> Iterator[None]:
+    """Transformers trips over a broken file in many ways, and rarely says over which one."""
+    try:
+        yield
+    except ImportError as error:  # transformers 5 wants torchvision for Qwen's processor
+        raise UserError(f"the {what} of {path} lacks a package: {one_line(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        for file in (Path(path, name) for name in PROCESSOR_FILES):
+            if file.is_file():
+                read_json(file)
+        reason = one_line(error)
+        raise UserError(f"{path}: its {what} cannot be loaded ({type(error).__name__}: {reason[:200]})") from None
+
+
+def _complete(processor: "ProcessorMixin", config) -> None:
+    """LLaVA's older processor files leave out what counts an image's tokens, and the target's config knows."""
+    vision = config.vision_config
+    if processor.patch_size is None:
+        processor.patch_size = vision.patch_size
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    if vision.model_type == "clip_vision_model":  # the class token
+        processor.num_additional_image_tokens = 1
+
+
+def _large_enough(processor: "ProcessorMixin", image: Image.Image) -> Image.Image:
+    """A picture that the processor neither mistakes nor refuses for its size.
+
+    Transformers takes an image of 1 or 3 rows for one with so many channels. Older ones of Qwen's processor refuse
+    pictures that are narrower than its patch, newer ones enlarge them: by this very rule.
+    """
+    if image.height in (1, 3):
+        image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+    reads = getattr(processor, "image_processor", None)
+    patch = getattr(reads, "merge_size", 0) * getattr(reads, "patch_size", 0)
+    least = getattr(reads, "min_pixels", None)  # newer ones have another name for it
+    short, long = sorted(image.size)
+    if not type(reads).__name__.startswith("Qwen2VL") or not least or short >= patch or long > MOST_NARROW * short:
+        return image
+    sides = [round(side / patch) * patch for side in image.size]
+    if math.prod(sides) < least:
+        scale = math.sqrt(least / math.prod(image.size))
+        sides = [math.ceil(side * scale / patch) * patch for side in image.size]
+    return image.resize(tuple(sides), Image.Resampling.BICUBIC)
 
 
 def _encodable(text: str) -> str:

@@ -19,7 +19,7 @@ from statistics import fmean
 from vispec.children import start_child
 from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
 from vispec.demo.tau import QUESTIONS, TREES, weights_digest
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 
 FLAGS = {"--lr": "1e-3", "--bs": "16", "--use-ours": "True", "--num-q": "2", "--mtp-steps": "3", "--loss": "ce"}
 """Stage 2 as rebuild.sh runs it, which is the reference of the comparison."""
@@ -165,7 +165,7 @@ def run_side_by_side(commands: Mapping[str, list[str]], logs: Path, jobs: int) -
 def rows_of(heads: Sequence[Head], taus: Path) -> Iterator[dict]:
     """What was found for each head, as plain values."""
     for head in heads:
-        measured = json.loads((taus / f"{head.name}.json").read_text(encoding="utf-8"))["heads"][str(head.folder)]
+        measured = read_json(taus / f"{head.name}.json")["heads"][str(head.folder)]
         lines = read_metrics(head.cpdir)
         yield {
             "variant": head.variant.name,
@@ -246,7 +246,7 @@ def _claim(args, heads: Sequence[Head]) -> None:
         "stage1": weights_digest(newest_state(args.work / "stage1")),
     }
     file = args.out / "settings.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else dict(settings)
+    found = read_json(file) if file.is_file() else dict(settings)
     there = found.pop("commands", {})
     commands = {head.name: shlex.join(["python", "-m", *head.command]) for head in heads if head.command}
     differences = changes(found, settings) or changes(

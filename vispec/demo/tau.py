@@ -6,7 +6,6 @@ Greedy in float32, over the demo's questions, so that all heads give the same an
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from vispec.evaluation.comparison import tau
 from vispec.evaluation.flags import parse_tree
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.measure import Generation, answer_question
-from vispec.files import write_json_atomic
+from vispec.files import read_json, write_json_atomic
 from vispec.model.shape import TreeShape
 
 TREES = (embedded.TREE_NAME, "30/3/8")
@@ -107,7 +106,7 @@ def _begun(path: Path | None, settings: dict) -> dict:
     """What an earlier call has measured."""
     if path is None or not path.is_file():
         return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path)
     if differences := changes(earlier["settings"], settings):
         raise UserError(f"--json {path} holds other measurements ({differences}); choose another file")
     return earlier["heads"]

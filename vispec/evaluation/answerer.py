@@ -19,7 +19,7 @@ from vispec.evaluation.settings import loaded_settings
 from vispec.evaluation.text import answer_text
 from vispec.model.shape import TreeShape
 from vispec.pictures import UnreadableImage
-from vispec.prompts import build_inputs, load_processor
+from vispec.prompts import RefusedPrompt, build_inputs, load_processor
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -47,9 +47,9 @@ class LeftOut:
 
     question_id: QuestionId
     reason: str
-    kind: Literal["unreadable", "too long", "failed", "died"]
-    """Its image cannot be read, its prompt does not fit the target's positions, something was raised, or actors died of
-    it. The last two may be otherwise next time."""
+    kind: Literal["unreadable", "refused", "too long", "failed", "died"]
+    """Its image cannot be read, the target's processor cannot take its prompt, that does not fit the target's
+    positions, something was raised, or actors died of it. The last two may be otherwise next time."""
 
 
 Outcome = dict[str, list[dict]] | LeftOut
@@ -86,6 +86,8 @@ class Answerer:
             raise
         except UnreadableImage as error:
             return LeftOut(name, one_line(error), "unreadable")
+        except RefusedPrompt as error:
+            return LeftOut(name, one_line(error), "refused")
         except Exception as error:  # whatever it is, the other questions are to be answered
             return LeftOut(name, f"{type(error).__name__}: {one_line(error)}", "failed")
 

@@ -190,6 +190,8 @@ def _report_left_out(benchmark: Benchmark, left_out: Sequence[LeftOut]) -> int:
         names[one.kind].append(str(one.question_id))
     if "too long" in names:
         print(f"left out, because their prompt does not fit the target's positions: {', '.join(names['too long'])}")
+    if "refused" in names:
+        print(f"left out, because the target's processor refuses their prompt: {', '.join(names['refused'])}")
     if "unreadable" in names:
         print(f"left out, because their image cannot be read: {', '.join(names['unreadable'])}")
         print(f"the files of {benchmark.name} can be had from {benchmark.source}")

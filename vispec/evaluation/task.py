@@ -1,6 +1,5 @@
 """An answer file that is being filled: resumable, whole after a kill, sorted and free of duplicates at the end."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 from vispec.cli import UserError
 from vispec.evaluation.answer_file import FORMAT, AnswerFile, QuestionId, answer_line, meta_path
 from vispec.evaluation.settings import LOADED
-from vispec.files import remove_unfinished, write_bytes_atomic, write_json_atomic
+from vispec.files import json_bytes, remove_unfinished, write_bytes_atomic, write_json_atomic
 from vispec.locks import held
 
 
@@ -90,8 +89,8 @@ class Task(AnswerFile):
     def append(self, question_id: QuestionId, choices: list[dict]) -> None:
         """Add the answers to a question, each as `choice_of` gives it."""
         line = answer_line(question_id, self.model_id, self.method, choices)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self.path.open("ab") as file:
+            file.write(json_bytes(line) + b"\n")
             file.flush()
         self.lines.setdefault(question_id, line)
 
@@ -114,8 +113,8 @@ class Task(AnswerFile):
 
     def _rewrite(self) -> None:
         lines = [self.lines[name] for name in sorted(self.lines, key=_order)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_bytes_atomic(self.path, text.encode())
+        content = b"".join(json_bytes(line) + b"\n" for line in lines)
+        write_bytes_atomic(self.path, content)
         self.torn = False
 
 

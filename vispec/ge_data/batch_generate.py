@@ -21,9 +21,9 @@ def collate_prompts(prompts: Sequence[Inputs], pad_token_id: int) -> dict[str, t
         if all(v.shape == p["input_ids"].shape for v, p in zip(values, prompts, strict=True)):
             fill = pad_token_id if name == "input_ids" else 0
             values = [torch.nn.functional.pad(v, (longest - v.shape[1], 0), value=fill) for v in values]
-        elif name == "pixel_values" and values[0].dim() == 5:  # (1, tiles, channels, height, width)
+        elif name.startswith("pixel") and values[0].dim() > 2:  # (1, tiles, …), of pixels or of their mask
             tiles = max(v.shape[1] for v in values)
-            values = [torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 0, 0, tiles - v.shape[1])) for v in values]
+            values = [torch.nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, tiles - v.shape[1])) for v in values]
         batch[name] = torch.cat(values)
     return batch
 

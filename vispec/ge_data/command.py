@@ -14,7 +14,7 @@ from vispec.ge_data.report import full_matrices, read_rows, report, rows_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
 from vispec.ge_data.sample_file import write_sample
 from vispec.locks import alone_in
-from vispec.prompts import PIXEL_LIMITS
+from vispec.prompts import PIXEL_LIMITS, load_processor, load_tokenizer
 
 LAST_ROW = 67999
 PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
@@ -159,28 +159,28 @@ def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) ->
 
 def _make_job(stage, family, args, rows):
     import torch
-    from transformers import AutoConfig
 
     from vispec.ge_data.jobs import ImageJob, Settings, TextJob
-    from vispec.model.loading import load_target
+    from vispec.model.loading import load_config, load_target
     from vispec.model.target import Target
-    from vispec.model.target_files import load_part
-    from vispec.prompts import load_processor
 
     names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "aux_layers", "min_pixels", "max_pixels")
     names += ("allow_outside",)
     settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
-    processor = load_processor(args.model, **limits)
-    if stage == "text" and args.store == "tokens":
-        return TextJob(load_part(AutoConfig, args.model), processor, rows, settings, target=None)
+    if stage == "text":
+        tokenizer = load_tokenizer(args.model)
+        if args.store == "tokens":
+            return TextJob(load_config(args.model), tokenizer, rows, settings, target=None)
+    else:
+        processor = load_processor(args.model, **limits)
     device_map = None
     if torch.cuda.is_available():
         device_map = "auto" if args.gpus_per_model > 1 else "cuda"
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     target = Target(load_target(args.model, dtype, device_map))
     if stage == "text":
-        return TextJob(target.config, processor, rows, settings, target)
+        return TextJob(target.config, tokenizer, rows, settings, target)
     return ImageJob(target, processor, rows, settings)
 
 

@@ -5,10 +5,13 @@ tokenizer's offsets say which tokens these characters became. Nothing is counted
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
+from jinja2 import TemplateError
 
-from vispec.prompts import adds_special_tokens, template_errors
+from vispec.cli import UserError, one_line
+from vispec.prompts import adds_special_tokens
 
 Turn = tuple[str, str]
 """Who speaks ("human" or "gpt"), and what."""
@@ -80,42 +83,64 @@ class ChatRenderer:
 
     Args:
         tokenizer: renders the template.
-        template: a chat template that does not change what it has written when a turn is added.
-        system: text of the system turn.
+        template: a chat template.
+        system: text of the system turn; it begins the first human turn where the template refuses it as a turn.
+
+    Raises:
+        UserError: the template cannot be used.
     """
 
     def __init__(self, tokenizer, template: str, system: str):
         self.tokenizer, self.template, self.system = tokenizer, template, system
-        # content is a string to some templates and a list of items to others, which then write nothing for a string
-        self._as_items = "probe" not in self._render([self._message("user", "probe", False)])
+        # content is a string to some templates and a list of items to others, which trip over it or write nothing
+        reason = "it leaves out what is asked"
+        for self._has_system, self._as_items in product((True, False), (False, True)):
+            try:
+                if "probe" in self._render(self._messages([("human", "probe")])):
+                    return
+            except Exception as error:  # a template is a program, which raises what it likes
+                reason = one_line(error)
+        raise UserError(f"the target's chat template cannot be used ({reason})")
 
     def __call__(self, turns: Sequence[Turn]) -> tuple[str, list[CharSpan]]:
-        """The text, and the characters of each answer with its end token."""
-        messages = [self._message("system", self.system, self._as_items)]
+        """The text, and the characters of each answer with its end token.
+
+        Raises:
+            SkipRow: the template refuses the conversation, or changes what it has written when a turn is added.
+        """
+        try:
+            return self._rendered(self._messages(turns))
+        except TemplateError:
+            raise SkipRow("the chat template refuses the conversation") from None
+
+    def _rendered(self, messages: Sequence[dict]) -> tuple[str, list[CharSpan]]:
         text, spans = "", []
-        for role, value in turns:
-            if role == "human":
-                messages.append(self._message("user", value, self._as_items))
+        for end, message in enumerate(messages):
+            if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages, add_generation_prompt=True)
-            messages.append(self._message("assistant", value, self._as_items))
-            before, text = text, self._render(messages)
+            prompt = self._render(messages[:end], add_generation_prompt=True)
+            before, text = text, self._render(messages[: end + 1])
             if not (text.startswith(prompt) and prompt.startswith(before)):
-                raise ValueError("the chat template rewrites earlier turns, so its answers cannot be told apart")
+                raise SkipRow("the chat template rewrites earlier turns, so its answers cannot be told apart")
+            value = message["content"][0]["text"] if self._as_items else message["content"]
             spans.append((len(prompt), len(prompt) + _answer_length(text[len(prompt) :], value)))
         return self._render(messages), spans
 
-    def _render(self, messages, add_generation_prompt: bool = False) -> str:
-        with template_errors():
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            text.encode()  # a template, too, may spell half of a surrogate pair
-            return text
+    def _render(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
 
-    @staticmethod
-    def _message(role: str, text: str, as_items: bool) -> dict:
-        return {"role": role, "content": [{"type": "text", "text": text}] if as_items else text}
+    def _messages(self, turns: Sequence[Turn]) -> list[dict]:
+        texts = [("user" if role == "human" else "assistant", value) for role, value in turns]
+        if self._has_system:
+            texts.insert(0, ("system", self.system))
+        else:
+            texts[0] = ("user", f"{self.system}\n\n{texts[0][1]}")
+        return [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._as_items else text}
+            for role, text in texts
+        ]
 
 
 def _answer_length(rendered: str, value: str) -> int:

@@ -22,10 +22,10 @@ from vispec.ge_data.conversations import (
 from vispec.ge_data.sample_file import Sample, Tokens, make_sample
 from vispec.ge_data.sources import Rows
 from vispec.model.drafts.eagle3 import aux_layers
-from vispec.model.families import image_spans, image_token_id
+from vispec.model.families import image_spans, image_token_id, video_token_id
 from vispec.model.target import Target
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path
-from vispec.prompts import LONG_ANSWER, ReservedWord, build_inputs, image_file, user_turn
+from vispec.prompts import LONG_ANSWER, RefusedPrompt, ReservedWord, build_inputs, chat_template, image_file, user_turn
 
 IMAGE_TAG = "<image>"
 """What marks the image in the human's text of a LLaVA-Pretrain row."""
@@ -68,26 +68,22 @@ class TextJob:
 
     Args:
         config: the target's.
+        tokenizer: the target's, with the chat template.
         target: None where token ids alone are stored, which no model is needed for.
     """
 
-    def __init__(self, config, processor, rows: Rows, settings: Settings, target: Target | None):
+    def __init__(self, config, tokenizer, rows: Rows, settings: Settings, target: Target | None):
         self.target, self.rows, self.settings = target, rows, settings
         self.layers = stored_layers(settings, target)
-        self.image_token = image_token_id(config)
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.media_tokens = _media_tokens(config)
         longest = config.get_text_config().max_position_embeddings
-        limit = min(longest, settings.max_len or longest)
+        limit = min(filter(None, (longest, settings.max_len, tokenizer.model_max_length)))
         if settings.family == "qwen":
-            template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
-            if template is None:
-                raise ValueError("the target's processor and tokenizer have no chat template")
-            self.render = ChatRenderer(self.tokenizer, template, QWEN_SYSTEM)
+            self.render = ChatRenderer(tokenizer, chat_template(tokenizer), QWEN_SYSTEM)
             limit = min(limit, QWEN_MAX_TOKENS)
         else:
             self.render = render_vicuna
-            limit = min(limit, self.tokenizer.model_max_length)
-        self.tokenize = partial(tokenize, self.tokenizer, max_len=limit)
+        self.tokenize = partial(tokenize, tokenizer, max_len=limit)
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
@@ -96,7 +92,7 @@ class TextJob:
 
     def _sample_of(self, index: int) -> Tokens:
         ids, mask = self.tokenize(*self.render(read_turns(self.rows[index])))
-        if self.image_token is not None and (ids == self.image_token).any():
+        if torch.isin(ids, self.media_tokens).any():
             raise SkipRow("image tag in a text conversation")
         if self.target is None:
             return Tokens(ids, mask, [])
@@ -111,8 +107,7 @@ class ImageJob:
         self.layers = stored_layers(settings, target)
         # a target that cannot be asked is no fault of a row
         build_inputs(processor, [user_turn(Image.new("RGB", ORDINARY_PICTURE), LONG_ANSWER)])
-        named = (image_token_id(target.config), getattr(target.config, "video_token_id", None))
-        self.media_tokens = torch.tensor([token for token in named if token is not None])
+        self.media_tokens = _media_tokens(target.config)
 
     def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows.
@@ -157,7 +152,7 @@ class ImageJob:
             inputs = dict(build_inputs(self.processor, [user_turn(question, picture, LONG_ANSWER)]))
         except ReservedWord:
             raise SkipRow("a word of the processor's own in the text") from None
-        except ValueError:  # too small or too narrow
+        except RefusedPrompt:  # too narrow
             raise SkipRow("the processor refuses the image") from None
         if inputs["input_ids"].shape[1] >= self._limit:
             raise SkipRow("prompt exceeds the length limit")
@@ -207,6 +202,12 @@ def stored_layers(settings: Settings, target: Target | None) -> tuple[int, ...]:
         return ()
     asked = settings.aux_layers
     return aux_layers(len(target.decoder.layers), None if asked is None else tuple(sorted(set(asked))))
+
+
+def _media_tokens(config) -> torch.Tensor:
+    """Ids that stand for images and videos, or say that one follows, as Qwen's positions take it."""
+    named = (image_token_id(config), video_token_id(config), getattr(config, "vision_start_token_id", None))
+    return torch.tensor([token for token in named if token is not None], dtype=torch.long)
 
 
 def _outcome(make: Callable[[], object]):

@@ -36,12 +36,11 @@ def full_matrices(stage: str, model: str, dtype: str) -> FullMatrices:
         dtype: as --dtype says it.
     """
     import torch
-    from transformers import AutoConfig
 
     from vispec.ge_data.target_identity import dtype_of
-    from vispec.model.target_files import load_part
+    from vispec.model.loading import load_config
 
-    config = load_part(AutoConfig, model)
+    config = load_config(model)
     found = dtype_of(config, dtype) or torch.bfloat16  # where the config says nothing the smaller dtype is fair
     count = 1 if stage == "text" else 2
     width = config.get_text_config().hidden_size

@@ -1,9 +1,9 @@
 """Which target has made the data: what a manifest says of it, so that features of two targets are never mixed."""
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from vispec.model.target_files import load_part
+from vispec.model.loading import load_config
 from vispec.weights_digest import target_revision
 
 
@@ -17,7 +17,7 @@ def identify_target(model: str, dtype: str) -> dict[str, str | None]:
     Returns:
         model; revision, see `target_revision`; dtype, None where the config does not say it.
     """
-    config = load_part(AutoConfig, model)
+    config = load_config(model)
     found = dtype_of(config, dtype)
     named = found and str(found).removeprefix("torch.")
     return {"model": model, "revision": target_revision(model, config), "dtype": named}
@@ -27,5 +27,7 @@ def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype | None:
     """What `dtype` is for a target; None for "auto" where its config does not say it."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    # the config's key has a new name in transformers 5
-    return getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    # the config's key has a new name in transformers 5, which older versions carry along as it is written
+    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    found = getattr(torch, found.removeprefix("torch."), None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else None

@@ -39,8 +39,6 @@ def single_prompts(model: PreTrainedModel, input_ids: torch.Tensor, inputs: Mapp
         ValueError: the shapes do not fit each other, something else than the left is padded, the images do not fit the
             image tokens, or an input is there whose rows cannot be told apart.
     """
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must have the shape (B, L) with B, L > 0, found {tuple(input_ids.shape)}")
     attention = inputs.get("attention_mask")
     images = [inputs] if len(input_ids) == 1 else _inputs_of_rows(model, input_ids, inputs)
     prompts = []

@@ -45,6 +45,8 @@ def prompt_inputs(arm: Callable, model: PreTrainedModel, input_ids: torch.Tensor
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise TypeError(f"input_ids must be a tensor of ids, found {found}; processors take return_tensors='pt'")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must have the shape (B, L) with B, L > 0, found {tuple(input_ids.shape)}")
     if input_ids.is_meta:
         raise ValueError("input_ids is on the meta device, so there are no ids in it")
     taken = forward_parameters(model)

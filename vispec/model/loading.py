@@ -10,9 +10,10 @@ import torch
 import transformers
 from packaging import version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from vispec.model.arguments import of_kind
-from vispec.model.target_files import check_files, explained, own_head, unread_rope
+from vispec.model.target_files import check_files, check_numbers, explained, own_head, unread_rope
 
 logger = logging.getLogger("vispec")
 
@@ -42,7 +43,8 @@ def load_target(
     # what does not fit is named below, which transformers 5 leaves to its log
     kwargs["ignore_mismatched_sizes"] = True
     with _one_line_errors(path, kwargs) as values:
-        _refuse_draft_head(values)
+        _refuse_parts(values)
+        torch_dtype = _as_saved(values) if torch_dtype == "auto" else torch_dtype
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, **{dtype_name: torch_dtype}, device_map=device_map, output_loading_info=True, **kwargs
         )
@@ -55,6 +57,7 @@ def load_target(
     if misshapen:
         named = textwrap.shorten(", ".join(misshapen), 200, placeholder=" …")
         raise ValueError(f"{path}: config.json asks for other shapes than those of its weights ({named})")
+    check_numbers(path, model.config.get_text_config())
     _check_positions(path, values, model)
     _check_tables(path, model, kwargs.get("subfolder"))
     return model
@@ -67,11 +70,24 @@ def load_outline(path: str) -> PreTrainedModel:
         ValueError: transformers cannot build it.
     """
     check_files(path)
+    config = load_config(path)
+    with _one_line_errors(path, {}), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """A target's config, from a folder or a hub id.
+
+    Raises:
+        ValueError: transformers cannot read it.
+    """
     with _one_line_errors(path, {}) as values:
-        _refuse_draft_head(values)
+        _refuse_parts(values)
         config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise ValueError("its text_config is not read")
+    check_numbers(path, config.get_text_config())
+    return config
 
 
 def one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -145,9 +161,27 @@ def _check_tables(path: str, model: PreTrainedModel, subfolder: str | None) -> N
         )
 
 
-def _refuse_draft_head(values: Mapping) -> None:
-    """The config of a published draft head says that it is a VLM; transformers would build one, at full size."""
+def _as_saved(values: Mapping) -> str | torch.dtype:
+    """What "auto" is: newer versions of transformers save the dtype under another name, which older ones pass over."""
+    return one_dtype(values["dtype"].removeprefix("torch."), None) if isinstance(values.get("dtype"), str) else "auto"
+
+
+def _refuse_parts(values: Mapping) -> None:
+    """What a config's file leaves out or misspells, and transformers would go on without or at its full default size.
+
+    The config of a published draft head says that it is a VLM.
+    """
     kind = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
     parts = sorted(getattr(kind, "sub_configs", ()))
     if parts and not any(part in values for part in parts):
         raise ValueError(f"its config has none of {', '.join(parts)}; is it a draft head?")
+    for part in (*parts, "quantization_config"):
+        if not isinstance(values.get(part, {}), dict):
+            raise ValueError(f"config.json: {part} is {values[part]!r}, expected an object")
+    quantization = values.get("quantization_config", {})
+    if "quant_method" in quantization and not AutoHfQuantizer.supports_quant_method(quantization):
+        method = quantization["quant_method"]
+        raise ValueError(
+            f"config.json: quantization_config.quant_method {method!r} is not known to transformers "
+            f"{transformers.__version__}"
+        )

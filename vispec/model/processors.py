@@ -45,7 +45,8 @@ TEXT_OPTIONS = {
     "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None, "min_length": 0,
     "min_new_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
-    "watermarking_config": None, "stop_strings": None, "guidance_scale": 1,
+    "watermarking_config": None, "stop_strings": None, "guidance_scale": 1, "num_beams": 1, "num_beam_groups": 1,
+    "diversity_penalty": 0, "penalty_alpha": 0, "dola_layers": None, "constraints": None, "force_words_ids": None,
 }  # fmt: skip
 """Options of a generation config that change greedy answers, and what is off."""
 

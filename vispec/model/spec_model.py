@@ -60,7 +60,7 @@ class SpecModel:
         tree: str | TreeShape | None = None,
         fast: bool = True,
     ):
-        if not isinstance(target, torch.nn.Module | Target):
+        if not (isinstance(target, Target) or (isinstance(target, torch.nn.Module) and hasattr(target, "config"))):
             found = type(target).__name__
             raise TypeError(f"target must be a loaded model, found {found}; SpecModel.from_pretrained loads one")
         self.target = target if isinstance(target, Target) else Target(target, fast)
@@ -82,6 +82,8 @@ class SpecModel:
         of_kind("tree", tree, str, TreeShape)
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
+        elif not isinstance(tree, str | TreeShape | None):
+            raise TypeError(f"tree must be a text such as '30/3/8' or a TreeShape, found {tree!r}")
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
             check_branches(self.target, shape)

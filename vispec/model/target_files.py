@@ -13,6 +13,7 @@ from packaging import version
 from safetensors import safe_open
 
 from vispec.files import LFS_POINTER, read_json
+from vispec.model.arguments import number, whole
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
@@ -30,6 +31,18 @@ def check_files(path: str, subfolder: str | None = None) -> None:
         check_safetensors(file)
 
 
+def check_numbers(path: str, config) -> None:
+    """Raises ValueError at a number of a text config that transformers builds a model from, and cannot compute with."""
+    try:
+        whole("num_hidden_layers", config.num_hidden_layers, 1)
+        if getattr(config, "max_position_embeddings", None) is not None:
+            whole("max_position_embeddings", config.max_position_embeddings, 1)
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(config, name, 1)
+            if not (value is None and name == "rope_theta") and number(name, value) <= 0:
+                raise ValueError(f"{name} must be above 0, found {value}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: config.json: {error}") from None
 def load_part(kind: type, path: str, **options):
     """What transformers' `kind`, such as AutoTokenizer, reads from a folder or a hub id.
 
@@ -130,7 +143,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """For each tensor the file beside `index` that has it; raises ValueError where the index does not say that."""
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise ValueError(f"{index}: no weight_map, which says in which file each tensor is: download it again")
     for name in sorted(set(places.values())):
         if Path(name).name != name:
@@ -138,14 +151,19 @@ def weight_map(index: Path) -> dict[str, str]:
     return places
 
 
-def check_safetensors(file: Path) -> None:
-    """Raises ValueError where a file of weights is empty, cut off, or a pointer to itself."""
+def check_fetched(file: Path) -> None:
+    """Raises ValueError where a file of weights is empty, or a pointer to itself."""
     with open(file, "rb") as content:
         start = content.read(len(LFS_POINTER))
     if not start:
         raise ValueError(f"{file}: empty: download it again")
     if start == LFS_POINTER:
         raise ValueError(f"{file}: a git-lfs pointer, not the weights: run `git lfs pull` in that folder")
+
+
+def check_safetensors(file: Path) -> None:
+    """Raises ValueError where a file of weights is empty, cut off, or a pointer to itself."""
+    check_fetched(file)
     try:
         with safe_open(file, framework="pt"):
             pass

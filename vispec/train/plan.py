@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vispec.ge_data.sample_file import Tokens, read_length
-from vispec.model.target_files import load_part
+from vispec.prompts import load_tokenizer
 from vispec.train.losses import chunk_rows
 from vispec.train.samples import SampleFiles, without_tracebacks
 from vispec.train.trainer import Trainer
@@ -98,9 +98,10 @@ def marked_text(sample: Tokens, tokenizer) -> str:
 
 
 def _tokenizer(basepath: str):
-    from transformers import AutoTokenizer
-
-    return load_part(AutoTokenizer, basepath)
+    try:
+        return load_tokenizer(basepath)
+    except ValueError as error:
+        raise ValueError(f"--basepath {basepath}: its tokenizer cannot be read ({error})") from None
 
 
 def _count(samples: SampleFiles, workers: int) -> list[int]:

@@ -4,13 +4,17 @@ Shapes: B samples, L tokens of the longest, H hidden size, F numbers of an input
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
+from vispec.cli import one_line
 from vispec.ge_data.sample_file import SUFFIX, Sample, read_length, read_sample, read_tokens
 from vispec.model.pairs import Span
 
@@ -18,6 +22,9 @@ HELD_OUT = 0.05
 HELD_OUT_SEED = b"seed 0"
 """Of the digests that choose: another one holds out other samples."""
 NOISE_LENGTH = 512
+MOST_SECONDS = 600
+"""That a batch may take to read."""
+SIGNS_OF_WORKERS = ("DataLoader worker (pid", "DataLoader timed out", "shared memory", "No space left on device")
 WINDOW = 16
 """Optimizer steps whose samples are sorted by length together, so that a batch has little padding."""
 
@@ -171,14 +178,29 @@ def collate(items: Sequence[tuple[Sample, torch.Tensor]]) -> Batch:
     )
 
 
-def without_tracebacks(batches: Iterable) -> Iterator:
-    """The batches of a loader; an error of one of its processes is raised as that process said it, in one line."""
+def without_tracebacks(batches: DataLoader) -> Iterator:
+    """The batches of a loader; what goes wrong in one of its processes is one line, and never a wait without end."""
+    if batches.num_workers:
+        batches.timeout, batches.worker_init_fn = MOST_SECONDS, _end_where_nothing_goes_out
     try:
         yield from batches
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if not str(error).startswith("Caught "):
             raise
-        raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        last = str(error).rstrip().splitlines()[-1]
+        raise ValueError(last.partition("Error: ")[2] or last) from None
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in SIGNS_OF_WORKERS):
+            raise
+        raise ValueError(
+            "a process that reads samples has died or gives nothing, perhaps for want of shared memory: "
+            f"--num-workers 0 does without, docker run --shm-size gives more ({one_line(error)[:200]})"
+        ) from None
+
+
+def _end_where_nothing_goes_out(worker: int) -> None:
+    """A process that finds no shared memory for a batch would say so, live on, and be waited for."""
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
 def find_samples(folders: Sequence[str], flag: str = "--tmpdir") -> list[Path]:

@@ -1,14 +1,17 @@
 """Of the target, training needs two tables only: the token embedding and the output head."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
 
 from vispec.files import read_json
-from vispec.model.target_files import HEAD, INDEX, SINGLE, check_safetensors, weight_map
+from vispec.model.target_files import HEAD, INDEX, SINGLE, check_fetched, check_safetensors, weight_map
 
+PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 EMBEDDING = "embed_tokens.weight"
 """Ends the embedding's name, whatever module a family or a version of transformers puts it in."""
 
@@ -50,20 +53,16 @@ def tables_digest(*tables: torch.Tensor) -> str:
 
 def _weight_files(basepath: str) -> dict[str, Path]:
     """The file of each tensor, loaded lazily from the hub."""
-    index = _file(basepath, INDEX)
-    if index is not None:
-        # the other files need not be there
-        ours = {name: place for name, place in weight_map(index).items() if name.endswith((EMBEDDING, HEAD))}
-        files = {name: _file(basepath, place, required=True) for name, place in ours.items()}
-        for file in set(files.values()):
-            check_safetensors(file)
-        return files
-    single = _file(basepath, SINGLE)
-    if single is None:
-        raise ValueError(f"{basepath}: neither {INDEX} nor {SINGLE} there")
-    check_safetensors(single)
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    for all_names, alone in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED)):
+        index = _file(basepath, all_names)
+        if index is not None:
+            # the other files need not be there
+            ours = {name: place for name, place in weight_map(index).items() if name.endswith((EMBEDDING, HEAD))}
+            return {name: _file(basepath, place, required=True) for name, place in ours.items()}
+        single = _file(basepath, alone)
+        if single is not None:
+            return dict.fromkeys(_names(single), single)
+    raise ValueError(f"{basepath}: none of {INDEX}, {SINGLE}, {PICKLED_INDEX}, {PICKLED} there")
 
 
 def _only(files: dict[str, Path], ending: str, basepath: str, optional: bool = False) -> str | None:
@@ -77,9 +76,34 @@ def _only(files: dict[str, Path], ending: str, basepath: str, optional: bool = F
     raise ValueError(f"{basepath}: expected one tensor that ends with {ending}, found {what}")
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
+def _names(path: Path) -> Iterable[str]:
+    if path.suffix != ".safetensors":
+        return _unpickled(path)
+    check_safetensors(path)
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+        return file.keys()
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    if path.suffix == ".safetensors":
+        check_safetensors(path)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    found = _unpickled(path).get(name)
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"{path}: {name} is not in it, or no tensor")
+    return found.clone()
+
+
+def _unpickled(path: Path) -> dict:
+    """The tensors of a .bin file, which stay on disk until they are used."""
+    check_fetched(path)
+    try:
+        # older files are no archives, and read whole
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)))
+    except Exception as error:  # its reader raises many types for a broken file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be read as weights ({reason})") from None
 
 
 def _is_tied(basepath: str) -> bool:

@@ -1,6 +1,5 @@
 """What a benchmark is, and what its loaders share: files that may be missing, rows that may be wrong, the hub."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vispec.cli import UserError, one_line
+from vispec.files import parse_json
 from vispec.pictures import UnreadableImage, in_rgb, read_picture
 from vispec.prompts import ImageSource, Turn
 
@@ -108,26 +108,13 @@ def first_shuffled(rows: Sequence[Any], count: int) -> list:
 
 def read_json(path: Path, benchmark: str, source: str) -> Any:
     """A data file of a benchmark; a missing or broken one is named, with the place where it can be had."""
-    text = _read(path, benchmark, source)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{benchmark}: {path} is no valid JSON ({error}); get it again from {source}") from None
+    return _parsed(_read(path, benchmark, source), str(path), benchmark, source)
 
 
 def read_json_lines(path: Path, benchmark: str, source: str) -> list[Any]:
     """A data file with one JSON value a line; blank lines do not count."""
-    rows = []
-    for number, line in enumerate(_read(path, benchmark, source).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{benchmark}: {path}, line {number} is no valid JSON ({error}); get it again from {source}"
-            ) from None
-    return rows
+    lines = enumerate(_read(path, benchmark, source).split(b"\n"), start=1)
+    return [_parsed(line, f"{path}, line {number}", benchmark, source) for number, line in lines if line.strip()]
 
 
 def text_of(row: Mapping, name: str) -> str:
@@ -170,26 +157,31 @@ def benchmark_image(path: Path) -> ImageSource:
 def _decode(data: "Dataset", row: int) -> "Image.Image":
     """Raises UnreadableImage."""
     try:
-        picture = data[row]["image"]
+        picture = data[row].get("image")
+        if picture is None:
+            raise UnreadableImage("there is no image")
+        return in_rgb(picture, on_white=False)
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder trips over
         raise UnreadableImage(f"row {row} of the data set: {one_line(error)}") from None
-    if picture is None:
-        raise UnreadableImage(f"row {row} of the data set has no image")
-    return in_rgb(picture, on_white=False)
 
 
-def _read(path: Path, benchmark: str, source: str) -> str:
+def _read(path: Path, benchmark: str, source: str) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{benchmark}: {path.name} is missing, looked for in {path.parent.resolve()} (--data-folder); "
             f"get it from {source}"
         ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{benchmark}: {path} is no UTF-8 text ({error}); get it again from {source}") from None
+
+
+def _parsed(content: bytes, name: str, benchmark: str, source: str) -> Any:
+    try:
+        return parse_json(content, name)
+    except ValueError as error:
+        raise UserError(f"{benchmark}: {error}; get it again from {source}") from None
 
 
 def _distinct(questions: list[Question]) -> list[Question]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from vispec.files import write_atomic
+from vispec.files import parse_json, write_atomic
 from vispec.model.products import Products
 from vispec.model.target import Target
 from vispec.model.target_files import load_part
@@ -63,10 +63,10 @@ class DraftVocabulary:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                note = json.loads((file.metadata() or {})["vispec"])
+                note = dict(parse_json((file.metadata() or {})["vispec"].encode(), "its note"))
                 ids = file.get_tensor("token_ids")
             format, made_for, found = note.pop("format"), note.pop("vocab_size"), note.pop("fingerprint")
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a draft vocabulary ({error})") from None
         if format != FORMAT:
             raise ValueError(f"{path}: a draft vocabulary of format {format}, expected {FORMAT}")
