@@ -34,7 +34,10 @@ from vispec.evaluation.families.prompts import batch_of, prompt_of
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.evaluation.families.trial import random_head
 from vispec.model.drafts import Draft, PromptLookup
+from vispec.model.shape import AUTO, TreeShape
 
+CHAIN = "2/0/1"
+"""A tree that every target can follow."""
 DRAFTS = ("lookup", "vispec", "eagle2", "medusa", "oracle")
 
 
@@ -85,7 +88,7 @@ class Case:
 
     @property
     def batch(self) -> Inputs:
-        return self.prompts[0] if len(self.prompts) == 1 else batch_of(self.family, self.prompts)
+        return self.prompts[0] if len(self.prompts) == 1 else batch_of(self.prompts, self.family.join)
 
     def new_tokens(self, output: torch.Tensor) -> list[list[int]]:
         return output[:, -(output.shape[1] - self.batch["input_ids"].shape[1]) :].tolist()
@@ -152,7 +155,7 @@ def decoding_round(seed: int, found: Found) -> None:
     name, case = made
     where = f"decoding, seed {seed} ({name}, {len(case.prompts)} rows, {case.options}, trees {', '.join(case.trees)})"
     try:
-        plain = SpecModel(case.model, PromptLookup(), tree=case.trees[0], fast=case.fast)
+        plain = SpecModel(case.model, PromptLookup(), tree=CHAIN, fast=case.fast)
     except ValueError as error:
         found.counts["refused"] += 1
         found.refused[str(error)] += 1
@@ -201,7 +204,8 @@ def models(
     dice: random.Random, case: Case, plain: SpecModel, texts: list[torch.Tensor]
 ) -> Iterator[tuple[str, SpecModel]]:
     """The target with the draft that knows the answers, and with another one, each with a tree of its own."""
-    for draft, tree in zip(("oracle", dice.choice(DRAFTS)), case.trees, strict=True):
+    for draft, asked in zip(("oracle", dice.choice(DRAFTS)), case.trees, strict=True):
+        tree = asked if asked == AUTO else plain.target.fit(TreeShape.parse(asked))
         yield f"{draft} {tree}", plain.with_tree(tree, draft_of(draft, case.model, texts))
 
 

@@ -1,5 +1,6 @@
 """A family of VLMs as data, and a tiny random model of it."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def config_of(family: Family) -> PretrainedConfig | None:
     made = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else None
     if made is None or not (family.made_by or made in AutoModelForImageTextToText._model_mapping):
         return None
-    return made(**family.config)
+    return made(**copy.deepcopy(family.config))  # some classes take their values out of it
 
 
 def tiny_model(family: Family, seed: int = 0) -> PreTrainedModel | None:
