@@ -130,7 +130,7 @@ def test_no_target_or_draft():
     target = random_target("llava_1.5", 0)
     with pytest.raises(TypeError, match="target must be a loaded model, found Linear"):
         SpecModel(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="tree must be a text such as '30/3/8' or a TreeShape, found 5"):
+    with pytest.raises(TypeError, match="tree must be str or TreeShape, found 5"):
         SpecModel(target, tree=5)
     with pytest.raises(TypeError, match="target must be a loaded model, found str; SpecModel.from_pretrained loads"):
         SpecModel("x")

@@ -82,8 +82,6 @@ class SpecModel:
         of_kind("tree", tree, str, TreeShape)
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
-        elif not isinstance(tree, str | TreeShape | None):
-            raise TypeError(f"tree must be a text such as '30/3/8' or a TreeShape, found {tree!r}")
         elif tree is not None:
             shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
             check_branches(self.target, shape)
