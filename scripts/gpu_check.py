@@ -1,6 +1,7 @@
 """All checks and measurements that need a GPU: times beside their floors, exact outputs, then one table.
 
 sh scripts/gpu_check.sh                                                   # everything, at most nine minutes
+sh scripts/gpu_check.sh --train                                           # training instead: gpu_train_check.py
 sh scripts/gpu_check.sh --device cpu --runs llama-135m/float32/8192       # tries the script itself without a GPU
 
 Times: `vispec.evaluation.bench` and `bench_batches.py` with random weights at published sizes. Exact outputs:
@@ -41,6 +42,8 @@ LEAST_P_VALUE = 1e-4
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.train:
+        return subprocess.call([sys.executable, str(ROOT / "scripts" / "gpu_train_check.py"), "--device", args.device])
     started, out = time.monotonic(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     commands = {run: bench_command(run, args, out) for run in args.runs}
@@ -68,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--train", action="store_true", help="check training instead, at most six minutes: see gpu_train_check.py")
     add("--runs", nargs="*", default=list(RUNS), metavar="NAME/DTYPE[/DRAFT-VOCAB]", help="default: four targets")
     add("--batches", default=BATCHES, metavar="NAME/DTYPE", help="whose batches are timed; '' for none (%(default)s)")
     add("--trees", nargs="+", default=["30/3/8"], metavar="N/d/k")
@@ -101,14 +105,18 @@ def bench_command(run: str, args: argparse.Namespace, out: Path) -> list[str]:
     return ["-m", "vispec.evaluation.bench", *flags, *(["--draft-vocab", *vocabulary] if vocabulary else [])]
 
 
+def environment() -> dict[str, str]:
+    """Of a part's process: this checkout, and no network."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def in_a_process(command: list[str], log: Path, limit: float) -> str | None:
     """Run python with these arguments; what went wrong, None if nothing did."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w") as file:
         try:
             done = subprocess.run(
-                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, timeout=limit, env=environment
+                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, timeout=limit, env=environment()
             )
         except subprocess.TimeoutExpired:
             return f"not finished within {limit:.0f} s"

@@ -88,6 +88,22 @@ def test_push(tmp_path, monkeypatch):
     assert 'SpecModel.from_pretrained("llava-hf/llava", "someone/head")' in card.text and "| lr | 0.5 |" in card.text
 
 
+def test_push_without_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="someone/head"))
+
+    def upload_folder(self, *, folder_path, **options):
+        shutil.copytree(folder_path, tmp_path / "head")
+        return SimpleNamespace(commit_url="")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    head = bare_head(CONFIG, "vispec", seed=1)
+    head.push_to_hub("head", dtype=torch.bfloat16, embedding=False)
+    with pytest.raises(ValueError, match="no embed_tokens.weight, and no target to take it from"):
+        BaseHead.from_pretrained(tmp_path / "head")
+    table = head.embed_tokens.weight.detach().bfloat16()
+    assert same_tensors(BaseHead.from_pretrained(tmp_path / "head", embedding=table), head.bfloat16())
+
+
 @pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56), reason="no custom_generate before"
 )

@@ -61,9 +61,6 @@ def assert_right(product: Product, rows: int) -> None:
     assert (found.float() - right.float()).abs().max() <= limit
 
 
-# --- numbers ---
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "name"), KERNELS, ids=str)
 def test_every_kernel_says_what_linear_says(dtype, name, bias, monkeypatch):

@@ -62,7 +62,7 @@ def test_rows_go_their_own_ways_and_leave_when_they_end(name):
     end = int(alone[0][-NEW + 5])
     texts = [own(model, prompt, eos_token_id=end, pad_token_id=0)[0].tolist() for prompt in prompts]
     spec = SpecModel(model, oracle(model, alone), tree="5/3/1")
-    batch = batch_of(FAMILIES[name], prompts)
+    batch = batch_of(prompts, FAMILIES[name].join)
     answers = spec.generate(**batch, do_sample=False, max_new_tokens=NEW, eos_token_id=end, pad_token_id=0)
     width = batch["input_ids"].shape[1]
     for answer, text, prompt in zip(answers.tolist(), texts, prompts, strict=True):

@@ -16,9 +16,9 @@ def _quiet(caplog):
 
 
 def test_random_decoding(tmp_path):
-    found = soak(("decoding",), seed=0, minutes=5, rounds=24, folder=tmp_path)
+    found = soak(("decoding",), seed=0, minutes=5, rounds=16, folder=tmp_path)
     assert not found.failures
-    assert found.counts["prompts"] > 10 and found.counts["comparisons"] > 50 and found.counts["accepted tokens"] > 200
+    assert found.counts["prompts"] > 8 and found.counts["comparisons"] > 30 and found.counts["accepted tokens"] > 100
 
 
 def test_other_tokens_are_told_with_their_seed(tmp_path, monkeypatch, capsys):

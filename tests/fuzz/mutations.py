@@ -24,6 +24,25 @@ ODD_TEXTS = (
     "é", "True", "None", "[]", "../x", "nowhere/at/all", "{T}", "%s", "x" * 5000, "30/3/8", "0/0/0", "auto",
 )  # fmt: skip
 """Values of flags."""
+CONFIGS_OF_OTHERS = (
+    {}, {"head_dim": 16}, {"rope_scaling": {"mrope_section": [2, 3, 3]}}, {"rope_parameters": {"rope_theta": 1e4}},
+    {"transformer_layer_config": {"head_dim": 16}, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+)  # fmt: skip
+"""Configs of draft heads say more where others have made them."""
+CONFIG_KEYS = (
+    ("text_config", "vocab_size", 99), ("text_config", "hidden_act", "none-such"),
+    ("text_config", "rope_scaling", {"rope_type": "none-such", "factor": 2.0}), ("text_config", "rope_scaling", "x"),
+    ("text_config", "num_attention_heads", 0), ("text_config", "num_hidden_layers", 99),
+    ("text_config", "hidden_size", 65), (None, "quantization_config", {"quant_method": "gptq", "bits": 4}),
+    (None, "model_type", "none-such"), (None, "model_type", 3), ("vision_config", "hidden_size", -1),
+)  # fmt: skip
+"""Of a target's config what no version of transformers knows, or what its weights are not."""
+TEMPLATES = (
+    "{{ raise_exception('System role not supported') }}", "{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}",
+    "{% for", "{{ messages[99].role }}", "{{ 1 / 0 }}", "{{ none_such() }}",
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}",
+)  # fmt: skip
+"""Chat templates that refuse, that want strings, and that are none."""
 
 
 def text_bytes(rng: random.Random, content: bytes) -> tuple[bytes, str, bool]:

@@ -99,6 +99,8 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     for name in ("allow_outside", "aux_layers"):
         if not arguments.get(name):  # runs that are there may have been begun without the flag
             arguments.pop(name, None)
+    if "aux_layers" in arguments:  # a manifest has plain values
+        arguments["aux_layers"] = " ".join(map(str, sorted(set(args.aux_layers))))
     arguments = {"stage": stage, "family": family, **arguments, "end": end}
     target = identify_target(args.model, args.dtype)
     groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)

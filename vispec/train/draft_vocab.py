@@ -21,7 +21,7 @@ from vispec.ge_data.run_folder import MANIFEST, read_manifest
 from vispec.ge_data.sample_file import read_tokens
 from vispec.model.drafts.hub import CARD, with_vocabulary_section
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
-from vispec.prompts import load_tokenizer
+from vispec.model.target_files import check_files, load_part
 from vispec.train.samples import find_samples, hold_out
 
 COMPARED_SIZES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -110,8 +110,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _model_of(folders: Sequence[str]) -> str:
     """The target that the manifests of some data folders name."""
-    manifests = [path for folder in folders for path in sorted(Path(folder).rglob(MANIFEST))]
-    models = {read_manifest(path.parent)["arguments"].get("model") for path in manifests}
+    places = [path.parent for folder in folders for path in sorted(Path(folder).rglob(MANIFEST))]
+    models = {read_manifest(place)["arguments"].get("model") for place in places}
     if len(models) != 1 or None in models:
         found = ", ".join(sorted(map(str, models))) or "none"
         raise UserError(f"--base-model-path is needed: the data's {MANIFEST} should name one target, found {found}")
@@ -120,13 +120,10 @@ def _model_of(folders: Sequence[str]) -> str:
 
 def _read_target(base: str):
     """Tokenizer of a target, the size V of its vocabulary, and its special and end tokens."""
-    from transformers import GenerationConfig
-
-    from vispec.model.loading import load_config
-    from vispec.model.target_files import check_files
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        tokenizer, config = load_tokenizer(base), load_config(base)
+        tokenizer, config = load_part(AutoTokenizer, base), load_part(AutoConfig, base)
     except ValueError as error:
         raise UserError(f"--base-model-path {base}: no tokenizer and config can be read there ({error})") from None
     check_files(base)  # the generation config among them

@@ -18,7 +18,7 @@ from vispec.evaluation.families.family import (
     Shown,
 )
 from vispec.evaluation.families.further import SAM
-from vispec.evaluation.families.grids import EXPERTS, FLAT, MARKS, QWEN3_TOWER, TOWER, grid_clips, grids, mrope
+from vispec.evaluation.families.grids import EXPERTS, FLAT, MARKS, QWEN3_TOWER, grid_clips, grids, mrope
 from vispec.evaluation.families.squares import BOTH_MARKS, CLIP, EVERY_OTHER, GRANITE, LAYERS, WINDOWED
 from vispec.evaluation.families.squares import MARKS as IMAGE_MARKS
 from vispec.evaluation.families.tiles import PINPOINTS, fill_rows, packed
@@ -42,7 +42,7 @@ _VISUAL = 20
 """Ids of ordinary text that also stand for a quantised patch."""
 _SHAPES = ((4, 4), (2, 4))
 _DOTS = ((4, 6), (2, 4))
-_PATCH = (3 * 2 * 7 * 7,)
+_PATCH = (FLAT,)
 
 
 def shaped(sizes: list[int]) -> Shown:
@@ -175,21 +175,44 @@ FAMILIES = {
     "lfm2_vl (full attention)": Family("lfm2_vl", _lfm2("full_attention", "full_attention"), shaped),
     "qwen3_5": Family(
         "qwen3_5",
-        {"text_config": {**TEXT, **_DELTA_NETS}, "vision_config": TOWER | {"num_position_embeddings": 16}, **MARKS},
-        grids((FLAT,)),
-        grid_clips((FLAT,), stamped=True),
+        {"text_config": {**TEXT, **_DELTA_NETS}, "vision_config": QWEN3_TOWER, **MARKS},
+        grids(_PATCH),
+        grid_clips(_PATCH, stamped=True),
         remark=_TWO_OF_THREE,
     ),
     "qwen3_5_moe": Family(
         "qwen3_5_moe",
         {
             "text_config": {**TEXT, **_DELTA_NETS, **EXPERTS, "shared_expert_intermediate_size": 32},
-            "vision_config": TOWER | {"num_position_embeddings": 16},
+            "vision_config": QWEN3_TOWER,
             **MARKS,
         },
-        grids((FLAT,)),
-        grid_clips((FLAT,), stamped=True),
+        grids(_PATCH),
+        grid_clips(_PATCH, stamped=True),
         remark=_TWO_OF_THREE,
+    ),
+    **{
+        kind: Family(
+            kind,
+            {
+                "text_config": {**TEXT, **_DELTA_NETS, "model_type": "qwen3_5_text"},
+                "vision_config": {**SQUARE, "insert_layer_id": 0},
+                "image_token_id": IMAGE,
+                "video_token_id": VIDEO,
+            },
+            remark=f"{_TWO_OF_THREE}; text alone",
+        )
+        for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
+    },
+    "lfm3_vl": Family(
+        "lfm3_vl",
+        {
+            "text_config": {**TEXT, "model_type": "lfm3", "num_hidden_layers": 3}
+            | {"layer_types": ["conv", "full_attention", "conv"]},
+            "vision_config": {**VISION, "patch_size": 7},
+            "image_token_id": IMAGE,
+        },
+        remark=f"{_CONVOLUTIONS}; text alone",
     ),
     "gemma4_unified": Family(
         "gemma4_unified",

@@ -287,7 +287,11 @@ def load_draft(
     """
     config, weights_file = checkpoints.find_draft(path, **hub)
     weights, config = checkpoints.read_weights(weights_file, config)
-    head = build_head(config, **checkpoints.identify(weights, config, weights_file, method, num_q))
+    found = checkpoints.identify(weights, config, weights_file, method, num_q)
+    try:
+        head = build_head(config, **found)
+    except (TypeError, ValueError) as error:  # a config that this kind of head cannot have
+        raise ValueError(f"{weights_file.with_name(checkpoints.CONFIG)}: {error}") from None
     checkpoints.fill(head, weights, weights_file, dtype, embedding if head.target_size == config.hidden_size else None)
     head.embed_tokens.weight.requires_grad_(False)
     vocabulary_file = checkpoints.find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None

@@ -32,11 +32,11 @@ def save_draft(head: nn.Module, folder: str | Path, dtype: torch.dtype | None = 
     Each file appears whole or not at all.
 
     Args:
-        dtype: of the tensors in the file; the head's when None.
+        dtype: of the floating tensors in the file; the head's when None.
         embedding: False leaves the embedding table out: the head then loads with its target, which has it.
     """
-    tensors = head.state_dict() if embedding else own_tensors(head)
-    tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    tensors = _converted(head.state_dict() if embedding else own_tensors(head), dtype)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(Path(folder) / SAFETENSORS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     write_json_atomic(Path(folder) / CONFIG, head.config.to_dict())
     if head.draft_vocab is not None:
@@ -50,12 +50,21 @@ def own_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in head.state_dict().items() if name != EMBEDDING}
 
 
+def _converted(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Floating tensors in a dtype; EAGLE-3 has tables of tokens beside them."""
+    return {name: one.to(dtype) if dtype and one.is_floating_point() else one for name, one in tensors.items()}
+
+
 def read_config(path: str | Path) -> DraftConfig:
     """Read a draft head's config file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file")
-    return DraftConfig.from_dict(flat_config(read_json(path)), source=str(path))
+    try:
+        values = flat_config(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    return DraftConfig.from_dict(values, source=str(path))
 
 
 def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
@@ -227,7 +236,7 @@ def fill(
         _compare_embedding(weights[EMBEDDING], embedding, path)
     _check_tensors(head, weights, path)
     refuse_not_finite(str(path), weights.items())
-    weights = {n: w.to(dtype) if dtype and w.is_floating_point() else w for n, w in weights.items()}
+    weights = _converted(weights, dtype)
     if embedding is not None and _same(weights[EMBEDDING], embedding):
         weights[EMBEDDING] = embedding.detach()  # the target's own table: no second copy in memory
     head.load_state_dict(weights, assign=True)

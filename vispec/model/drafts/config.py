@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 
-from vispec.model.arguments import number, whole
+from vispec.model.arguments import number, of_kind, whole
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
          "num_hidden_layers", "max_position_embeddings")  # fmt: skip
@@ -74,6 +74,10 @@ class DraftConfig:
             if whole(name, getattr(self, name), 1) > LARGEST:
                 raise ValueError(f"{name} must be at most {LARGEST}, found {getattr(self, name)}")
         whole("head_dim", self.head_dim, 2)
+        of_kind("rope_scaling", self.rope_scaling, dict)
+        of_kind("mrope_section", self.mrope_section, list)
+        for angles in self.mrope_section or ():
+            whole("mrope_section", angles, 0)
         for name in ("rms_norm_eps", "rope_theta"):
             if number(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")

@@ -23,6 +23,8 @@ def flat_config(values: dict) -> dict:
         values = {**layer, **{name: value for name, value in values.items() if name != "transformer_layer_config"}}
         listed = values.pop(AUX_LAYERS, None)
         if listed is not None:
+            if not isinstance(listed, list) or not all(type(number) is int for number in listed):
+                raise ValueError(f"{AUX_LAYERS} is {listed!r:.60}, expected numbers of layers")
             values["eagle_config"] = {AUX_LAYERS: [number - 1 for number in listed]}
         values["architectures"] = ["LlamaForCausalLMEagle3"]
     rope = values.get("rope_parameters")
