@@ -52,19 +52,6 @@ def test_what_is_packaged_beside_the_code(monkeypatch):
             assert any(path.is_file() for path in ROOT.joinpath(*package.split(".")).glob(pattern)), pattern
 
 
-def test_an_error_begins_a_line_of_its_own(monkeypatch, capsys):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-
-    def fail():
-        for _ in tqdm(range(9), disable=False):
-            raise ValueError("no")
-
-    with pytest.raises(SystemExit):
-        run_cli(fail)
-    *_, bar, error = capsys.readouterr().err.splitlines()
-    assert "0/9" in bar and error == "error: no"
-
-
 def test_a_terminal_that_lacks_a_character_ends_no_run(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", terminal)

@@ -100,23 +100,20 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except (ValueError, OSError) as error:
-        _close_bars()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         if os.environ.get("VISPEC_TRACEBACK"):
             raise
         code = 1
     except KeyboardInterrupt:
-        _close_bars()
-        print(INTERRUPTED, file=sys.stderr)
+        _say(INTERRUPTED)
         code = 130
     sys.exit(code)
 
 
-def _close_bars() -> None:
-    """What is printed next would be glued to a progress bar that is still drawn."""
-    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    for bar in list(getattr(bars, "_instances", ())):
-        bar.close()
+def _say(line: str) -> None:
+    """On a line of its own, also where a bar is being drawn."""
+    tqdm = sys.modules.get("tqdm")
+    (tqdm.tqdm.write if tqdm else print)(line, file=sys.stderr)
 
 
 def tell_interrupts() -> None:
