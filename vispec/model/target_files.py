@@ -43,26 +43,6 @@ def check_numbers(path: str, config) -> None:
                 raise ValueError(f"{name} must be above 0, found {value}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: config.json: {error}") from None
-def load_part(kind: type, path: str, **options):
-    """What transformers' `kind`, such as AutoTokenizer, reads from a folder or a hub id.
-
-    Raises:
-        ValueError: it cannot be read; names the file where that is one of the folder's and no JSON.
-    """
-    what = kind.__name__.removeprefix("Auto").lower()
-    try:
-        return kind.from_pretrained(path, **options)
-    except MemoryError:
-        raise
-    except ImportError as error:  # transformers 5 wants torchvision for Qwen's processor
-        raise ValueError(f"the {what} of {path} lacks a package: {' '.join(str(error).split())}") from None
-    except Exception as error:  # transformers trips over a broken file in many ways, and rarely says over which one
-        for file in sorted(Path(path).glob("*.json")) if Path(path).is_dir() else ():
-            read_json(file, None)
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its {what} cannot be loaded ({type(error).__name__}: {reason})") from None
-
-
 def own_head(path: str, subfolder: str | None = None) -> torch.Tensor | None:
     """The output head (V, H) in the files of a folder; None where they have none."""
     folder = Path(path, subfolder or "")

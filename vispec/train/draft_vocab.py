@@ -21,7 +21,7 @@ from vispec.ge_data.run_folder import MANIFEST, read_manifest
 from vispec.ge_data.sample_file import read_tokens
 from vispec.model.drafts.hub import CARD, with_vocabulary_section
 from vispec.model.drafts.vocabulary import DraftVocabulary, fingerprint
-from vispec.model.target_files import check_files, load_part
+from vispec.model.target_files import check_files
 from vispec.train.samples import find_samples, hold_out
 
 COMPARED_SIZES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -120,10 +120,13 @@ def _model_of(folders: Sequence[str]) -> str:
 
 def _read_target(base: str):
     """Tokenizer of a target, the size V of its vocabulary, and its special and end tokens."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
+
+    from vispec.model.loading import load_config
+    from vispec.prompts import load_tokenizer
 
     try:
-        tokenizer, config = load_part(AutoTokenizer, base), load_part(AutoConfig, base)
+        tokenizer, config = load_tokenizer(base), load_config(base)
     except ValueError as error:
         raise UserError(f"--base-model-path {base}: no tokenizer and config can be read there ({error})") from None
     check_files(base)  # the generation config among them
