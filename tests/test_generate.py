@@ -167,7 +167,7 @@ def test_user_errors(flags, message):
     ("flags", "message"),
     [
         (["--image", "missing.png", "what?"], "^--image missing.png: cannot be read as a picture .no such file.$"),
-        (["--image", __file__, "what?"], f"^--image {__file__}: cannot be read as a picture .no picture"),
+        (["--image", __file__, "what?"], f"^--image {__file__}: cannot be read as a picture .damaged, no picture"),
         (["--image", str(ROOT), "what?"], f"^--image {ROOT}: cannot be read as a picture .IsADirectoryError"),
         (["--temperature", "-1", "what?"], "^temperature must not be negative, found -1.0$"),
         (["--temperature", "nan", "what?"], "^temperature must be a finite number, found nan$"),
@@ -230,5 +230,5 @@ def test_as_a_command(picture):
     assert done.returncode == 0 and "vispec " in done.stdout, done.stderr
     wrong = subprocess.run([*command, "--image", "no.png", "what?"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 1
-    assert wrong.stderr.strip().splitlines()[-1]== "error: --image no.png: cannot be read as a picture (no such file)"
+    assert wrong.stderr.strip().splitlines()[-1] == "error: --image no.png: cannot be read as a picture (no such file)"
     assert "Traceback" not in wrong.stderr

@@ -124,7 +124,7 @@ def test_a_picture_from_the_web_is_that_of_the_file(server, picture, capsys):  #
     [
         ("/gone.png", r"cannot be fetched \(HTTP Error 404: Not Found\)$"),
         ("/large", r"cannot be fetched \(larger than 9,000 bytes\)$"),
-        ("/text", r"cannot be read as a picture \(no picture, or none of "),
+        ("/text", r"cannot be read as a picture \(damaged, no picture, or none of "),
     ],
 )
 def test_a_picture_that_cannot_be_had_is_one_line(server, path, message, monkeypatch):  # noqa: F811

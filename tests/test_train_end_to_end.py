@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_with_the_same_files(data, samples, tmp_path, mo
 
     def write(path, *rest):
         if len(written) == 2:
-            path.with_name(f".{path.name}.left").write_bytes(b"half")
+            path.with_name(f".{path.name}.abcd1234.unfinished").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path)
         return write_sample(path, *rest)
