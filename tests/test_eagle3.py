@@ -369,7 +369,10 @@ def test_targets_whose_layers_pass_on_something_else_are_refused(monkeypatch):
     layer = target.decoder.layers[1]
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda hidden, *args, **kwargs: forward(hidden[0], *args, **kwargs))
-    before = target.decoder.layers[0].register_forward_hook(lambda module, args, out: (out[0][None], *out[1:]))
+    # a layer gives a tuple in older versions, and one tensor in newer ones
+    before = target.decoder.layers[0].register_forward_hook(
+        lambda module, args, out: (out[0][None], *out[1:]) if isinstance(out, tuple) else out[None]
+    )
     inputs = image_prompt(target.model, 0, ".")
     ids = inputs.pop("input_ids")
     try:
