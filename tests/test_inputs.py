@@ -126,6 +126,26 @@ def test_image_tokens_without_pixels(arm, family):
         answered(model, arm, **inputs, max_new_tokens=3)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("llava_1.5", "vision_feature_layer", -99),
+        ("llava_1.5", "vision_feature_layer", "x"),
+        ("llava_next", "image_grid_pinpoints", []),
+        ("llava_next", "image_grid_pinpoints", "x"),
+        ("qwen2_5_vl", "image_token_id", None),
+    ],
+)
+def test_odd_values_of_a_config_are_one_line(family, name, value):
+    """They are of the right kind for the config, and code of transformers trips over them at the first picture."""
+    target = random_target(family, 0)
+    inputs = image_prompt(target, 0, "a.")
+    object.__setattr__(target.config, name, value)  # configs of transformers 5 look at what is set
+    with pytest.raises(ValueError, match="cannot read the prompt; does its config fit|image token") as error:
+        SpecModel(target).baseline_generate(**inputs, max_new_tokens=2)
+    assert "\n" not in str(error.value)
+
+
 def test_no_target_or_draft():
     target = random_target("llava_1.5", 0)
     with pytest.raises(TypeError, match="target must be a loaded model, found Linear"):

@@ -1,7 +1,8 @@
 """Targets that cannot decode trees, refused by name when they are handed over: each with the one line that says why."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -65,6 +66,24 @@ def refuse_decoder(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Modul
     attention = type(getattr(decoder.layers[0], "self_attn", None)).__name__
     if "Flash" in attention:  # older transformers choose the class of a layer when the model is built
         raise ValueError(f"{attention} cannot take a tree mask: load the target with attn_implementation='sdpa'")
+
+
+@contextmanager
+def naming_config(model: PreTrainedModel) -> Iterator[None]:
+    """Around a prompt's pass: where code of transformers trips over an odd value of the config, one line says so.
+
+    Raises:
+        ValueError: for whatever was raised but for want of memory.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(model).__name__} cannot read the prompt; does its config fit? ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def refuse_not_finite(name: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -35,7 +35,7 @@ from vispec.model.parts import (
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
 from vispec.model.recurrent import RecurrentLayers, known_states
-from vispec.model.refusals import refuse_decoder, refuse_layers, refuse_not_finite
+from vispec.model.refusals import naming_config, refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
 from vispec.model.shape import TreeShape
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
@@ -243,7 +243,8 @@ class Target:
         """
         batch, length = input_ids.shape
         refuse_missing(self.model, inputs)
-        spans = image_spans(self.model, input_ids, inputs)
+        with naming_config(self.model):
+            spans = image_spans(self.model, input_ids, inputs)
         inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
         if self._rope_owner is not None:  # Qwen's Omni looks for images only where there is a mask
             inputs.setdefault("attention_mask", torch.ones_like(input_ids, device=self._input_device))
@@ -257,7 +258,7 @@ class Target:
                 self._rope_owner.rope_deltas = None
             watched: Watched = dict.fromkeys(layers)
             around = watching_prompt(self.decoder, self.embed_tokens, self.lm_head)
-            with around as seen, watching(self.decoder.layers, watched):
+            with naming_config(self.model), around as seen, watching(self.decoder.layers, watched):
                 logits = self.model(
                     input_ids=input_ids.to(self._input_device), past_key_values=cache, use_cache=True, **inputs
                 ).logits
