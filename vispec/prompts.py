@@ -118,8 +118,10 @@ def build_inputs(processor: "ProcessorMixin", turns: Sequence[Turn], system: str
     except MemoryError:
         raise
     except Exception as error:  # whatever its code trips over
-        name, reason = type(processor).__name__, f"{type(error).__name__}: {one_line(error)}"
-        raise RefusedPrompt(f"the target's {name} refuses the prompt ({reason})") from error
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        shown = f" with pictures of {sizes}" if images else ""
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise RefusedPrompt(f"the target's {type(processor).__name__} refuses the prompt{shown} ({reason})") from error
     inputs = inputs.convert_to_tensors("pt")  # Qwen2.5's seconds between frames come as a list all the same
     for part, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():

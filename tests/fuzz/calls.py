@@ -132,7 +132,7 @@ def api(rng: random.Random, shop: Workshop) -> Case:
                            "device_map", "spec_subfolder", "base_model_path"))  # fmt: skip
         paths = {"base_model_path": str(TARGET), "spec_model_path": str(DRAFT)}
         call = lambda: SpecModel.from_pretrained(**paths | {name: odd})  # noqa: E731
-        names = (name, "a tree", str(DRAFT), "load it")
+        names = (name, "a tree", str(DRAFT), "load it", f"{odd}: no such folder")
         return Case(f"from_pretrained({name}={odd!r:.40})", call, EITHER, names, api=True)
     else:
         name = rng.choice(("max_tokens", "pixels", "top", "stop", "messages", "none_such"))

@@ -1,5 +1,6 @@
 """One process for each group of GPUs."""
 
+import math
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ def gpu_groups(gpus: Sequence[str], gpus_per_model: float) -> list[str]:
     >>> gpu_groups(["0", "1"], 0.5)
     ['0', '0', '1', '1']
     """
-    if gpus_per_model <= 0:
+    if not 0 < gpus_per_model < math.inf:
         raise ValueError(f"--gpus_per_model {gpus_per_model}: expected a number above 0")
     if gpus_per_model < 1:
         workers = round(1 / gpus_per_model)

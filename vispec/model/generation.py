@@ -225,6 +225,9 @@ def check_kinds(options: Mapping) -> None:
     for name, value in options.items():
         if name in (*WHOLE, *NUMBERS) and value is not None:
             whole(name, value) if name in WHOLE else number(name, value)
+    ends = options.get("eos_token_id")
+    for end in ends if isinstance(ends, list | tuple) else ():
+        whole("eos_token_id", end)
 
 
 def refuse_modes(config: GenerationConfig) -> None:
