@@ -72,7 +72,7 @@ def flags(rng: random.Random, shop: Workshop) -> Case:
         extra = [flag]  # they are written to
     return Case(told, lambda: command([*extra, *good] if action.nargs != "+" else [*good, *extra]),
                 right if kind == "value" and flag not in good and extra != [flag] else EITHER,
-                (flag, flag.lstrip("-").replace("-", "_"), value or "''", "1: ", str(shop.shared)))  # fmt: skip
+                (flag, flag.lstrip("-").replace("-", "_"), value or "config.json", "1: ", "the prompt has", str(shop.shared)))  # fmt: skip
 
 
 # --- the interface ---
@@ -121,7 +121,7 @@ def api(rng: random.Random, shop: Workshop) -> Case:
         right = REFUSED if broken and not (odd is None and (name == "max_length" or method == "generate")) else EITHER
     elif kind == "own":
         method, name, right = "generate", rng.choice(OWN), EITHER
-        arguments, told, names = good | {name: odd}, f"{name}={odd!r:.40}", (name, name.split("_")[-1], "stop")
+        arguments, told, names = good | {name: odd}, f"{name}={odd!r:.40}", (name, name.split("_")[-1], "stop", "min_length")
     elif kind == "tree":
         name, right = rng.choice(("total_token", "depth", "top_k", "tree", "draft", "target")), EITHER
         right = REFUSED if name in ("total_token", "depth", "top_k") and broken else EITHER
@@ -132,7 +132,7 @@ def api(rng: random.Random, shop: Workshop) -> Case:
                            "device_map", "spec_subfolder", "base_model_path"))  # fmt: skip
         paths = {"base_model_path": str(TARGET), "spec_model_path": str(DRAFT)}
         call = lambda: SpecModel.from_pretrained(**paths | {name: odd})  # noqa: E731
-        names = (name, "a tree", str(DRAFT), "load it", f"{odd}: no such folder")
+        names = (name, "a tree", str(DRAFT), "load it", "no such folder", "neither a folder")
         return Case(f"from_pretrained({name}={odd!r:.40})", call, EITHER, names, api=True)
     else:
         name = rng.choice(("max_tokens", "pixels", "top", "stop", "messages", "none_such"))

@@ -100,6 +100,8 @@ def read_manifest(folder: Path) -> dict:
     target, arguments = manifest.get("target", NO_TARGET), manifest.get("arguments")
     if not isinstance(arguments, dict) or not all(isinstance(one, PLAIN) for one in arguments.values()):
         raise ValueError(f"{path}: not a manifest of data generation (no arguments, or others than plain values)")
+    if not isinstance(arguments.get("model"), str | None):
+        raise ValueError(f"{path}: not a manifest of data generation (its model is {arguments['model']!r:.60})")
     if not isinstance(target, dict) or target.keys() != NO_TARGET.keys():
         raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
     if not all(isinstance(one, str | None) for one in target.values()):
