@@ -230,9 +230,7 @@ class Target:
         return self._recurrent.new_cache(batch_size, capacity)
 
     @torch.no_grad()
-    def prefill(
-        self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()
-    ) -> Prompt:
+    def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()) -> Prompt:
         """Run the whole VLM over a prompt; its keys and values are committed to `cache`.
 
         Args:
