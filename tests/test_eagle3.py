@@ -328,6 +328,9 @@ def test_a_head_that_may_say_everything(tmp_path, parts):
     ("changes", "message"),
     [
         ({"d2t": None}, "missing tensor.* d2t"),
+        ({"d2t": torch.zeros(48, 2).long()}, r"d2t has shape \(48, 2\), expected one number for each token"),
+        ({"d2t": torch.tensor(3)}, "d2t is a single number, expected a tensor of one dimension or more"),
+        ({"lm_head.weight": torch.tensor(3.0)}, "lm_head.weight is a single number"),
         ({"d2t": torch.full((48,), 127)}, "d2t leads to tokens from 127 to 174, expected 0 to 127"),
         ({"fc.weight": torch.zeros(64, 128)}, r"fc.weight has shape \(64, 128\), the config asks for \(64, 192\)"),
         ({"midlayer.extra.weight": torch.zeros(2)}, "unexpected tensor.* midlayer.extra.weight"),
@@ -337,6 +340,28 @@ def test_wrong_tensors_are_named(tmp_path, parts, changes, message):
     weights = {name: value for name, value in (parts[0] | changes).items() if value is not None}
     with pytest.raises(ValueError, match=f"model.safetensors: {message}"):
         load(write(tmp_path / "head", weights, parts[1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eagle_config": [1, 3, 5]}, r"eagle_config must be dict, found \[1, 3, 5\]"),
+        ({"target_hidden_size": -3}, "target_hidden_size must be at least 1, found -3"),
+        ({"hidden_size": 10**400}, "hidden_size must be at most 2147483647"),
+    ],
+)
+def test_wrong_values_of_a_config_are_named(tmp_path, parts, changes, message):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        load(write(tmp_path / "head", parts[0], parts[1] | changes))
+
+
+def test_m_rope_as_transformers_5_writes_it(tmp_path, parts):
+    """There it is of type "default"."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    turned = {**rope, "mrope_section": [3, 3, 2]}
+    plain = load(write(tmp_path / "plain", parts[0], parts[1] | {"rope_parameters": rope}))
+    axes = load(write(tmp_path / "axes", parts[0], parts[1] | {"rope_parameters": turned}))
+    assert plain.config.mrope_section is None and axes.config.mrope_section == [3, 3, 2]
 
 
 def test_other_refusals(tmp_path, parts):

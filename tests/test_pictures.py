@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vispec.cli import UserError
 from vispec.pictures import OutsideFolder, UnreadableImage, picture_path, read_picture
 
 
@@ -104,6 +105,9 @@ def test_pictures_of_too_many_pixels_are_not_decoded(monkeypatch):
         read_picture(file)
     monkeypatch.setenv("VISPEC_MAX_PIXELS", "60000")
     assert read_picture(file).size == (300, 200)
+    monkeypatch.setenv("VISPEC_MAX_PIXELS", "60k")  # no fault of the picture's, which would be left out
+    with pytest.raises(UserError, match="VISPEC_MAX_PIXELS must be a whole number, found '60k'"):
+        read_picture(file)
 
 
 @pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/a.png"])

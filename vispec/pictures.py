@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from vispec.cli import one_line
+from vispec.cli import UserError, one_line
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """What is read: pictures alone. Others that Pillow knows start programs (EPS) or read scientific data."""
@@ -51,12 +51,14 @@ def read_picture(file: str | Path | BinaryIO, on_white: bool = True) -> Image.Im
 
     Raises:
         UnreadableImage: it cannot be read.
+        UserError: the limit of its pixels is no number.
     """
+    most = _most_pixels()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings of a size above which we refuse, and of broken notes
             with Image.open(file, formats=_known_formats()) as image:
-                _check_size(image)
+                _check_size(image, most)
                 image.load()
                 return in_rgb(_turned(image), on_white)
     except (UnreadableImage, MemoryError):
@@ -98,8 +100,15 @@ def _from_numbers(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(min=0) / white * 255).astype(np.uint8))
 
 
-def _check_size(image: Image.Image) -> None:
-    most = int(os.environ.get(MOST_PIXELS) or MOST_PIXELS_DEFAULT)
+def _most_pixels() -> int:
+    given = os.environ.get(MOST_PIXELS) or MOST_PIXELS_DEFAULT
+    try:
+        return int(given)
+    except ValueError:  # or every picture would count as one that cannot be read
+        raise UserError(f"{MOST_PIXELS} must be a whole number, found {given!r}") from None
+
+
+def _check_size(image: Image.Image, most: int) -> None:
     width, height = image.size
     if width * height > most:
         raise UnreadableImage(f"{width} x {height} pixels are more than {most} ({MOST_PIXELS} sets the limit)")

@@ -35,6 +35,8 @@ def number(name: str, value) -> int | float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, found {value!r}")
+    if isinstance(value, Integral):
+        return int(value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, found {value}")
-    return int(value) if isinstance(value, Integral) else float(value)
+    return float(value)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vispec.model.cache import TreeCache, places_on_device
+from vispec.model.text_decoder import AGREEMENT
 
 LINEAR, CONVOLUTION = "linear_attention", "conv"
 """Kinds of layers, as configs name them; and below, where such a layer has its module."""
@@ -27,8 +28,6 @@ PARTS = {
 }
 RULE, CONVOLVE = "torch_recurrent_gated_delta_rule", "causal_conv1d_fn"
 """What a gated delta net calls, by their names beside its class."""
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2, torch.float64: 1e-4}
-"""Largest norm of the difference to a state of the net's own making, relative to the norm of that."""
 
 
 def known_states(decoder: nn.Module) -> frozenset[str]:

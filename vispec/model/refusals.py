@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vispec.model.recurrent import known_states
+from vispec.model.windows import KINDS
+
 DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 """What a text decoder is called with after the prompt."""
 MERGES_ITSELF = ("pixel_values", "image_pixel_values", "image_embeds", "image_encoder_embeddings", "protein_input_ids")
@@ -16,13 +19,10 @@ STATES = {"linear_attention": "linear-attention", "conv": "convolution", "mamba"
 """Kinds of layers that keep no keys and values, but one state of all the text so far."""
 
 
-def refuse_layers(model: PreTrainedModel, known: frozenset[str]) -> None:
-    """Raises ValueError where the config names layers of other kinds, or no number of positions.
-
-    Args:
-        known: kinds of layers that keep keys and values, and those that keep a state and that the model's are known of.
-    """
+def refuse_layers(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Raises ValueError where the config names layers of kinds that are not known, or no number of positions."""
     name, text_config = type(model).__name__, model.config.get_text_config()
+    known = KINDS | known_states(decoder)
     kinds = set(getattr(text_config, "layer_types", None) or ()) - known
     states = sorted(STATES[kind] for kind in kinds & set(STATES))
     if states:

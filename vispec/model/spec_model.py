@@ -298,7 +298,7 @@ class SpecModel:
         the generation.
         """
         inputs = prompt_inputs(self.stream, self.target.model, input_ids, inputs)
-        if input_ids.dim() == 2 and len(input_ids) > 1:
+        if len(input_ids) > 1:
             raise ValueError(f"one prompt at a time can be streamed, found {len(input_ids)}")
         if own_config:
             if max_length is not None:

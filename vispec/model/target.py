@@ -34,13 +34,13 @@ from vispec.model.parts import (
 )
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
-from vispec.model.recurrent import RecurrentLayers, known_states
+from vispec.model.recurrent import RecurrentLayers
 from vispec.model.refusals import naming_config, refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
 from vispec.model.shape import TreeShape
 from vispec.model.text_decoder import LeanDecoder, StockDecoder, UnknownLayer
 from vispec.model.watching import Watched, watching, watching_prompt
-from vispec.model.windows import KINDS, Windows
+from vispec.model.windows import Windows
 
 logger = logging.getLogger("vispec")
 
@@ -99,7 +99,7 @@ class Target:
         self.decoder = find_decoder(model)
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
-        refuse_layers(model, KINDS | known_states(self.decoder))
+        refuse_layers(model, self.decoder)
         refuse_decoder(model, self.decoder, self.lm_head)
         # of the layers the first and last, so that large targets are not read twice
         unread = {id(weight) for layer in self.decoder.layers[1:-1] for weight in layer.parameters()}
@@ -230,9 +230,7 @@ class Target:
         return self._recurrent.new_cache(batch_size, capacity)
 
     @torch.no_grad()
-    def prefill(
-        self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()
-    ) -> Prompt:
+    def prefill(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()) -> Prompt:
         """Run the whole VLM over a prompt; its keys and values are committed to `cache`.
 
         Args:

@@ -43,6 +43,8 @@ def check_numbers(path: str, config) -> None:
                 raise ValueError(f"{name} must be above 0, found {value}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: config.json: {error}") from None
+
+
 def own_head(path: str, subfolder: str | None = None) -> torch.Tensor | None:
     """The output head (V, H) in the files of a folder; None where they have none."""
     folder = Path(path, subfolder or "")

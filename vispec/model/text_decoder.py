@@ -37,7 +37,7 @@ from vispec.model.watching import Watched, watching
 logger = logging.getLogger("vispec")
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2, torch.float64: 1e-4}
-"""Largest norm of the difference to the stock decoder's features, relative to the norm of these."""
+"""Largest norm of the difference to what stock modules make, relative to the norm of that."""
 CHECKED_TOKENS = 6
 """Tokens of each of the two passes that are compared, at the first and at the last positions."""
 COMPILED_ON = "cuda"

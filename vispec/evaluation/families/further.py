@@ -16,10 +16,10 @@ from vispec.evaluation.families.family import (
     Inputs,
     Shown,
 )
-from vispec.evaluation.families.grids import EXPERTS, MARKS, QWEN3_TOWER, QWEN25_TOWER, grid_clips, grids, mrope
+from vispec.evaluation.families.grids import EXPERTS, FLAT, MARKS, QWEN3_TOWER, QWEN25_TOWER, grid_clips, grids, mrope
 from vispec.evaluation.families.squares import LLAMA, SIGLIP
 
-_PATCH = (3 * 2 * 7 * 7,)
+_PATCH = (FLAT,)
 _AUDIO = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16}
 _AUDIO |= {"max_source_positions": 16, "output_dim": 64, "downsample_hidden_size": 8}
 _OMNI = {"audio_config": _AUDIO, "image_token_index": IMAGE, "video_token_index": VIDEO, "audio_token_index": 1}

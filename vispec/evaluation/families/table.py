@@ -10,9 +10,7 @@ from vispec.cli import one_line
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.evaluation.families.trial import COLUMNS, NEW_TOKENS, NOT_TRIED, TREE, WORKS, Outcome
 from vispec.model.parts import find_decoder
-from vispec.model.recurrent import known_states
 from vispec.model.refusals import refuse_decoder, refuse_layers
-from vispec.model.windows import KINDS
 
 COMMAND = "python -m vispec.evaluation.families --out docs/models.md"
 HEAD = f"""# Which models?
@@ -104,7 +102,7 @@ def by_default_config(rows: set[str]) -> tuple[dict[str, str], list[str], list[s
             continue
         try:
             decoder = find_decoder(model)
-            refuse_layers(model, KINDS | known_states(decoder))
+            refuse_layers(model, decoder)
             refuse_decoder(model, decoder, model.get_output_embeddings())
         except ValueError as error:
             refused[name] = one_line(error)

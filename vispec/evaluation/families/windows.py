@@ -15,8 +15,8 @@ from vispec.evaluation.families.family import (
     Layout,
     Shown,
 )
-from vispec.evaluation.families.grids import grid_clips, grids
-from vispec.evaluation.families.squares import EVERY_OTHER, LAYERS, SIGLIP, STOOD_IN, WINDOW, WINDOWED, squares
+from vispec.evaluation.families.grids import FLAT, grid_clips, grids
+from vispec.evaluation.families.squares import EVERY_OTHER, LAYERS, MARKS, SIGLIP, STOOD_IN, WINDOW, WINDOWED, squares
 
 _COHERE = {**TEXT, **EVERY_OTHER, "model_type": "cohere2", "logit_scale": 0.3}
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
@@ -75,8 +75,8 @@ FAMILIES = {
             "text_config": _COHERE,
             "vision_config": SIGLIP,
             "downsample_factor": 2,
-        }
-        | {"image_token_index": IMAGE, "image_token_id": IMAGE},
+            **MARKS,
+        },
         squares(4, around=True),
         remark=f"{WINDOWED}, scaled logits",
     ),
@@ -86,8 +86,9 @@ FAMILIES = {
             "text_config": _COHERE,
             "vision_config": SIGLIP,
             "downsample_factor": 2,
-        }
-        | {"alignment_intermediate_size": 96, "image_token_id": IMAGE},
+            "alignment_intermediate_size": 96,
+            "image_token_id": IMAGE,
+        },
         squares(4, around=True),
         remark=f"{WINDOWED}, scaled logits",
     ),
@@ -122,8 +123,7 @@ FAMILIES = {
     ),
     "llama4": Family(
         "llama4",
-        {"text_config": {**TEXT, **LAYERS, **CHUNKS}, "vision_config": _LLAMA4_TOWER, "image_token_index": IMAGE}
-        | {"image_token_id": IMAGE},
+        {"text_config": {**TEXT, **LAYERS, **CHUNKS}, "vision_config": _LLAMA4_TOWER, **MARKS},
         squares(4, around=True),
         remark="layers that see chunks of 8 tokens",
     ),
@@ -135,8 +135,8 @@ FAMILIES = {
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
         },
-        grids((3 * 2 * 7 * 7,)),
-        grid_clips((3 * 2 * 7 * 7,)),
+        grids((FLAT,)),
+        grid_clips((FLAT,)),
         remark=WINDOWED,
     ),
     "kimi_k25": Family(

@@ -98,6 +98,7 @@ class Draft(Protocol):
 
 Head = TypeVar("Head", bound="BaseHead")
 
+
 class BaseHead(nn.Module):
     """What all draft heads share: config, the frozen copy of the target's embedding table, files, and the hub."""
 

@@ -164,6 +164,8 @@ def read_weights(path: Path, config: DraftConfig) -> tuple[dict[str, torch.Tenso
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name} is no tensor but a {type(value).__name__}")
+        if value.dim() == 0:
+            raise ValueError(f"{path}: {name} is a single number, expected a tensor of one dimension or more")
     foreign = _foreign(weights)
     if foreign is not None:
         raise ValueError(f"{path}: {foreign}, expected a draft head of ViSpec, EAGLE-2, EAGLE-3 or Medusa")
@@ -205,7 +207,7 @@ def identify(
             raise ValueError(f"{path}: these are {found} weights without a vision adaptor, num_q {num_q} was asked for")
         sizes = {"medusa": {"heads": len(medusa)}, "msd": {"input_norm": input_norm}}
         return {"method": found, **sizes.get(found, {})}
-    if queries.dim() == 0 or len(queries) == 0:
+    if len(queries) == 0:
         raise ValueError(f"{path}: the vision adaptor's imadpt.q has no queries, its shape is {tuple(queries.shape)}")
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
@@ -228,12 +230,12 @@ def fill(
     Raises:
         ValueError: a tensor is missing, surplus, misshapen or not finite, or the embeddings are a stranger's.
     """
-    if EMBEDDING not in weights:
-        if embedding is None:
-            raise ValueError(f"{path}: no {EMBEDDING}, and no target to take it from")
-        weights = {**weights, EMBEDDING: embedding}
-    if embedding is not None:
-        _compare_embedding(weights[EMBEDDING], embedding, path)
+    table = weights.get(EMBEDDING, embedding)
+    if table is None:
+        raise ValueError(f"{path}: no {EMBEDDING}, and no target to take it from")
+    if embedding is not None and table is not embedding:
+        _compare_embedding(table, embedding, path)
+    weights = {**weights, EMBEDDING: table}
     _check_tensors(head, weights, path)
     refuse_not_finite(str(path), weights.items())
     weights = _converted(weights, dtype)

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vispec.model.arguments import whole
+from vispec.model.arguments import of_kind, whole
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.formats import AUX_LAYERS, token_ids
 from vispec.model.drafts.layer import DraftLayer, rotary_frequencies
@@ -93,7 +93,7 @@ class Eagle3Head(PairHead):
 
     @property
     def target_size(self) -> int:
-        return self.config.extra.get("target_hidden_size") or self.config.hidden_size
+        return whole("target_hidden_size", self.config.extra.get("target_hidden_size") or self.config.hidden_size, 1)
 
     def aux_layers(self, target: Target) -> tuple[int, ...]:
         return self.layers_of(len(target.decoder.layers))
@@ -169,9 +169,11 @@ def listed_layers(config: DraftConfig) -> tuple[int, ...] | None:
     """The layers whose inputs a head's config says that it reads, ascending; None where it says nothing.
 
     Raises:
-        ValueError: it says something else than numbers.
+        TypeError, ValueError: it says something else than numbers.
     """
-    listed = (config.extra.get("eagle_config") or {}).get(AUX_LAYERS)
+    told = config.extra.get("eagle_config")
+    of_kind("eagle_config", told, dict)
+    listed = (told or {}).get(AUX_LAYERS)
     if listed is None:
         return None
     if not isinstance(listed, list) or not listed or not all(type(number) is int for number in listed):

@@ -30,7 +30,8 @@ def flat_config(values: dict) -> dict:
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):  # of transformers 5
         values = {**values, "rope_theta": rope.get("rope_theta", 10000.0)}
-        values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        plain = rope.get("rope_type", "default") == "default" and not rope.get("mrope_section")
+        values["rope_scaling"] = None if plain else rope
     return values
 
 
@@ -48,7 +49,7 @@ def as_specforge(
     Configs leave much of it out, or say what the models that they were copied from had.
 
     Raises:
-        ValueError: the head proposes tokens that the target does not have.
+        ValueError: the head's table of tokens is none, or leads to some that the target does not have.
     """
     weights = {name.removeprefix("model.").replace("layers.0.", "midlayer."): w for name, w in weights.items()}
     extra = {name: value for name, value in config.extra.items() if name not in ("head_dim", "fc_norm")}
@@ -62,6 +63,8 @@ def as_specforge(
         if "d2t" not in weights and size == config.vocab_size:
             weights["d2t"] = torch.zeros(size, dtype=torch.long)
     if "d2t" in weights:
+        if weights["d2t"].dim() != 1:
+            raise ValueError(f"d2t has shape {tuple(weights['d2t'].shape)}, expected one number for each token")
         tokens = token_ids(weights["d2t"])
         if tokens.numel() and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
             raise ValueError(
