@@ -46,7 +46,7 @@ def print_plan(trainer: Trainer, basepath: str) -> None:
     for what, size in {**parts, "together": sum(parts.values())}.items():
         print(f"  {size / 2**20:12,.1f} MiB  {what}")
     print("  not counted: the allocator's reserve, the libraries, the processes that read samples")
-    sample, _ = trainer.train_set[(0, None)]
+    sample, _ = trainer.train_set[(trainer.train_set.kept[0], None)]
     print(f"first sample  {sample.name}, scored tokens in ⟦ ⟧:")
     print(marked_text(sample.cut(max_len), tokenizer), flush=True)
 
@@ -108,7 +108,7 @@ def _count(samples: SampleFiles, workers: int) -> list[int]:
     """Sums of `_numbers` over the samples that are not skipped, each read as training reads it."""
     from tqdm import tqdm
 
-    keys = [(index, None) for index in range(len(samples)) if index not in samples.skipped]
+    keys = [(index, None) for index in samples.kept]
     loader = DataLoader(
         samples, sampler=keys, batch_size=None, collate_fn=partial(_numbers, samples.max_len), num_workers=workers
     )

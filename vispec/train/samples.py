@@ -105,7 +105,8 @@ class SampleFiles(torch.utils.data.Dataset):
     def __init__(self, paths: Sequence[Path], max_len: int, skip: Collection[Path] = ()):
         self.paths, self.max_len = list(paths), max_len
         self.lengths = read_lengths(paths, max_len)
-        self.skipped = {index for index, path in enumerate(paths) if path in skip}
+        self.kept = [index for index, path in enumerate(paths) if path not in skip]
+        """Places of the samples that are not left out."""
 
     def __len__(self) -> int:
         return len(self.paths)
