@@ -62,7 +62,7 @@ def flags(rng: random.Random, shop: Workshop) -> Case:
         return Case("no flag is known", lambda: command([*good, "--none-such"]), REFUSED)
     action = rng.choice(known)
     flag, value = action.option_strings[-1], rng.choice(mutations.ODD_TEXTS)
-    numbers = action.type in (int, float) or getattr(action.type, "__name__", "") in ("count", "whole")
+    numbers = action.type in (int, float) or getattr(action.type, "__name__", "") in ("count", "whole", "number", "limit")
     right = REFUSED if numbers and value in ("", "x", "\ud83d", "a\0b", "é", "None", "[]", "nan", "%s") else EITHER
     kind = rng.choice(("value", "value", "value", "none", "twice", "unknown"))
     more = {"value": [f"{flag}={value}"], "none": [flag], "twice": [f"{flag}={value}", f"{flag}=1"]}

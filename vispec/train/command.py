@@ -16,7 +16,7 @@ from vispec.locks import alone_in
 from vispec.model.drafts import BaseHead, Eagle3Head
 from vispec.model.drafts.hub import model_card
 from vispec.train.draft_vocab import count_answers
-from vispec.train.eagle3 import Eagle3Trainer, begin
+from vispec.train.eagle3 import Eagle3Trainer, take_vocabulary
 from vispec.train.folders import check_folders
 from vispec.train.medusa import MedusaTrainer
 from vispec.train.msd import MSDTrainer
@@ -73,7 +73,7 @@ def _make_trainer(
         head.blind()
     train_set, held_out_set, online = _samples(args, head, processes)
     if isinstance(head, Eagle3Head) and state is None and args.loadpath is None:
-        begin(head, lm_head, count_answers(train_set.paths, head.config.vocab_size, "answers"))
+        take_vocabulary(head, lm_head, count_answers(train_set.paths, head.config.vocab_size, "answers"))
     identity = {
         "method": method,
         "target_tables": tables_digest(embedding, lm_head),
