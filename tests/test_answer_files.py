@@ -181,9 +181,9 @@ def test_answers_of_another_format_are_refused(tmp_path, data):
 GOOD = answer_files.choice([5, 6], 1.0, 0.5, [0])
 NO_LINES = {
     b"[": "Expecting value",
-    b"[" * 100_000 + b"]" * 100_000: "recursion",
+    b"[" * 100_000 + b"]" * 100_000: "nested too deep",
     b"\xff": "",
-    '{"question_id": "caf\u00e9"}'.encode("latin-1"): "utf-8",
+    '{"question_id": "caf\u00e9"}'.encode("latin-1"): "not UTF-8",
     b"[]": r"expected an object with a question_id, found \[\]",
     b'{"question_id": [1]}': "expected an object with a question_id",
     b'{"question_id": true}': "expected an object with a question_id",

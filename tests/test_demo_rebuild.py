@@ -24,6 +24,10 @@ def rebuild(tmp_path):
     (tmp_path / "python").write_text(STAND_IN)
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "out" / "rebuild" / "target" / "model").mkdir(parents=True)
+    state = tmp_path / "out" / "rebuild" / "stage2" / "state_8"
+    state.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (state / name).touch()
 
     def run(**variables):
         (tmp_path / "calls").write_text("")
@@ -41,7 +45,8 @@ def test_a_missed_threshold_ends_nothing_and_an_error_all(rebuild, tmp_path):
     for code in (3, 0):
         ended, calls = rebuild(CHECK=str(code))
         assert ended == 0 and "ge_data.allocation_llava_shargpt" in calls
-    assert (tmp_path / "vispec" / "demo" / "weights" / "target").is_dir()
+    weights = tmp_path / "vispec" / "demo" / "weights"
+    assert (weights / "target").is_dir() and (weights / "draft" / "model.safetensors").is_file()
 
 
 def test_half_made_data_are_made_again(rebuild, tmp_path):

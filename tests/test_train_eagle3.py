@@ -19,7 +19,8 @@ from vispec.train import draft_vocab, eagle3, main, main_eagle3
 from vispec.train.chain import drafted_in_a_row
 from vispec.train.draft_vocab import count_answers
 from vispec.train.eagle3 import DECAY, STEPS, token_loss
-from vispec.train.samples import find_samples, hold_out
+from vispec.train.plan import memory_estimate
+from vispec.train.samples import collate, find_samples, hold_out
 
 GOLDEN = Path(__file__).parent / "golden" / "eagle3"
 
@@ -204,3 +205,26 @@ def test_the_plan_of_a_run(made, config, tmp_path, capsys):
     assert main_eagle3.main([*flags(config, tmp_path / "cp", made / "text_eagle3"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "parameters    67,072 trained" in printed and "x 3 step(s) x" in printed and not (tmp_path / "cp").exists()
+
+
+def test_the_plan_counts_what_backward_reads(made, config, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("vispec.train.command.print_plan", lambda trainer, _: planned.append(trainer))
+    for steps in (1, 5):
+        main_eagle3.main([*flags(config, tmp_path / "cp", made / "text_eagle3", steps=steps), "--dry-run"])
+    for trainer in planned:
+        samples, kept = trainer.train_set, {}
+        batch = collate([samples[(samples.lengths.index(max(samples.lengths)), None)]])
+        others = [*trainer.head.state_dict().values(), batch.hidden]
+        others = {tensor.untyped_storage().data_ptr() for tensor in others}
+
+        def note(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            outs = trainer.outputs(batch)
+        found = sum(size for place, size in kept.items() if place not in others)
+        parts = memory_estimate(trainer).items()
+        told = sum(size for name, size in parts if name.startswith(("activations", "attention")))
+        assert outs.requires_grad and 0.6 < told / found < 1.4

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -72,6 +73,26 @@ def whole(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A number from 0 on."""
+    return _number(text, "from 0 on", lambda value: 0 <= value < math.inf)
+
+
+def limit(text: str) -> float:
+    """A number above 0; inf limits nothing."""
+    return _number(text, "above 0", lambda value: value > 0)
+
+
+def _number(text: str, expected: str, holds: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not holds(value):
+        raise argparse.ArgumentTypeError(f"expected a number {expected}, found {text!r}")
+    return value
 
 
 def one_line(error: BaseException) -> str:

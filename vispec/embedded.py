@@ -1,9 +1,9 @@
 """The embedded default: the tiny VLM and its draft head that are shipped with the package, and questions for them."""
 
-import json
 from pathlib import Path
 
 from vispec.cli import UserError
+from vispec.files import read_json
 
 WEIGHTS = Path(__file__).parent / "demo" / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
@@ -39,5 +39,5 @@ def questions() -> list[tuple[Path, str]]:
     if not file.is_file():
         made_by = "`python -m vispec.demo.ship_questions` makes them"
         raise UserError(f"the embedded questions are missing: no {file}; {made_by}")
-    texts = json.loads(file.read_text(encoding="utf-8"))
+    texts = read_json(file, list)
     return [(QUESTIONS / f"{index}.png", text) for index, text in enumerate(texts)]

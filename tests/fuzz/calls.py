@@ -62,7 +62,8 @@ def flags(rng: random.Random, shop: Workshop) -> Case:
         return Case("no flag is known", lambda: command([*good, "--none-such"]), REFUSED)
     action = rng.choice(known)
     flag, value = action.option_strings[-1], rng.choice(mutations.ODD_TEXTS)
-    numbers = action.type in (int, float) or getattr(action.type, "__name__", "") in ("count", "whole")
+    kinds = ("count", "whole", "number", "limit")
+    numbers = action.type in (int, float) or getattr(action.type, "__name__", "") in kinds
     right = REFUSED if numbers and value in ("", "x", "\ud83d", "a\0b", "é", "None", "[]", "nan", "%s") else EITHER
     kind = rng.choice(("value", "value", "value", "none", "twice", "unknown"))
     more = {"value": [f"{flag}={value}"], "none": [flag], "twice": [f"{flag}={value}", f"{flag}=1"]}
@@ -72,7 +73,8 @@ def flags(rng: random.Random, shop: Workshop) -> Case:
         extra = [flag]  # they are written to
     return Case(told, lambda: command([*extra, *good] if action.nargs != "+" else [*good, *extra]),
                 right if kind == "value" and flag not in good and extra != [flag] else EITHER,
-                (flag, flag.lstrip("-").replace("-", "_"), value or "config.json", "1: ", "the prompt has", str(shop.shared)))  # fmt: skip
+                (flag, flag.lstrip("-").replace("-", "_"), value or "config.json", "1: ", "the prompt has",
+                 str(shop.shared)))  # fmt: skip
 
 
 # --- the interface ---
@@ -121,7 +123,8 @@ def api(rng: random.Random, shop: Workshop) -> Case:
         right = REFUSED if broken and not (odd is None and (name == "max_length" or method == "generate")) else EITHER
     elif kind == "own":
         method, name, right = "generate", rng.choice(OWN), EITHER
-        arguments, told, names = good | {name: odd}, f"{name}={odd!r:.40}", (name, name.split("_")[-1], "stop", "min_length")
+        arguments, told = good | {name: odd}, f"{name}={odd!r:.40}"
+        names = (name, name.split("_")[-1], "stop", "min_length")
     elif kind == "tree":
         name, right = rng.choice(("total_token", "depth", "top_k", "tree", "draft", "target")), EITHER
         right = REFUSED if name in ("total_token", "depth", "top_k") and broken else EITHER

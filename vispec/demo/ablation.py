@@ -7,7 +7,6 @@ is measured on unseen scenes. The same command goes on where it was stopped; set
 training.
 """
 
-import json
 import os
 import shlex
 import time
@@ -20,6 +19,7 @@ from vispec.children import start_child
 from vispec.cli import Parser, UserError, changes, count, provenance, run_cli
 from vispec.demo.tau import QUESTIONS, TREES, weights_digest
 from vispec.files import read_json, write_json_atomic
+from vispec.train.metrics import read_metrics
 
 FLAGS = {"--lr": "1e-3", "--bs": "16", "--use-ours": "True", "--num-q": "2", "--mtp-steps": "3", "--loss": "ce"}
 """Stage 2 as rebuild.sh runs it, which is the reference of the comparison."""
@@ -117,13 +117,6 @@ def newest_state(folder: Path) -> Path:
     if not states:
         raise UserError(f"{folder}: no state_<epoch> there; rebuild.sh makes it")
     return max(states, key=lambda path: int(STATE.fullmatch(path.name)[1]))
-
-
-def read_metrics(cpdir: Path) -> list[dict]:
-    """The epochs of a training; none where it has not begun."""
-    file = cpdir / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def is_trained(head: Head) -> bool:

@@ -3,7 +3,6 @@
 python -m vispec.demo.curves --work out/rebuild --figure figs/training.png
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo import tau
 from vispec.demo.figure import INK
 from vispec.embedded import TREE_NAME
-from vispec.files import write_atomic
+from vispec.files import read_json, write_atomic
 
 STAGES = ("stage1", "stage2")
 TITLES = {"stage1": "stage 1: text", "stage2": "stage 2: images"}
@@ -40,12 +39,11 @@ class Curves:
 
 def read_lines(folder: Path) -> list[dict]:
     """The epochs of a training's metrics.jsonl."""
-    from vispec.train.metrics import METRICS_FILE
+    from vispec.train.metrics import METRICS_FILE, read_metrics
 
-    path = folder / METRICS_FILE
+    path, lines = folder / METRICS_FILE, read_metrics(folder)
     if not path.is_file():
         raise UserError(f"{path}: no such file; rebuild.sh makes it")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not lines or any(line["held_out"] is None for line in lines):
         raise UserError(f"{path}: expected epochs with held-out samples")
     return lines
@@ -161,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--trees={TREE_NAME}", "--drafts", *folders,
         ]
     )  # fmt: skip
-    heads = json.loads(measured.read_text(encoding="utf-8"))["heads"]
+    heads = read_json(measured)["heads"]
     found = {
         stage: {epoch: heads[str(path)]["trees"][TREE_NAME]["tau"] for epoch, path in states[stage].items()}
         for stage in STAGES

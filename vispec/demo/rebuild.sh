@@ -34,16 +34,10 @@ $PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.ma
 $PYTHON -m accelerate.commands.launch --num_processes 1 --cpu -m vispec.train.main_mtp \
     --basepath "$TARGET" --configpath vispec/demo/draft_config.json --loadpath "$WORK/stage1/state_6" \
     --tmpdir "$WORK/images" --cpdir "$WORK/stage2" --lr 1e-3 --bs 16 --num-epochs 8 \
-    --use-ours=True --num-q=2 --mtp-steps=3 --loss ce
+    --use-ours=True --num-q=2 --mtp-steps=3 --loss ce --save-dtype bfloat16
 
-rm -rf "$WEIGHTS.new" && mkdir -p "$WEIGHTS.new"
+rm -rf "$WEIGHTS.new" && mkdir -p "$WEIGHTS.new/draft"
 cp -r "$TARGET" "$WEIGHTS.new/target"
-$PYTHON - "$WORK/stage2/state_8" "$WEIGHTS.new/draft" <<'END'
-import sys
-import torch
-from vispec.model.drafts import load_draft
-from vispec.model.drafts.checkpoints import save_draft
-save_draft(load_draft(sys.argv[1], dtype=torch.bfloat16), sys.argv[2])
-END
+cp "$WORK/stage2/state_8/config.json" "$WORK/stage2/state_8/model.safetensors" "$WEIGHTS.new/draft"
 $PYTHON -m vispec.demo.ship_questions --out "$WEIGHTS.new/questions"
 rm -rf "$WEIGHTS" && mv "$WEIGHTS.new" "$WEIGHTS"

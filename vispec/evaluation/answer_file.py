@@ -11,7 +11,6 @@ The file beside has the number of the format, settings, provenance and, of later
 else was found out.
 """
 
-import json
 import reprlib
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.settings import SETTINGS, shared_by
-from vispec.files import read_json
+from vispec.files import parse_json, read_json
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -71,9 +70,9 @@ class AnswerFile:
             if not text.strip():
                 continue
             try:
-                line = json.loads(text)
+                line = parse_json(text, "its text")
                 answers = answers_of(line)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise UserError(f"{self.path}, line {number}: this is no line of an answer file: {error}") from None
             self.lines.setdefault(line["question_id"], line)
             self.answers.setdefault(line["question_id"], answers)

@@ -186,11 +186,11 @@ class InFloat32:
         return self._answerer.ids_of(ask)
 
     def _load(self) -> None:
-        from transformers import AutoConfig
+        from vispec.model.loading import load_config
 
         path = self._models.base_model_path
         try:
-            if getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None:
+            if getattr(load_config(path), "quantization_config", None) is not None:
                 self._obstacle = f"{path} is quantised"
                 return
             gc.collect()  # what answered before may still be there

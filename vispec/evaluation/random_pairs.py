@@ -4,7 +4,6 @@ Time does not depend on what the weights say, so a step and a round take as long
 does depend on it: a random draft head is practically never right.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,11 +167,11 @@ def target_config(sizes: Sizes) -> "PretrainedConfig":
 
 def draft_config(sizes: Sizes) -> "DraftConfig":
     """The draft head's config: the published one, or the sizes of the text decoder with a key for every head."""
+    from vispec.model.drafts.checkpoints import read_config
     from vispec.model.drafts.config import DraftConfig
 
     if sizes.draft is not None:
-        file = DRAFT_CONFIGS / sizes.draft
-        return DraftConfig.from_dict(json.loads(file.read_text()), source=str(file))
+        return read_config(DRAFT_CONFIGS / sizes.draft)
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps")
     return DraftConfig(
         **{name: sizes.text[name] for name in names}, num_key_value_heads=sizes.text["num_attention_heads"]

@@ -19,7 +19,6 @@ from vispec.evaluation.answer_file import (
     left_out_notice,
     meta_path,
     read_answers,
-    read_meta,
     refuse_differences,
 )
 from vispec.evaluation.comparison import (
@@ -147,7 +146,7 @@ def _find(folder: Path, notices: list[str]) -> list[AnswerFile]:
         raise UserError(f"--results {folder}: there is no such folder")
     found = []
     for path in sorted(folder.rglob("*.jsonl")):
-        if read_meta(path) is None:
+        if not meta_path(path).exists():  # it need not be an answer file
             notices.append(f"{path} is not counted: no {meta_path(path).name} beside it")
             continue
         file = read_answers(path)

@@ -2,12 +2,11 @@
 
 import argparse
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vispec.cli import DTYPES, Parser
+from vispec.cli import DTYPES, Parser, count, number, whole
 from vispec.files import write_json_atomic
 from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_rows, report, rows_file
@@ -20,19 +19,19 @@ LAST_ROW = 67999
 PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
 
 
-def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
+def make_parser(stage: str, family: str) -> Parser:
     """Arguments of one command; stage is "text" or "image", family "llava" or "qwen"."""
     what = "text conversations (stage 1)" if stage == "text" else "long answers about images (stage 2)"
     parser = Parser(description=f"Training data of the draft head: {what}, with the target's features.")
     add = parser.add_argument
     add("--outdir", required=True, help="folder of the sample files; the same command goes on where it stopped")
-    add("--start", type=int, default=0, help="first row of the shuffled data (%(default)s)")
-    add("--end", type=int, default=LAST_ROW, help="last row, inclusive (%(default)s)")
+    add("--start", type=whole, default=0, help="first row of the shuffled data (%(default)s)")
+    add("--end", type=whole, default=LAST_ROW, help="last row, inclusive (%(default)s)")
     add("--model", default=PUBLISHED_TARGETS[family], help="target: folder or hub id (%(default)s)")
     add("--gpus_per_model", "--gpus-per-model", type=float, default=1, help="below 1: several models on one GPU")
     add("--data-folder", help="local data in the published layout; default: " + _default_data(stage))
     add("--dtype", choices=DTYPES, default="auto", help="of the target and of the stored features (%(default)s)")
-    add("--max-len", type=int, help="longest sample in tokens; default: what the target takes")
+    add("--max-len", type=count, help="longest sample in tokens; default: what the target takes")
     add(
         "--store",
         choices=("pairs", "all", "eagle3", "tokens"),
@@ -48,15 +47,15 @@ def make_parser(stage: str, family: str) -> argparse.ArgumentParser:
         help="of --store eagle3, counted from 0 (default: 2, half of all, and the last but two)",
     )
     if stage == "image":
-        add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy (%(default)s)")
-        add("--seed", type=int, default=0, help="of sampled answers (%(default)s)")
-        add("--batch-size", type=int, default=16, help="answers generated together (%(default)s)")
-        add("--max-new-tokens", type=int, default=1024, help="longest answer (%(default)s)")
+        add("--temperature", type=number, default=0.0, help="of the answers; 0 is greedy (%(default)s)")
+        add("--seed", type=whole, default=0, help="of sampled answers (%(default)s)")
+        add("--batch-size", type=count, default=16, help="answers generated together (%(default)s)")
+        add("--max-new-tokens", type=count, default=1024, help="longest answer (%(default)s)")
         parser.add_bool("--allow-outside", "read images at absolute paths, and above the data folder")
         if family == "qwen":
             smallest, largest = PIXEL_LIMITS["min_pixels"], PIXEL_LIMITS["max_pixels"]
-            add("--min-pixels", type=int, default=smallest, help="smaller images are enlarged (%(default)s)")
-            add("--max-pixels", type=int, default=largest, help="larger images are shrunk (%(default)s)")
+            add("--min-pixels", type=count, default=smallest, help="smaller images are enlarged (%(default)s)")
+            add("--max-pixels", type=count, default=largest, help="larger images are shrunk (%(default)s)")
     add("--worker", help=argparse.SUPPRESS)
     return parser
 
@@ -66,14 +65,8 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser(stage, family).parse_args(argv)
-    if args.start < 0 or args.end < args.start:
-        raise ValueError(f"--start {args.start} --end {args.end}: expected 0 <= start <= end")
-    for name in ("max_len", "batch_size", "max_new_tokens", "min_pixels", "max_pixels"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    if not 0 <= getattr(args, "temperature", 0) < math.inf:
-        raise ValueError(f"--temperature {args.temperature}: expected a number from 0 on")
+    if args.end < args.start:
+        raise ValueError(f"--start {args.start} --end {args.end}: expected start <= end")
     if getattr(args, "min_pixels", 0) > getattr(args, "max_pixels", 0):
         raise ValueError(f"--min-pixels {args.min_pixels}: expected at most --max-pixels {args.max_pixels}")
     if args.aux_layers is not None and args.store != "eagle3":

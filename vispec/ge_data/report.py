@@ -1,12 +1,12 @@
 """The end of a run: what was skipped and why, and what a sample takes on disk."""
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vispec.cli import DONE, ERROR, WITH_FAILURES
+from vispec.files import read_json
 from vispec.ge_data.run_folder import RunFolder
 from vispec.ge_data.sample_file import read_length
 
@@ -59,7 +59,7 @@ def read_rows(folder: RunFolder, workers: int) -> tuple[dict[int, str], dict[int
     skipped: dict[int, str] = {}
     failed: dict[int, str] = {}
     for worker in range(workers):
-        found = json.loads(rows_file(folder, worker).read_text(encoding="utf-8"))
+        found = read_json(rows_file(folder, worker))
         for rows, kind in ((skipped, "skipped"), (failed, "failed")):
             rows.update({int(index): reason for index, reason in found[kind].items()})
     return skipped, failed

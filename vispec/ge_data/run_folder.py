@@ -1,6 +1,5 @@
 """The folder of one generation run: sample files, what made them, what was skipped and why."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +36,7 @@ class RunFolder:
             ValueError: the folder holds files that other arguments or another target made.
         """
         path = Path(path)
-        arguments = json.loads(json.dumps(dict(arguments)))
-        file = path / MANIFEST
+        arguments = dict(arguments)
         if manifest := read_manifest(path):
             if differences := changes(manifest["arguments"], arguments):
                 raise ValueError(f"{path} was made with other arguments ({differences}); choose another --outdir")
@@ -51,7 +49,7 @@ class RunFolder:
             made_by = provenance(arguments)
             made_by.pop("arguments")
             manifest = {"arguments": arguments, "target": dict(target), "complete": False, **made_by}
-            write_json_atomic(file, manifest)
+            write_json_atomic(path / MANIFEST, manifest)
         remove_unfinished(path, rf"\d+{re.escape(SUFFIX)}|{re.escape(MANIFEST)}")
         remove_unfinished(path / "logs", r"rows_\d+\.json")
         return cls(path, arguments, manifest)
@@ -102,9 +100,8 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path}: not a manifest of data generation (no arguments, or others than plain values)")
     if not isinstance(arguments.get("model"), str | None):
         raise ValueError(f"{path}: not a manifest of data generation (its model is {arguments['model']!r:.60})")
-    if not isinstance(target, dict) or target.keys() != NO_TARGET.keys():
-        raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
-    if not all(isinstance(one, str | None) for one in target.values()):
+    told = isinstance(target, dict) and target.keys() == NO_TARGET.keys()
+    if not told or not all(isinstance(one, str | None) for one in target.values()):
         raise ValueError(f"{path}: not a manifest of data generation (its target is {target!r:.60})")
     return manifest
 

@@ -16,7 +16,7 @@ from vispec.locks import alone_in
 from vispec.model.drafts import BaseHead, Eagle3Head
 from vispec.model.drafts.hub import model_card
 from vispec.train.draft_vocab import count_answers
-from vispec.train.eagle3 import Eagle3Trainer, begin
+from vispec.train.eagle3 import Eagle3Trainer, take_vocabulary
 from vispec.train.folders import check_folders
 from vispec.train.medusa import MedusaTrainer
 from vispec.train.msd import MSDTrainer
@@ -73,7 +73,7 @@ def _make_trainer(
         head.blind()
     train_set, held_out_set, online = _samples(args, head, processes)
     if isinstance(head, Eagle3Head) and state is None and args.loadpath is None:
-        begin(head, lm_head, count_answers(train_set.paths, head.config.vocab_size, "answers"))
+        take_vocabulary(head, lm_head, count_answers(train_set.paths, head.config.vocab_size, "answers"))
     identity = {
         "method": method,
         "target_tables": tables_digest(embedding, lm_head),
@@ -106,6 +106,8 @@ def _samples(
     check_folders(paths, not args.online, args.basepath)
     skip = skipped_samples(paths, args.skip)
     train, held_out = hold_out(paths)
+    if skip.issuperset(train):
+        raise ValueError(f"--skip {' '.join(args.skip)}: no sample is left to train on")
     noise, all_features = Noise(args.noise, args.seed), head.method in ("eagle2", "eagle3")
     layers = head.layers_of(count_layers(args.basepath)) if isinstance(head, Eagle3Head) else ()
     if args.online:
@@ -119,22 +121,24 @@ def _samples(
         raise ValueError(f"--data-folder {args.data_folder}: only --online reads images")
     sizes = (head.config.vocab_size, head.config.hidden_size)
     sets = [SampleFolder(one, args.max_len, noise, all_features, sizes, layers, skip) for one in (train, held_out)]
-    sets[0][(0, None)]  # data of another target are refused before anything is written
+    sets[0][(sets[0].kept[0], None)]  # data of another target are refused before anything is written
     return *sets, None
 
 
 def _begin(args: argparse.Namespace, trainer: Trainer, resumed: bool) -> None:
     """Refuse a run that learns nothing; say and write down what begins, or goes on."""
-    paths = trainer.train_set.paths
-    if not any(read_tokens(path).cut(args.max_len).scored().any() for path in paths):  # nearly always in the first
+    samples = trainer.train_set
+    kept = (read_tokens(samples.paths[index]).cut(args.max_len) for index in samples.kept)
+    if not any(tokens.scored().any() for tokens in kept):  # nearly always in the first
         raise ValueError(
-            f"no token of an answer is scored in any of {len(paths)} training samples, cut to --max-len {args.max_len}"
+            f"no token of an answer is scored in any of {len(samples.kept)} training samples, cut to --max-len "
+            f"{args.max_len}"
         )
     if not trainer.processes.is_main:
         return
     recipe, count = trainer.recipe, trainer.processes.count
     print(
-        f"{trainer.head.method}: {trainer.trained:,} trained parameters, {len(paths)} samples "
+        f"{trainer.head.method}: {trainer.trained:,} trained parameters, {len(samples)} samples "
         f"({len(trainer.held_out_set)} held out{f', {trainer.skipped} skipped' if trainer.skipped else ''}), "
         f"{trainer.steps_per_epoch} steps an epoch of {trainer.group_size} samples: {count} process"
         f"{'es' if count > 1 else ''} x batches of {recipe.batch_size} x {recipe.accumulation} accumulated"

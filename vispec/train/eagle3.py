@@ -30,7 +30,7 @@ STEPS, DECAY = 7, 0.8
 
 
 @torch.no_grad()
-def begin(head: Eagle3Head, lm_head: torch.Tensor, counts: torch.Tensor) -> None:
+def take_vocabulary(head: Eagle3Head, lm_head: torch.Tensor, counts: torch.Tensor) -> None:
     """Give a new head the tokens that are the most frequent in answers, `counts` (V,), and their rows of (V, H)."""
     tokens = rank_tokens(counts, ())[: len(head.d2t)].sort().values
     head.d2t.copy_(tokens - torch.arange(len(tokens)))

@@ -1,12 +1,11 @@
 """The flags that all training commands have, and what they make of a run."""
 
 import argparse
-import math
 from dataclasses import replace
 
 import torch
 
-from vispec.cli import DTYPES, Parser, count, parse_bool, whole
+from vispec.cli import DTYPES, Parser, count, limit, number, parse_bool, whole
 from vispec.train.losses import Objective
 from vispec.train.recipe import Recipe
 
@@ -36,7 +35,7 @@ def make_parser(name: str, description: str, lr: float, token_weight: float) -> 
     add("--skip", nargs="+", default=[], metavar="NAME", help="samples that are left out, by file name or path")
     add("--begin-epoch", type=whole, help="epochs that are expected to be done already")
     add("--num-epochs", type=count, default=20, help="(%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--seed", type=whole, default=0, help="(%(default)s)")
     clip = parser.add_mutually_exclusive_group()
     clip.add_argument("--clip-value", type=limit, help=f"gradients are cut at this value ({Recipe.clip_value})")
     clip.add_argument("--clip-norm", type=limit, help="instead: gradients are scaled down to this norm")
@@ -47,10 +46,10 @@ def make_parser(name: str, description: str, lr: float, token_weight: float) -> 
     add("--save-dtype", choices=CHECKPOINT_DTYPES, default="float32", help="of checkpoints (%(default)s)")
     add("--save-embedding", type=parse_bool, default=True, help="False: a checkpoint leaves the target's table out")
     add("--dry-run", action="store_true", help="read everything and print the plan; train and write nothing")
-    add("--online", nargs="?", const=True, type=parse_bool, default=False, help="the target computes the features now")
+    parser.add_bool("--online", "the target computes the features now")
     add("--target-dtype", choices=DTYPES, default="auto", help="of the target of --online (%(default)s)")
     add("--data-folder", help="images of --online; default: where the data's manifest says they are")
-    add("--allow-outside", action="store_true", help="read images of --online above their folder, or at absolute paths")
+    parser.add_bool("--allow-outside", "read images of --online above their folder, or at absolute paths")
     add("--report-to", choices=("tensorboard", "none"), default="none", help="(%(default)s)")
     return parser
 
@@ -84,23 +83,3 @@ def eagle_recipe_of(args: argparse.Namespace, objective: Objective, mtp_steps: i
     recipe = recipe_of(args, objective, mtp_steps)
     norm = args.clip_norm or (Recipe.clip_value if args.clip_value is None else None)
     return replace(recipe, clip_norm=norm, weight_decay=0.0)
-
-
-def number(text: str) -> float:
-    """A number from 0 on."""
-    return _number(text, "from 0 on", lambda value: 0 <= value < math.inf)
-
-
-def limit(text: str) -> float:
-    """A number above 0; inf limits nothing."""
-    return _number(text, "above 0", lambda value: value > 0)
-
-
-def _number(text: str, expected: str, holds) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not holds(value):
-        raise argparse.ArgumentTypeError(f"expected a number {expected}, found {text!r}")
-    return value

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-q", type=count, help="queries of the vision adaptor; default: 2, or those of --loadpath")
     parser.add_argument("--mtp-steps", type=whole, default=1, help="how often outputs are fed back (%(default)s)")
     parser.add_argument("--loss", choices=("l1", "ce"), default="l1", help="as released, or as in the paper")
-    parser.add_argument("--blind", type=parse_bool, default=False, help="never show the head an image (%(default)s)")
+    parser.add_bool("--blind", "never show the head an image")
     parser.add_argument("--image-fc", nargs="?", const="True", help="accepted, without effect")
     args = parser.parse_args(argv)
     if args.image_fc is not None:

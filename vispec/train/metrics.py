@@ -1,13 +1,12 @@
 """Numbers of an epoch: summed over batches and processes, then written for people and programs."""
 
-import json
 import math
 import os
 from pathlib import Path
 
 import torch
 
-from vispec.files import naming, parse_json, write_atomic
+from vispec.files import json_bytes, naming, parse_json, write_bytes_atomic
 from vispec.train.losses import PARTS
 
 DEPTH = 5
@@ -60,6 +59,26 @@ class Sums:
         return {name: value if isinstance(value, int) else round(value, 6) for name, value in summary.items()}
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a training's epochs; none where it has not begun.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = folder / METRICS_FILE
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    # one without its end was being written when the run was killed
+    found = [parse_json(line, str(path)) for line in lines if line.endswith(b"\n")]
+    for one in found:
+        if not isinstance(one, dict) or type(one.get("epoch")) is not int:
+            raise ValueError(f"{path}: {one!r:.60} is no line of an epoch's metrics")
+    return found
+
+
+def _line(values: dict) -> bytes:
+    return json_bytes(values) + b"\n"
+
+
 class MetricsLog:
     """metrics.jsonl, one line an epoch, and TensorBoard where it is asked for, whose scalars lie at steps done.
 
@@ -76,24 +95,15 @@ class MetricsLog:
                 raise ValueError("--report-to tensorboard: the package tensorboard is not installed") from None
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
         if self.path.is_file():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            # a line without its end was being written when the run was killed
-            kept = [line for line in lines if line.endswith(b"\n") and self._epoch_of(line) <= epochs]
-            write_atomic(self.path, lambda file: file.write(b"".join(kept)))
-
-    def _epoch_of(self, line: bytes) -> int:
-        found = parse_json(line, str(self.path))
-        epoch = found.get("epoch") if isinstance(found, dict) else None
-        if type(epoch) is not int:
-            raise ValueError(f"{self.path}: {found!r:.60} is no line of an epoch's metrics")
-        return epoch
+            kept = [_line(one) for one in read_metrics(folder) if one["epoch"] <= epochs]
+            write_bytes_atomic(self.path, b"".join(kept))
 
     def step(self, step: int, values: dict) -> None:
         self._scalars("train_step", step, values)
 
     def epoch(self, epoch: int, line: dict) -> None:
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": epoch, **line}) + "\n")
+        with naming(self.path), open(self.path, "ab") as file:
+            file.write(_line({"epoch": epoch, **line}))
             file.flush()
             os.fsync(file.fileno())
         self._scalars("train", line["step"], line["train"] | {"lr": line["lr"]})

@@ -12,7 +12,7 @@ import torch
 
 from vispec.ge_data.sample_file import read_tokens
 from vispec.train.losses import Objective
-from vispec.train.samples import epoch_groups
+from vispec.train.samples import epoch_generator, epoch_groups
 from vispec.train.trainer import Trainer
 
 OBJECTIVE = Objective(feature_weight=1.0, token_weight=0.1, token_loss="ce", ranking_weight=0.0)
@@ -29,8 +29,7 @@ def shown(text: list[int], images: list[int], share: float, seed: int, epoch: in
     """The samples of an epoch: of each place the text or the image sample."""
     if not text or not images:
         return text or images
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    chance = torch.rand(min(len(text), len(images)), generator=generator).tolist()
+    chance = torch.rand(min(len(text), len(images)), generator=epoch_generator(seed, epoch)).tolist()
     return [image if drawn < share else one for one, image, drawn in zip(text, images, chance, strict=False)]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vispec.ge_data.sample_file import Tokens, read_length
+from vispec.model.drafts import Eagle3Head
 from vispec.prompts import load_tokenizer
 from vispec.train.losses import chunk_rows
 from vispec.train.samples import SampleFiles, without_tracebacks
@@ -46,7 +47,7 @@ def print_plan(trainer: Trainer, basepath: str) -> None:
     for what, size in {**parts, "together": sum(parts.values())}.items():
         print(f"  {size / 2**20:12,.1f} MiB  {what}")
     print("  not counted: the allocator's reserve, the libraries, the processes that read samples")
-    sample, _ = trainer.train_set[(0, None)]
+    sample, _ = trainer.train_set[(trainer.train_set.kept[0], None)]
     print(f"first sample  {sample.name}, scored tokens in ⟦ ⟧:")
     print(marked_text(sample.cut(max_len), tokenizer), flush=True)
 
@@ -60,7 +61,14 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
     # what backward reads of a pair: inputs of fc (and img_fc), x, q, k, v, attention twice, both sides of the norm; the
     # four products of the MLP
     kept = (12 if trainer.head.method == "vispec" else 10) * size + 4 * config.intermediate_size
-    width = 2 if trainer.processes.autocast else 4
+    width, read, attention = 2 if trainer.processes.autocast else 4, 3 * size, {}
+    if isinstance(trainer.head, Eagle3Head):
+        read = trainer.head.fc.in_features + 2 * size
+        # a second norm over what has twice the width, and the keys and values of earlier steps moved to each pair
+        kept += (3 + steps - 1) * size
+        # the attention along drafts is our own, which keeps its weights, as softmax makes them and as they are used
+        scores = pairs * max(trainer.train_set.lengths) * config.num_attention_heads * steps
+        attention = {f"attention: at most {scores:,} weights x {4 + width} bytes": scores * (4 + width)}
     rows = chunk_rows(trainer.processes.device.type, config.vocab_size, steps)
     logits = min(rows, pairs) * steps * config.vocab_size
     head = trainer.lm_head
@@ -69,8 +77,9 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
         f"gradients: {trained:,} x 4 bytes": trained * 4,
         f"AdamW's two moments: {trained:,} x 8 bytes": trained * 8,
         f"the target's output head: {head.numel():,} x {head.element_size()} bytes": head.numel() * head.element_size(),
-        f"features and embeddings of a batch: {pairs:,} pairs x 3 x {size:,} x 4 bytes": pairs * 3 * size * 4,
+        f"features and embeddings of a batch: {pairs:,} pairs x {read:,} x 4 bytes": pairs * read * 4,
         f"activations: {pairs:,} pairs x {steps} step(s) x {kept:,} x {width} bytes": pairs * steps * kept * width,
+        **attention,
         f"a chunk of the loss: {LOGIT_TENSORS} x {logits:,} logits x 4 bytes": LOGIT_TENSORS * logits * 4,
     }
     if trainer.online:
@@ -108,7 +117,7 @@ def _count(samples: SampleFiles, workers: int) -> list[int]:
     """Sums of `_numbers` over the samples that are not skipped, each read as training reads it."""
     from tqdm import tqdm
 
-    keys = [(index, None) for index in range(len(samples)) if index not in samples.skipped]
+    keys = [(index, None) for index in samples.kept]
     loader = DataLoader(
         samples, sampler=keys, batch_size=None, collate_fn=partial(_numbers, samples.max_len), num_workers=workers
     )

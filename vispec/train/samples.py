@@ -105,7 +105,8 @@ class SampleFiles(torch.utils.data.Dataset):
     def __init__(self, paths: Sequence[Path], max_len: int, skip: Collection[Path] = ()):
         self.paths, self.max_len = list(paths), max_len
         self.lengths = read_lengths(paths, max_len)
-        self.skipped = {index for index, path in enumerate(paths) if path in skip}
+        self.kept = [index for index, path in enumerate(paths) if path not in skip]
+        """Places of the samples that are not left out."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -265,12 +266,16 @@ def read_lengths(paths: Sequence[Path], max_len: int) -> list[int]:
         return [min(length, max_len) for length in pool.map(read_length, paths)]
 
 
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
+
+
 def epoch_groups(lengths: Sequence[int], group_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The samples of each optimizer step of an epoch, in random order, similar lengths together.
 
     Depends on the size of a step alone, not on how it is divided into batches and processes.
     """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    generator = epoch_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     window = group_size * (WINDOW if group_size > 1 else 1)
     groups = []

@@ -37,9 +37,9 @@ def read_tables(basepath: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def count_layers(basepath: str) -> int:
     """Layers of the target's text decoder."""
-    from transformers import AutoConfig
+    from vispec.model.loading import load_config
 
-    return AutoConfig.from_pretrained(basepath).get_text_config().num_hidden_layers
+    return load_config(basepath).get_text_config().num_hidden_layers
 
 
 def tables_digest(*tables: torch.Tensor) -> str:

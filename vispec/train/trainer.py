@@ -155,7 +155,7 @@ class Trainer:
     @property
     def skipped(self) -> int:
         """Samples that are left out."""
-        return len(self.train_set.skipped) + len(self.held_out_set.skipped)
+        return sum(len(samples) - len(samples.kept) for samples in (self.train_set, self.held_out_set))
 
     def run(self) -> None:
         """Train to the last epoch, from wherever `resume` has put us.
@@ -197,9 +197,10 @@ class Trainer:
     def _train_epoch(self, log: MetricsLog | None) -> None:
         from tqdm import tqdm
 
+        kept = set(self.train_set.kept)
         groups = [
-            [index for index in group if index not in self.train_set.skipped] for group in self.groups(self.epoch)
-        ][self.step_in_epoch :]
+            [index for index in group if index in kept] for group in self.groups(self.epoch)[self.step_in_epoch :]
+        ]
         mine = [
             micro_batches(group, self.recipe.batch_size, self.processes.index, self.processes.count) for group in groups
         ]
@@ -249,7 +250,7 @@ class Trainer:
         """
         sums, spoiled = Sums(), []
         samples = self.held_out_set
-        order = sorted(set(range(len(samples))) - samples.skipped, key=lambda i: samples.lengths[i])
+        order = sorted(samples.kept, key=lambda i: samples.lengths[i])
         mine = micro_batches(order, self.recipe.batch_size, self.processes.index, self.processes.count)
         self.head.eval()
         for batch in self._loader(self.held_out_set, [[(i, None) for i in batch] for batch in mine]):
