@@ -1,16 +1,14 @@
 """Families that fit none of the other layouts, and those that are refused when they are handed over."""
 
 from vispec.evaluation.families.family import BREAK, END, IMAGE, SQUARE, START, TEXT, VIDEO, VISION, VOCABULARY, Family
+from vispec.evaluation.families.further import SAM
 from vispec.evaluation.families.grids import MARKS, QWEN3_TOWER, QWEN25_TOWER, grid_clips, grids, mrope
 from vispec.evaluation.families.squares import LLAMA, QWEN2, SIGLIP, squares
 from vispec.evaluation.families.tiles import broken, tiles
 
-_SAM = {"hidden_size": 32, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48}
-_SAM |= {"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1]}
+_SAM = {**SAM, "output_channels": 32}
 _INTERN_TOWER = {**SQUARE, "image_size": [28, 28], "patch_size": [7, 7]}
 _TEXT4 = {**TEXT, "model_type": "qwen3", "head_dim": 16}
-
-_ARIA_EXPERTS = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
 _HUNYUAN_TOWER = {**VISION, "num_key_value_heads": 4, "out_hidden_size": 64, "text_hidden_size": 64, "patch_size": 7}
 
 FAMILIES = {
