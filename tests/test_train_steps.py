@@ -94,6 +94,7 @@ def test_an_epoch_s_order_depends_on_seed_epoch_and_step_size_alone():
     assert sorted(i for group in groups for i in group) == list(range(53))
     assert groups == epoch_groups(lengths, 4, seed=0, epoch=2)
     assert groups != epoch_groups(lengths, 4, seed=0, epoch=3)
+    assert len(epoch_groups(lengths, 4, seed=2**63 - 1, epoch=2)) == len(groups)
     spread = sum(max(lengths[i] for i in g) - min(lengths[i] for i in g) for g in groups) / len(groups)
     assert spread < 8
 

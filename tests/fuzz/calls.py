@@ -14,6 +14,7 @@ from tests.fuzz.files import TEXT_ROWS, text_flags
 from tests.fuzz.workshop import DRAFT, EITHER, REFUSED, TARGET, Case, Workshop
 from tests.tiny_models import image_prompt
 from vispec import SpecModel, generate
+from vispec.cli import count, limit, number, whole
 from vispec.evaluation import speed
 from vispec.ge_data import allocation_llava_shargpt
 from vispec.train import config, draft_vocab, main, main_medusa, main_mtp
@@ -62,8 +63,7 @@ def flags(rng: random.Random, shop: Workshop) -> Case:
         return Case("no flag is known", lambda: command([*good, "--none-such"]), REFUSED)
     action = rng.choice(known)
     flag, value = action.option_strings[-1], rng.choice(mutations.ODD_TEXTS)
-    kinds = ("count", "whole", "number", "limit")
-    numbers = action.type in (int, float) or getattr(action.type, "__name__", "") in kinds
+    numbers = action.type in (int, float, count, whole, number, limit)
     right = REFUSED if numbers and value in ("", "x", "\ud83d", "a\0b", "é", "None", "[]", "nan", "%s") else EITHER
     kind = rng.choice(("value", "value", "value", "none", "twice", "unknown"))
     more = {"value": [f"{flag}={value}"], "none": [flag], "twice": [f"{flag}={value}", f"{flag}=1"]}

@@ -121,13 +121,17 @@ def run(
         models = keep_trees(tasks, models)
         for task in tasks:
             task.check()
-        code = _answer(plans, models, args, folder_of)
+        code = _answer(plans, tasks, models, args, folder_of)
         # the models are gone by now, so that there is room for float32
         return code if _check_lossless(plans, models, lossless) else ERROR
 
 
 def _answer(
-    plans: Sequence[Plan], models: Models, args: argparse.Namespace, folder_of: Callable[[Benchmark], str | None]
+    plans: Sequence[Plan],
+    tasks: Sequence[Task],
+    models: Models,
+    args: argparse.Namespace,
+    folder_of: Callable[[Benchmark], str | None],
 ) -> int:
     unfinished = []
     for plan in plans:
@@ -141,7 +145,6 @@ def _answer(
     models = replace(models, drafts={m: path for m, path in models.drafts.items() if m in methods})
     reported = {(plan.benchmark.name, plan.data): plan.options for plan in plans}
     tuned_on = tuning_set(models, getattr(args, "tune_on", None), reported, folder_of, args.num_gpus_total)
-    tasks = list(chain.from_iterable(plan.tasks for plan in plans))
     made_by = provenance(args)
     code = DONE
     with loaded(models, args.num_gpus_total) as answerer:
@@ -151,14 +154,15 @@ def _answer(
             task.check(found)  # so that none is refused hours later
         for number, plan in enumerate(unfinished, start=1):
             title = f"{number}/{len(unfinished)} {plan.benchmark.name} T={plan.generation.temperature:g}"
-            code = worst(code, plan.finish(_fill(plan, answerer, made_by, title)))
+            code = worst(code, plan.finish(_fill(plan, answerer, found, made_by, title)))
     return code
 
 
-def _fill(plan: Plan, answerer: Answerer | Actors, made_by: dict, title: str) -> list[LeftOut]:
+def _fill(plan: Plan, answerer: Answerer | Actors, found: Mapping, made_by: dict, title: str) -> list[LeftOut]:
     """Append the answers that the files of a plan lack; returns the questions that get none.
 
     Args:
+        found: what loaded models tell, by method.
         made_by: provenance of this run.
         title: stands beside the progress bar.
     """
@@ -167,7 +171,6 @@ def _fill(plan: Plan, answerer: Answerer | Actors, made_by: dict, title: str) ->
     asks = plan.open_asks()
     unfinished = {method for ask in asks for method in ask.methods}
     tasks = {task.method: task for task in plan.tasks if task.method in unfinished}
-    found = answerer.loaded_settings()
     for task in tasks.values():
         task.begin(found, made_by)
     left_out = []

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from vispec.cli import DTYPES, Parser, count, number, whole
@@ -69,8 +70,10 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--start {args.start} --end {args.end}: expected start <= end")
     if getattr(args, "min_pixels", 0) > getattr(args, "max_pixels", 0):
         raise ValueError(f"--min-pixels {args.min_pixels}: expected at most --max-pixels {args.max_pixels}")
-    if args.aux_layers is not None and args.store != "eagle3":
-        raise ValueError(f"--aux-layers {' '.join(map(str, args.aux_layers))}: only --store eagle3 stores them")
+    if args.aux_layers is not None:
+        if args.store != "eagle3":
+            raise ValueError(f"--aux-layers {' '.join(map(str, args.aux_layers))}: only --store eagle3 stores them")
+        args.aux_layers = tuple(sorted(set(args.aux_layers)))
     rows = _load_rows(stage, args.data_folder)
     end = min(args.end, len(rows) - 1)
     if end < args.end:
@@ -93,7 +96,7 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
         if not arguments.get(name):  # runs that are there may have been begun without the flag
             arguments.pop(name, None)
     if "aux_layers" in arguments:  # a manifest has plain values
-        arguments["aux_layers"] = " ".join(map(str, sorted(set(args.aux_layers))))
+        arguments["aux_layers"] = " ".join(map(str, args.aux_layers))
     arguments = {"stage": stage, "family": family, **arguments, "end": end}
     target = identify_target(args.model, args.dtype)
     groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
@@ -157,9 +160,8 @@ def _make_job(stage, family, args, rows):
     from vispec.model.loading import load_config, load_target
     from vispec.model.target import Target
 
-    names = ("max_len", "max_new_tokens", "temperature", "seed", "store", "aux_layers", "min_pixels", "max_pixels")
-    names += ("allow_outside",)
-    settings = Settings(family, **{name: getattr(args, name) for name in names if hasattr(args, name)})
+    names = {field.name for field in fields(Settings)}
+    settings = Settings(family, **{name: value for name, value in vars(args).items() if name in names})
     limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
     if stage == "text":
         tokenizer = load_tokenizer(args.model)

@@ -56,7 +56,7 @@ class Settings:
     seed: int = 0
     store: str = "pairs"
     aux_layers: tuple[int, ...] | None = None
-    """Of "eagle3": the layers whose inputs are stored; None: those of EAGLE-3 by default."""
+    """Of "eagle3": the layers whose inputs are stored, ascending; None: those of EAGLE-3 by default."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     allow_outside: bool = False
@@ -200,8 +200,7 @@ def stored_layers(settings: Settings, target: Target | None) -> tuple[int, ...]:
     """
     if settings.store != "eagle3":
         return ()
-    asked = settings.aux_layers
-    return aux_layers(len(target.decoder.layers), None if asked is None else tuple(sorted(set(asked))))
+    return aux_layers(len(target.decoder.layers), settings.aux_layers)
 
 
 def _media_tokens(config) -> torch.Tensor:
