@@ -14,7 +14,7 @@ from torch import nn
 from vispec.files import read_json, write_atomic, write_json_atomic
 from vispec.model.arguments import of_kind
 from vispec.model.drafts.config import DraftConfig
-from vispec.model.drafts.formats import as_specforge, flat_config, is_eagle3
+from vispec.model.drafts.formats import NEMO, as_specforge, as_vispec, flat_config, is_eagle3
 from vispec.model.drafts.hub import CARD
 from vispec.model.refusals import refuse_not_finite
 
@@ -169,6 +169,7 @@ def read_weights(path: Path, config: DraftConfig) -> tuple[dict[str, torch.Tenso
     foreign = _foreign(weights)
     if foreign is not None:
         raise ValueError(f"{path}: {foreign}, expected a draft head of ViSpec, EAGLE-2, EAGLE-3 or Medusa")
+    weights = as_vispec(weights)
     if not is_eagle3(weights):
         if INPUT_NORM in weights:  # of others, whose configs leave to the model's type whether there are biases
             config = replace(config, qkv_bias="layers.0.self_attn.q_proj.bias" in weights)
@@ -209,9 +210,12 @@ def identify(
         return {"method": found, **sizes.get(found, {})}
     if len(queries) == 0:
         raise ValueError(f"{path}: the vision adaptor's imadpt.q has no queries, its shape is {tuple(queries.shape)}")
+    listed = config.extra.get("vispec_num_query_tokens", queries.shape[0])
+    if listed != queries.shape[0]:
+        raise ValueError(f"{path}: imadpt.q has {queries.shape[0]} queries, vispec_num_query_tokens says {listed!r}")
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
-    return {"method": found, "num_q": queries.shape[0]}
+    return {"method": found, "num_q": queries.shape[0], "norms": NEMO in (config.extra.get("architectures") or ())}
 
 
 def fill(

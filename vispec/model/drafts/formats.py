@@ -3,6 +3,8 @@
 EAGLE-3 heads are published by SafeAILab and SpecForge, whose names and flat config SGLang reads and we write, and by
 speculators: `layers.0` for `midlayer`, the layer's sizes in `transformer_layer_config`, and numbers of the layers that
 are read counted as vLLM counts them, by their inputs (SpecForge: by their outputs, so one less).
+
+ViSpec heads of NeMo AutoModel have the target's text config with a few keys of their own, and other names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,6 +14,8 @@ import torch
 
 from vispec.model.drafts.config import DraftConfig
 
+NEMO = "VispecDraftModel"
+"""The architecture of ViSpec heads of NeMo AutoModel."""
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 """In SpecForge's `eagle_config`, and at the top of a config of speculators."""
 
@@ -27,12 +31,25 @@ def flat_config(values: dict) -> dict:
                 raise ValueError(f"{AUX_LAYERS} is {listed!r:.60}, expected numbers of layers")
             values["eagle_config"] = {AUX_LAYERS: [number - 1 for number in listed]}
         values["architectures"] = ["LlamaForCausalLMEagle3"]
+    nemo = NEMO in (values.get("architectures") or ())
+    if nemo:
+        own = {"num_hidden_layers": "draft_num_hidden_layers", "bias": "fc_bias"}
+        values = {**values, **{ours: values[theirs] for ours, theirs in own.items() if theirs in values}}
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):  # of transformers 5
         values = {**values, "rope_theta": rope.get("rope_theta", 10000.0)}
         plain = rope.get("rope_type", "default") == "default" and not rope.get("mrope_section")
         values["rope_scaling"] = None if plain else rope
+    scaling = values.get("rope_scaling")
+    if nemo and isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("mrope", "default"):
+        values = {**values, "rope_scaling": None}  # the target's M-RoPE; the head's positions are plain
     return values
+
+
+def as_vispec(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of NeMo AutoModel's ViSpec heads by the published names; others stay as they are."""
+    names = {name: name.replace("img_adaptor.query", "imadpt.q") for name in weights}
+    return {names[name].replace("img_adaptor.", "imadpt."): tensor for name, tensor in weights.items()}
 
 
 def is_eagle3(names: Iterable[str]) -> bool:

@@ -3,6 +3,9 @@
 A small attention, the vision adaptor, compresses an image to a few vectors, which stand for it in the draft sequence;
 one more, g, the image's global feature, is mixed into each text pair after it.
 
+Heads trained by NeMo AutoModel have two norms more: the layer's input norm, and a final one. Whether the final norm's
+output is fed back is not published: it stands before the target's output head only (ours). So are plain positions.
+
 Shapes: B rows, R pairs of one pass, H hidden size.
 """
 
@@ -13,6 +16,8 @@ from torch import nn
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.eagle2 import DraftHead
 from vispec.model.pairs import PairLayout, Span, plan_pairs
+from vispec.model.target import Target
+from vispec.model.tree import DraftOutput
 
 
 class VisionAdaptor(nn.Module):
@@ -43,12 +48,18 @@ class VisionAdaptor(nn.Module):
 
 
 class ViSpecHead(DraftHead):
-    """The EAGLE-2 head with the vision adaptor and the global image feature (paper, sections 3.2 and 3.3)."""
+    """The EAGLE-2 head with the vision adaptor and the global image feature (paper, sections 3.2 and 3.3).
+
+    Args:
+        num_q: queries of the adaptor.
+        norms: the two of NeMo AutoModel's heads.
+    """
 
     method = "vispec"
 
-    def __init__(self, config: DraftConfig, num_q: int = 2):
-        super().__init__(config)
+    def __init__(self, config: DraftConfig, num_q: int = 2, norms: bool = False):
+        super().__init__(config, norms)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if norms else None
         self.num_q = num_q
         self.compressed_per_image = num_q - 1
         self.imadpt = VisionAdaptor(config, num_q)
@@ -72,6 +83,10 @@ class ViSpecHead(DraftHead):
 
     def beside_layers(self) -> list[nn.Module]:
         return [self.fc, self.img_fc]
+
+    def output(self, target: Target) -> DraftOutput:
+        found = super().output(target)
+        return found if self.norm is None else found._replace(logits=lambda hidden: found.logits(self.norm(hidden)))
 
     def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
         return plan_pairs(lengths, images, compressed=self.compressed_per_image)
