@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import GOLDEN
+from tiny_models import GOLDEN, generate, image_prompt
 
+from vispec import SpecModel
 from vispec.model.drafts import load_draft
 from vispec.train.start import _loaded_head
 
@@ -49,6 +50,21 @@ def test_the_final_norm_stands_before_the_output_head_only(nemo):
     estimate = torch.randn(3, head.config.hidden_size)
     assert torch.equal(head.output(Target).logits(estimate), head.norm(estimate))
     assert load_draft(str(DRAFT)).output(Target).logits(estimate) is estimate
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_greedy_answers_are_the_targets(nemo, fast):
+    model = SpecModel.from_pretrained(str(GOLDEN / "qwen2_5_vl" / "target"), str(nemo), tree="12/3/4", fast=fast)
+    inputs = image_prompt(model.target.model, 0, ".a.b.")
+    plain = generate(model.target.model, inputs, max_new_tokens=20)
+    assert torch.equal(model.specgenerate(**inputs, max_new_tokens=20), plain)
+
+
+def test_a_config_that_names_no_architectures(nemo):
+    config = json.loads((DRAFT / "config.json").read_text()) | {"architectures": 5}
+    (nemo / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="unexpected"):
+        load_draft(str(nemo))
 
 
 def test_another_scaling_of_positions_is_refused(nemo):

@@ -14,7 +14,7 @@ from torch import nn
 from vispec.files import read_json, write_atomic, write_json_atomic
 from vispec.model.arguments import of_kind
 from vispec.model.drafts.config import DraftConfig
-from vispec.model.drafts.formats import NEMO, as_specforge, as_vispec, flat_config, is_eagle3
+from vispec.model.drafts.formats import as_specforge, as_vispec, flat_config, is_eagle3, is_nemo
 from vispec.model.drafts.hub import CARD
 from vispec.model.refusals import refuse_not_finite
 
@@ -215,7 +215,7 @@ def identify(
         raise ValueError(f"{path}: imadpt.q has {queries.shape[0]} queries, vispec_num_query_tokens says {listed!r}")
     if num_q is not None and num_q != queries.shape[0]:
         raise ValueError(f"{path}: the vision adaptor has num_q {queries.shape[0]}, {num_q} was asked for")
-    return {"method": found, "num_q": queries.shape[0], "norms": NEMO in (config.extra.get("architectures") or ())}
+    return {"method": found, "num_q": queries.shape[0], "norms": is_nemo(config.extra)}
 
 
 def fill(

@@ -31,7 +31,7 @@ def flat_config(values: dict) -> dict:
                 raise ValueError(f"{AUX_LAYERS} is {listed!r:.60}, expected numbers of layers")
             values["eagle_config"] = {AUX_LAYERS: [number - 1 for number in listed]}
         values["architectures"] = ["LlamaForCausalLMEagle3"]
-    nemo = NEMO in (values.get("architectures") or ())
+    nemo = is_nemo(values)
     if nemo:
         own = {"num_hidden_layers": "draft_num_hidden_layers", "bias": "fc_bias"}
         values = {**values, **{ours: values[theirs] for ours, theirs in own.items() if theirs in values}}
@@ -44,6 +44,12 @@ def flat_config(values: dict) -> dict:
     if nemo and isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("mrope", "default"):
         values = {**values, "rope_scaling": None}  # the target's M-RoPE; the head's positions are plain
     return values
+
+
+def is_nemo(config: Mapping) -> bool:
+    """Whether a config is of a ViSpec head of NeMo AutoModel."""
+    named = config.get("architectures")
+    return isinstance(named, list) and NEMO in named
 
 
 def as_vispec(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
