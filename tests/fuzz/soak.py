@@ -179,6 +179,13 @@ def decoding_round(seed: int, found: Found) -> None:
     answers = [row[0, prompt["input_ids"].shape[1] :].tolist() for row, prompt in zip(rows, case.prompts, strict=True)]
     expected = padded(answers)
     output = plain.generate(**case.batch, **options, **seeds, speculate=False)
+    if case.new_tokens(output) != expected and not case.sampled:
+        # the windowed cache of older versions is wrong behind a prompt shorter than the window
+        uncached = [case.model.generate(**prompt, **options, use_cache=False)[0] for prompt in case.prompts]
+        lengths = [prompt["input_ids"].shape[1] for prompt in case.prompts]
+        if case.new_tokens(output) == padded([row[n:].tolist() for row, n in zip(uncached, lengths, strict=True)]):
+            found.counts["not compared"] += 1
+            return
     if not found.compare(case.new_tokens(output), expected, where, "plain"):
         return  # the draft that knows the answers knows others
     for draft, model in models(dice, case, plain, texts):
