@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_golden import TOLERANCE, run
+from test_golden import TOLERANCE, RecordedLevels, assert_recorded, run
 from tiny_models import (
     FAMILIES,
     Recording,
     bare_head,
     generate,
+    greedy_lengths,
     image_prompt,
     proposed_tokens,
     random_head,
@@ -70,14 +71,7 @@ def test_recorded_trees_acceptance_and_answer(case, fast):
     assert len(trees) == len(rounds) and 0 <= recording.rounds - len(rounds) <= 2  # the reference stops late
     assert [r.accepted for r in rounds] == recording.acceptance_lengths[: len(rounds)]
     for number, tree in enumerate(trees):
-        recorded = {
-            name: recording.tensors[f"round{number}.{name}"]
-            for name in ("draft_tokens", "tree_mask", "tree_position_ids", "retrieve_indices")
-        }
-        assert torch.equal(tree.tokens, recorded["draft_tokens"])
-        assert torch.equal(tree.mask, recorded["tree_mask"][0])
-        assert torch.equal(tree.depths[0], recorded["tree_position_ids"])
-        assert torch.equal(tree.retrieve_indices(), recorded["retrieve_indices"])
+        assert_recorded(tree, recording.tensors, number)
     expected = recording.tensors["hf_generate_ids"]
     assert torch.equal(model.specgenerate(**recording.inputs, max_new_tokens=48), expected)
     assert torch.equal(model.baseline_generate(**recording.inputs, max_new_tokens=48), expected)
@@ -115,24 +109,10 @@ def test_recorded_passes_of_the_head(case):
         torch.testing.assert_close(logits, recorded[f"round{number}.extend.last_logits"], **TOLERANCE)
         best = logits.topk(shape.top_k).indices
         assert torch.equal(output.token_ids[best], recorded[f"round{number}.extend.top_tokens"])
-        passes = []
-
-        run_levels = Expansions(draft, memory, shape)
-
-        def expand(hidden, tokens, parents, number=number, passes=passes, run_levels=run_levels):
-            level = f"round{number}.step{len(passes)}"
-            out = run_levels(hidden, tokens, parents)
-            if f"{level}.out_hidden" in recorded:
-                torch.testing.assert_close(hidden, recorded[f"{level}.input_hidden"], **TOLERANCE)
-                assert torch.equal(tokens, recorded[f"{level}.input_ids"])
-                torch.testing.assert_close(out, recorded[f"{level}.out_hidden"], **TOLERANCE)
-                torch.testing.assert_close(output.logits(out)[0], recorded[f"{level}.logits"], **TOLERANCE)
-            passes.append(level)
-            return out
-
+        expand = RecordedLevels(Expansions(draft, memory, shape), recorded, number, output)
         root = given["input_ids"][:, -1]
         candidates = expand_levels(memory.estimate[:, None], expand, root, shape, output)
-        assert len(passes) == shape.depth
+        assert expand.passes == shape.depth
         chosen = candidates.scores[0].sort(descending=True).indices[: shape.total_token - 1].sort().values
         assert torch.equal(chosen, recorded[f"round{number}.selected_index"])
 
@@ -147,12 +127,7 @@ def test_greedy_answers_are_the_targets(family, tree, fast):
     target = random_target(family, 2, vocabulary=9)
     rope = {"rope_scaling": {"mrope_section": [4, 2, 2]}} if "qwen" in family and tree[0] == 30 else {}
     model = SpecModel(target, random_head(target, "eagle3", seed=4, **rope), *tree, fast=fast)
-    lengths = []
-    for seed, layout in enumerate((".", ".a.", "a.bb.")):
-        inputs = image_prompt(target, seed, layout)
-        answer, accepted = model.specgenerate(**inputs, max_new_tokens=20, return_acceptance_len=True)
-        assert answer.tolist() == generate(target, inputs, max_new_tokens=20).tolist()
-        lengths += accepted
+    lengths = greedy_lengths(model, (".", ".a.", "a.bb."), 20)
     if tree[0] >= 30:
         assert max(lengths) >= 1, "nothing was accepted, so nothing was tested"
     assert not any(layer._forward_pre_hooks for layer in model.target.decoder.layers)

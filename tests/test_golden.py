@@ -1,5 +1,7 @@
 """Every recorded case of the reference, step by step: prompt features, draft prefill, trees, acceptance, answer."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny_models import RECORDED, Recording, read_prompt, recorded_case, recorded_model
@@ -9,7 +11,7 @@ from vispec.model.decoding import Decoder
 from vispec.model.policies import Always
 from vispec.model.rows import Round, Stop
 from vispec.model.sampling import Choice
-from vispec.model.tree import Tree
+from vispec.model.tree import DraftOutput, Tree
 
 NEW_TOKENS = 48
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -39,6 +41,33 @@ def run(model: SpecModel, recording: Recording) -> tuple[list[Round], list[Tree]
     first, *rounds = (step[0] for step in decoder.rounds(prompts, [stop], Choice(), Always(model.shape)))
     assert not first.drafted and all(step.drafted for step in rounds)
     return rounds, decoder.trees
+
+
+def assert_recorded(tree: Tree, recorded: dict[str, torch.Tensor], number: int) -> None:
+    """The tree of a round is that of the reference."""
+    assert torch.equal(tree.tokens, recorded[f"round{number}.draft_tokens"])
+    assert torch.equal(tree.mask, recorded[f"round{number}.tree_mask"].bool()[0])
+    assert torch.equal(tree.depths[0], recorded[f"round{number}.tree_position_ids"])
+    assert torch.equal(tree.retrieve_indices(), recorded[f"round{number}.retrieve_indices"])
+
+
+class RecordedLevels:
+    """A head's passes over the levels of a round's tree, each compared with the reference's where that is recorded."""
+
+    def __init__(self, expansions: Callable, recorded: dict[str, torch.Tensor], number: int, output: DraftOutput):
+        self._run, self._recorded, self._number, self._output = expansions, recorded, number, output
+        self.passes = 0
+
+    def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        level, recorded = f"round{self._number}.step{self.passes}", self._recorded
+        out = self._run(hidden, tokens, parents)
+        if f"{level}.out_hidden" in recorded:
+            torch.testing.assert_close(hidden, recorded[f"{level}.input_hidden"], **TOLERANCE)
+            assert torch.equal(tokens, recorded[f"{level}.input_ids"])
+            torch.testing.assert_close(out, recorded[f"{level}.out_hidden"], **TOLERANCE)
+            torch.testing.assert_close(self._output.logits(out)[0], recorded[f"{level}.logits"], **TOLERANCE)
+        self.passes += 1
+        return out
 
 
 @cases
@@ -77,14 +106,7 @@ def test_trees_and_acceptance_of_every_round(family, method, case):
     assert 0 <= recording.rounds - len(rounds) <= 2  # the reference stops late
     assert [r.accepted for r in rounds] == recording.acceptance_lengths[: len(rounds)]
     for number, tree in enumerate(trees):
-        recorded = {
-            name: recording.tensors[f"round{number}.{name}"]
-            for name in ("draft_tokens", "tree_mask", "tree_position_ids", "retrieve_indices")
-        }
-        assert torch.equal(tree.tokens, recorded["draft_tokens"])
-        assert torch.equal(tree.mask, recorded["tree_mask"].bool()[0])
-        assert torch.equal(tree.depths[0], recorded["tree_position_ids"])
-        assert torch.equal(tree.retrieve_indices(), recorded["retrieve_indices"])
+        assert_recorded(tree, recording.tensors, number)
 
 
 @cases

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_batches import batch_of
 from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
-from tiny_models import FAMILIES, ON_CPU, as_prompt, generate, image_prompt, random_target
+from tiny_models import FAMILIES, ON_CPU, as_prompt, generate, greedy_lengths, image_prompt, random_target
 
 from vispec import SpecModel
 from vispec.model import decoding
@@ -88,12 +88,7 @@ def test_greedy_answers_are_the_targets(family, tree, monkeypatch):
     monkeypatch.setattr(decoding, "CAPACITY_AHEAD", 8)  # the text outgrows its buffer
     target = random_target(family, 2, vocabulary=9)
     model = SpecModel(target, PromptLookup(), *tree)
-    lengths = []
-    for seed, layout in enumerate((".", "a.bb.")):
-        inputs = image_prompt(target, seed, layout)
-        answer, accepted = model.specgenerate(**inputs, max_new_tokens=30, return_acceptance_len=True)
-        assert answer.tolist() == generate(target, inputs, max_new_tokens=30).tolist()
-        lengths += accepted
+    lengths = greedy_lengths(model, (".", "a.bb."), 30)
     if tree[0] == 30:
         assert max(lengths) >= 2, "nothing was accepted, so nothing was tested"
 

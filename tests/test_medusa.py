@@ -9,8 +9,7 @@ from tiny_models import (
     FAMILIES,
     ON_CPU,
     bare_head,
-    generate,
-    image_prompt,
+    greedy_lengths,
     output_of,
     random_head,
     random_target,
@@ -76,12 +75,7 @@ def test_grown_trees_equal_the_oracle(total_token, k):
 def test_greedy_answers_are_the_targets(family, tree):
     target = random_target(family, 2, vocabulary=9)
     model = SpecModel(target, random_head(target, "medusa", seed=3), *tree)
-    lengths = []
-    for seed, layout in enumerate((".", ".a.", "a.bb.")):
-        inputs = image_prompt(target, seed, layout)
-        answer, accepted = model.specgenerate(**inputs, max_new_tokens=20, return_acceptance_len=True)
-        assert answer.tolist() == generate(target, inputs, max_new_tokens=20).tolist()
-        lengths += accepted
+    lengths = greedy_lengths(model, (".", ".a.", "a.bb."), 20)
     if tree[0] == 30:
         assert max(lengths) >= 2, "nothing was accepted, so nothing was tested"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_golden import TOLERANCE
+from test_golden import TOLERANCE, RecordedLevels, assert_recorded
 from test_tree import CONFIG
-from tiny_models import FAMILIES, as_prompt, bare_head, generate, image_prompt, output_of, random_head, random_target
+from tiny_models import FAMILIES, as_prompt, bare_head, greedy_lengths, output_of, random_head, random_target
 
 from vispec import SpecModel
 from vispec.model.drafts import MSDHead, load_draft
@@ -83,25 +83,10 @@ def test_recorded_rounds(family, case, lean):
             root = recorded["round0.next_token"][0]
         logits = output.logits(memory.estimate)
         torch.testing.assert_close(logits, recorded[f"round{number}.extend.last_logits"], **TOLERANCE)
-        run_levels, passes = Expansions(head, memory, shape), []
-
-        def expand(hidden, tokens, parents, number=number, run_levels=run_levels, passes=passes):
-            level = f"round{number}.step{len(passes)}"
-            out = run_levels(hidden, tokens, parents)
-            if f"{level}.out_hidden" in recorded:
-                torch.testing.assert_close(hidden, recorded[f"{level}.input_hidden"], **TOLERANCE)
-                assert torch.equal(tokens, recorded[f"{level}.input_ids"])
-                torch.testing.assert_close(out, recorded[f"{level}.out_hidden"], **TOLERANCE)
-                torch.testing.assert_close(output.logits(out)[0], recorded[f"{level}.logits"], **TOLERANCE)
-            passes.append(level)
-            return out
-
+        expand = RecordedLevels(Expansions(head, memory, shape), recorded, number, output)
         tree = choose_nodes(root, *expand_levels(memory.estimate[:, None], expand, root, shape, output), shape)
-        assert len(passes) == shape.depth
-        assert torch.equal(tree.tokens, recorded[f"round{number}.draft_tokens"])
-        assert torch.equal(tree.mask, recorded[f"round{number}.tree_mask"][0])
-        assert torch.equal(tree.depths[0], recorded[f"round{number}.tree_position_ids"])
-        assert torch.equal(tree.retrieve_indices(), recorded[f"round{number}.retrieve_indices"])
+        assert expand.passes == shape.depth
+        assert_recorded(tree, recorded, number)
 
 
 # --- lossless ---
@@ -112,12 +97,7 @@ def test_recorded_rounds(family, case, lean):
 def test_greedy_answers_are_the_targets(family, tree):
     target = random_target(family, 2, vocabulary=9)
     model = SpecModel(target, random_head(target, "msd", seed=6), *tree)
-    lengths = []
-    for seed, layout in enumerate((".", ".a.", "a.bb.")):
-        inputs = image_prompt(target, seed, layout)
-        answer, accepted = model.specgenerate(**inputs, max_new_tokens=20, return_acceptance_len=True)
-        assert answer.tolist() == generate(target, inputs, max_new_tokens=20).tolist()
-        lengths += accepted
+    lengths = greedy_lengths(model, (".", ".a.", "a.bb."), 20)
     if tree[0] == 30:
         assert max(lengths) >= 1, "nothing was accepted, so nothing was tested"
 

@@ -253,6 +253,17 @@ def generate(target: PreTrainedModel, inputs: dict[str, torch.Tensor], **options
         return target.generate(**reference_inputs(target, inputs), do_sample=False, repetition_penalty=1.0, **options)
 
 
+def greedy_lengths(model: SpecModel, layouts: Sequence[str], new_tokens: int) -> list[int]:
+    """What rounds accept of prompts of some layouts, whose greedy answers are held to be the target's own."""
+    target, lengths = model.target.model, []
+    for seed, layout in enumerate(layouts):
+        inputs = image_prompt(target, seed, layout)
+        answer, accepted = model.specgenerate(**inputs, max_new_tokens=new_tokens, return_acceptance_len=True)
+        assert answer.tolist() == generate(target, inputs, max_new_tokens=new_tokens).tolist()
+        lengths += accepted
+    return lengths
+
+
 def _is_qwen(config) -> bool:
     return config.model_type.startswith("qwen")
 
