@@ -1,6 +1,7 @@
 """The benchmarks' files written by hand, with the fields of the published ones."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -107,6 +108,18 @@ def write_scienceqa(folder: Path, problems: dict[str, dict], splits: dict[str, l
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "problems.json").write_text(json.dumps(problems))
     (folder / "pid_splits.json").write_text(json.dumps(splits))
+
+
+def write_coco(folder: Path, image_ids: Sequence[int], training: Sequence[int] = ()) -> None:
+    """Images of different sizes, in their order; those of `training` are in that split."""
+    (folder / "val2014").mkdir()
+    rows = []
+    for number, image_id in enumerate(image_ids):
+        name = f"COCO_val2014_{image_id:012d}.jpg"
+        Image.new("RGB", (40 + 4 * number, 48), (40 * number, 90, 160)).save(folder / "val2014" / name)
+        split = "train" if image_id in training else "test"
+        rows.append({"filepath": "val2014", "filename": name, "imgid": image_id, "split": split, "sentences": []})
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": rows, "dataset": "coco"}))
 
 
 def write_one(name: str, folder: Path) -> None:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from benchmark_rows import write_coco
 
 from vispec.evaluation import answerer, speed
 from vispec.evaluation import gen_baseline_answer_coco_caption as baseline_command
@@ -33,14 +33,7 @@ def _one_warm_up(monkeypatch):
 def coco(tmp_path_factory) -> Path:
     """Five test images, one of them named twice, and one of the training split; written by hand from the layout."""
     folder = tmp_path_factory.mktemp("coco")
-    (folder / "val2014").mkdir()
-    rows = []
-    for number, image_id in enumerate([*IDS, 99, 10]):
-        name = f"COCO_val2014_{image_id:012d}.jpg"
-        Image.new("RGB", (40 + 4 * number, 48), (40 * number, 90, 160)).save(folder / "val2014" / name)
-        split = "train" if image_id == 99 else "test"
-        rows.append({"filepath": "val2014", "filename": name, "imgid": image_id, "split": split, "sentences": []})
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": rows, "dataset": "coco"}))
+    write_coco(folder, [*IDS, 99, 10], training=[99])
     return folder
 
 

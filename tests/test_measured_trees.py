@@ -6,7 +6,7 @@ from pathlib import Path
 
 import benchmark_rows
 import pytest
-from PIL import Image
+from benchmark_rows import write_coco
 
 from vispec import SpecModel
 from vispec.evaluation import answerer
@@ -32,13 +32,7 @@ def _little_to_do(monkeypatch):
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("coco")
-    (folder / "val2014").mkdir()
-    rows = []
-    for number, image_id in enumerate(IDS):
-        name = f"COCO_val2014_{image_id:012d}.jpg"
-        Image.new("RGB", (40 + 4 * number, 48), (40 * number, 90, 160)).save(folder / "val2014" / name)
-        rows.append({"filepath": "val2014", "filename": name, "imgid": image_id, "split": "test", "sentences": []})
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": rows, "dataset": "coco"}))
+    write_coco(folder, IDS)
     return folder
 
 

@@ -18,8 +18,8 @@ DRAFT = GOLDEN / "qwen2_5_vl" / "draft_vispec"
 def nemo(tmp_path):
     """A recorded head as NeMo would write it."""
     weights = load_file(DRAFT / "model.safetensors")
-    names = {name: name.replace("imadpt.q", "img_adaptor.query", 1) if name == "imadpt.q" else name for name in weights}
-    weights = {names[name].replace("imadpt.", "img_adaptor."): tensor for name, tensor in weights.items()}
+    weights["img_adaptor.query"] = weights.pop("imadpt.q")
+    weights = {name.replace("imadpt.", "img_adaptor."): tensor for name, tensor in weights.items()}
     size = len(weights["fc.bias"])
     weights |= {"layers.0.input_layernorm.weight": torch.ones(size), "norm.weight": torch.full((size,), 2.0)}
     save_file(weights, tmp_path / "model.safetensors")

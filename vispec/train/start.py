@@ -72,7 +72,7 @@ def _loaded_head(path: str, method: str, num_q: int | None, embedding: torch.Ten
     # MSD's heads have EAGLE-2's tensors, so either may become one
     asked = method if method == "msd" else None
     loaded = load_draft(path, asked, dtype=torch.float32, embedding=embedding)
-    if getattr(loaded, "norm", None) is not None and loaded.method == "vispec":
+    if isinstance(loaded, ViSpecHead) and loaded.norm is not None:
         raise ValueError(f"--loadpath {path}: a head of NeMo AutoModel, whose final norm is not trained here")
     if loaded.method == method:
         if num_q is not None and num_q != loaded.num_q:

@@ -54,8 +54,8 @@ def is_nemo(config: Mapping) -> bool:
 
 def as_vispec(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of NeMo AutoModel's ViSpec heads by the published names; others stay as they are."""
-    names = {name: name.replace("img_adaptor.query", "imadpt.q") for name in weights}
-    return {names[name].replace("img_adaptor.", "imadpt."): tensor for name, tensor in weights.items()}
+    query, other = ("img_adaptor.query", "imadpt.q"), ("img_adaptor.", "imadpt.")
+    return {name.replace(*query).replace(*other): tensor for name, tensor in weights.items()}
 
 
 def is_eagle3(names: Iterable[str]) -> bool:
