@@ -262,6 +262,7 @@ def test_a_difference_in_half_precision_is_looked_at_in_float32(data, tmp_path, 
         (["--spec-subfolder", "medusa=x"], "--spec-subfolder medusa=x: there is no --spec-model-path medusa=PATH"),
         (["--spec-revision", "vispec=a", "vispec=b"], "--spec-revision: found two values for vispec, expected one"),
         (["--spec-revision", "vispec=a"], "made with spec_revision None, found 'a'"),
+        (["--methods", "generate", "--temperatures", "0", "1"], "--methods generate is greedy, found --temperatures"),
         (["--max-new-token", "7"], "made with max_new_tokens 6, found 7"),
         (["--question-begin", "500"], "--question-begin 500, --question-end .*: no question of gqa lies there, it has"),
     ],
@@ -276,6 +277,32 @@ def test_a_head_without_its_method_gets_one_line(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_all.main(flags(data, tmp_path, "--spec-model-path", VISPEC))
     assert "expected METHOD=… with a method of vispec, eagle2, eagle3, msd, medusa" in capsys.readouterr().err
+
+
+def test_two_heads_of_a_method_and_transformers_generate(finished, data, tmp_path, capsys):
+    """A label tells the heads apart, in files and tables; generate() is one more arm, without steps of ours."""
+    shutil.copytree(finished / "gqa", tmp_path / "gqa")
+    labelled = flags(data, tmp_path, "--spec-model-path", f"vispec={VISPEC}", f"vispec-again={VISPEC}")
+    methods = ["--methods", "vispec", "generate", "--tree", "30/3/8", "--benchmarks", "gqa"]
+    assert run_all.main([*labelled, *methods]) == 0
+    names = [f"{name}-temperature-0.0.jsonl" for name in ("baseline", "vispec", "vispec-again", "generate")]
+    found = [ids(tmp_path / "gqa" / name) for name in names]
+    assert all(one == found[0] for one in found)
+    choice = read(tmp_path / "gqa" / names[-1])[0]["choices"][0]
+    assert not {"acceptance_length", "captured", "kernels"} & choice.keys()
+    assert not {"tree", "layers"} & meta(tmp_path / "gqa" / names[-1])["settings"].keys()
+    capsys.readouterr()
+    assert speed.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "| ViSpec, again " in printed.out and "| transformers' generate " in printed.out
+    assert "differ" not in printed.err
+
+
+@pytest.mark.parametrize("head", ["vispec-=x", "vispec-../a=x", "other-a=x"])
+def test_a_label_is_a_word(data, tmp_path, capsys, head):
+    with pytest.raises(SystemExit):
+        run_all.main(flags(data, tmp_path, "--spec-model-path", head))
+    assert "expected" in capsys.readouterr().err
 
 
 def test_an_eagle3_head(data, tmp_path, capsys):

@@ -1,5 +1,14 @@
-"""The methods that have draft heads: as flags and configs name them, and as texts do."""
+"""The methods: as flags and configs name them, and as texts do."""
 
 HEADS = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "eagle3": "EAGLE-3", "msd": "MSD", "medusa": "Medusa"}
+"""Those that have draft heads."""
 LOOKUP = "lookup"
 """The one that drafts without a head."""
+BASELINE, GENERATE = "baseline", "generate"
+"""Our own plain loop, and transformers' generate()."""
+UNDRAFTED = (BASELINE, GENERATE)
+
+
+def method_of(name: str) -> str:
+    """The method of a head that has a label of its own: vispec of vispec-blind."""
+    return name.partition("-")[0]

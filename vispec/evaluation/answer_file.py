@@ -25,6 +25,7 @@ from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
 from vispec.evaluation.settings import SETTINGS, shared_by
 from vispec.files import parse_json, read_json
+from vispec.methods import GENERATE, UNDRAFTED
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -222,8 +223,8 @@ def answer_line(question_id: QuestionId, model_id: str, method: str, choices: It
     }
 
 
-def choice_of(answer: Answer, text: str, model: "SpecModel", drafted: bool) -> dict[str, Any]:
-    """An answer as a line has it, with how the model's steps ran."""
+def choice_of(answer: Answer, text: str, model: "SpecModel", method: str) -> dict[str, Any]:
+    """An answer as a line has it, with how the model's steps ran, where they were ours."""
     choice = {
         "turns": [text],
         "output_ids": [answer.output_ids],
@@ -231,10 +232,12 @@ def choice_of(answer: Answer, text: str, model: "SpecModel", drafted: bool) -> d
         "new_tokens": [len(answer.output_ids)],
         "wall_time": [answer.wall_time],
         "decode_time": [answer.decode_time],
-        "captured": model.captured,
-        "kernels": model.target.kernels,
     }
-    return choice | {"acceptance_length": answer.acceptance_lengths} if drafted else choice
+    if method != GENERATE:
+        choice |= {"captured": model.captured, "kernels": model.target.kernels}
+    if method not in UNDRAFTED:
+        choice |= {"acceptance_length": answer.acceptance_lengths}
+    return choice
 
 
 def answers_of(line: Any) -> list[Answer]:

@@ -17,6 +17,7 @@ from vispec.evaluation.lossless import RERUN_FAILS
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.settings import loaded_settings
 from vispec.evaluation.text import answer_text
+from vispec.methods import UNDRAFTED
 from vispec.model.shape import TreeShape
 from vispec.pictures import UnreadableImage
 from vispec.prompts import RefusedPrompt, build_inputs, load_processor
@@ -105,7 +106,7 @@ class Answerer:
             for seed in range(ask.num_choices):
                 answer = self._measure(ask, method, inputs, seed)
                 text = answer_text(processor.tokenizer, answer.output_ids)
-                found.append(choice_of(answer, text, self._models[method], drafted=method != "baseline"))
+                found.append(choice_of(answer, text, self._models[method], method))
         return choices
 
     def _get_ready(self, ask: Ask, method: str, inputs: "BatchFeature", positions: int) -> None:
@@ -152,7 +153,7 @@ class Answerer:
         return [self._measure(ask, method, inputs).output_ids for method in ask.methods]
 
     def _measure(self, ask: Ask, method: str, inputs: "BatchFeature", seed: int = 0) -> Answer:
-        arm = "baseline" if method == "baseline" else "spec"
+        arm = method if method in UNDRAFTED else "spec"
         return answer_question(self._models[method], inputs, arm, ask.generation, seed)
 
     def _processor(self, benchmark: str):

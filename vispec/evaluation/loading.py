@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vispec.methods import BASELINE, GENERATE, LOOKUP, UNDRAFTED, method_of
 from vispec.model.shape import TUNE, TreeShape
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ class Models:
 
     base_model_path: str
     drafts: Mapping[str, str | None] = field(default_factory=dict)
-    """Draft heads by method; None for lookup, which has none."""
+    """Draft heads by method and label; None for what has none: lookup, and transformers' generate()."""
     tree: TreeShape | str = TreeShape()
     """AUTO: chosen while answers are made; TUNE: to be measured, the default one until then."""
     num_q: int | None = None
@@ -30,6 +31,11 @@ class Models:
     """By method, what stands in place of TUNE because earlier answers have it."""
     places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By method, revision and subfolder of its draft head where they were asked for."""
+
+    @property
+    def drafting(self) -> list[str]:
+        """The methods that draft trees."""
+        return [method for method in self.drafts if method not in UNDRAFTED]
 
     def tree_of(self, method: str) -> TreeShape | str:
         return self.tuned.get(method, self.tree)
@@ -82,13 +88,17 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
             find_draft(path, **models.place_of(method))
     plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
     target = plain.target
-    loaded = {"baseline": plain}
+    loaded = {BASELINE: plain}
     for method, path in models.drafts.items():
-        if method == "lookup":
+        if method == GENERATE:
+            loaded[method] = plain
+            continue
+        if method == LOOKUP:
             draft = PromptLookup()
         else:
             embedding, place = target.embed_tokens.weight, models.place_of(method)
-            draft = load_draft(path, method, models.num_q, target.dtype, embedding, **place).to(target.device)
+            kind = method_of(method)
+            draft = load_draft(path, kind, models.num_q, target.dtype, embedding, **place).to(target.device)
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(models.base_model_path)
         tree = models.tree_of(method)

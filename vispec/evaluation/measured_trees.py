@@ -68,7 +68,7 @@ def tuning_set(
     Raises:
         UserError: all questions are reported, or there are several models, each of which would choose its own tree.
     """
-    if all(models.tree_of(method) != TUNE for method in models.drafts):
+    if all(models.tree_of(method) != TUNE for method in models.drafting):
         return None
     if gpus_total > models.gpus:
         raise UserError("--tree tune or --total-token -1 measures with one model: begin without --num-gpus-total")
@@ -89,7 +89,7 @@ def tuning_set(
 
 def measure_trees(tasks: Sequence[Task], found: TuningSet | None, models: Models, answerer: Answerer) -> None:
     """Measure the trees of the methods whose tree is TUNE; their `tasks` note them, and on which questions it was."""
-    for method in models.drafts:
+    for method in models.drafting:
         if found is not None and models.tree_of(method) == TUNE:
             tree, questions = answerer.tune(method, found.benchmark, found.questions)
             told = ", ".join(map(str, questions))

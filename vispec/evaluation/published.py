@@ -6,7 +6,7 @@ A pair is (speedup, τ); τ counts draft tokens only, as here. Averages are over
 from collections.abc import Mapping
 from pathlib import Path
 
-from vispec.methods import HEADS, LOOKUP
+from vispec.methods import BASELINE, GENERATE, HEADS, LOOKUP
 
 BENCHMARK_TITLES = {
     "sqa": "SQA",
@@ -20,7 +20,9 @@ BENCHMARK_TITLES = {
 }
 """The columns of the paper's tables, in its order."""
 
-METHOD_TITLES = {"baseline": "baseline", LOOKUP: "prompt lookup", **dict(reversed(HEADS.items()))}
+METHOD_TITLES = {
+    BASELINE: "baseline", GENERATE: "transformers' generate", LOOKUP: "prompt lookup", **dict(reversed(HEADS.items())),
+}  # fmt: skip
 """In the order of the rows."""
 
 AVERAGE = "average"

@@ -11,6 +11,7 @@ from vispec.evaluation.comparison import DRAWS, MEASURES, PERCENTILES, SEED, TAU
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
+from vispec.methods import method_of
 from vispec.model.shape import AUTO
 
 HOLE = "—"
@@ -75,8 +76,9 @@ def about(table: Table) -> str:
 
 
 def title(method: str) -> str:
-    """A method's name for people."""
-    return METHOD_TITLES.get(method, method)
+    """A method's name for people, with the label of its head."""
+    _, found, label = method.partition("-")
+    return METHOD_TITLES.get(method_of(method), method_of(method)) + (f", {label}" if found else "")
 
 
 # Markdown

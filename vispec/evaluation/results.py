@@ -33,6 +33,7 @@ from vispec.evaluation.comparison import (
 )
 from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
 from vispec.evaluation.settings import ARMS, ROW, TABLE, shared_by
+from vispec.methods import method_of
 
 NEEDED = ("benchmark", "method", "base_model", "temperature")
 
@@ -165,8 +166,8 @@ def _find(folder: Path, notices: list[str]) -> list[AnswerFile]:
 
 def _ordered(methods: set[str]) -> list[str]:
     """Methods in the order of the paper's rows, unknown ones last."""
-    known = list(METHOD_TITLES)
-    return sorted(methods, key=lambda name: (known.index(name) if name in known else len(known), name))
+    known = {name: place for place, name in enumerate(METHOD_TITLES)}
+    return sorted(methods, key=lambda name: (known.get(method_of(name), len(known)), name))
 
 
 def _table(

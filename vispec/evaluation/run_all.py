@@ -6,6 +6,7 @@ The same command goes on where it stopped.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -22,12 +23,14 @@ from vispec.evaluation.flags import (
     asked_tree,
 )
 from vispec.evaluation.loading import Models
-from vispec.evaluation.measure import Generation
+from vispec.evaluation.measure import Generation, is_greedy
 from vispec.evaluation.measured_trees import add_tune_on, keep_trees
 from vispec.evaluation.runner import Plan, run
-from vispec.methods import HEADS, LOOKUP
+from vispec.methods import BASELINE, GENERATE, HEADS, LOOKUP, method_of
 
-METHODS = ("baseline", *HEADS, LOOKUP)
+METHODS = (BASELINE, GENERATE, *HEADS, LOOKUP)
+LABEL = re.compile(r"\w[\w.]*", re.ASCII)
+"""Tells two heads of a method apart, in names of files too."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,8 +59,8 @@ def _make_parser() -> Parser:
         nargs="+",
         type=_head,
         default=[],
-        metavar="METHOD=PATH",
-        help=f"draft heads: folders or hub ids, for {', '.join(HEADS)}",
+        metavar="METHOD[-LABEL]=PATH",
+        help=f"draft heads: folders or hub ids, for {', '.join(HEADS)}; a label tells two of one method apart",
     )
     add_place_flags(parser, nargs="+", type=_head, metavar="METHOD=VALUE")
     add(
@@ -78,11 +81,14 @@ def _make_parser() -> Parser:
 
 
 def _head(text: str) -> tuple[str, str]:
-    """METHOD=PATH, or another value for a method's head."""
-    method, found, path = text.partition("=")
-    if method not in HEADS or not found or not path:
+    """METHOD=PATH or METHOD-LABEL=PATH, or another value for that head."""
+    name, found, path = text.partition("=")
+    _, labelled, label = name.partition("-")
+    if method_of(name) not in HEADS or not found or not path:
         raise argparse.ArgumentTypeError(f"expected METHOD=… with a method of {', '.join(HEADS)}, found {text!r}")
-    return method, path
+    if labelled and not LABEL.fullmatch(label):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, _ and . in a METHOD-LABEL, found {name!r}")
+    return name, path
 
 
 def _models(args: argparse.Namespace) -> Models:
@@ -91,12 +97,16 @@ def _models(args: argparse.Namespace) -> Models:
     if len(heads) < len(args.spec_model_path):
         raise UserError("--spec-model-path: found two heads of one method, expected one")
     asked = args.methods or (LOOKUP, *heads)
-    lacking = [method for method in HEADS if method in asked and method not in heads]
+    lacking = [method for method in HEADS if method in asked and method not in map(method_of, heads)]
     if lacking:
         raise UserError(f"--methods {lacking[0]}: its draft head is missing, give --spec-model-path {lacking[0]}=PATH")
+    if GENERATE in asked and not all(map(is_greedy, args.temperatures)):
+        raise UserError(f"--methods {GENERATE} is greedy, found --temperatures {' '.join(map(str, args.temperatures))}")
+    names = [name for name in (GENERATE, *heads, LOOKUP) if {name, method_of(name)} & {*asked}]
+    names.sort(key=lambda name: METHODS.index(method_of(name)))
     return Models(
         args.base_model_path,
-        {method: heads.get(method) for method in METHODS[1:] if method in asked},
+        {name: heads.get(name) for name in names},
         asked_tree(args, Models.tree),
         dtype=args.dtype,
         device_map=args.device_map,

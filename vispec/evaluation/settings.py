@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vispec.cli import device_name
 from vispec.evaluation.loading import Models, dtype_name
 from vispec.evaluation.measure import Generation
+from vispec.methods import GENERATE
 from vispec.model.shape import AUTO, TreeShape
 from vispec.weights_digest import file_sha256, target_revision
 
@@ -91,7 +92,7 @@ def asked_settings(
         settings["benchmark_options"] = dict(options)
     if models.dtype != "auto":
         settings["dtype"] = models.dtype
-    if method != "baseline":
+    if method in models.drafting:
         settings["asked_tree"] = as_noted(models.tree_of(method))  # what a draft can fill of it may be less
         draft = models.drafts[method]
         if draft is not None:
@@ -118,8 +119,9 @@ def loaded_settings(model: "SpecModel", models: Models, method: str) -> dict:
         "device": ", ".join(dict.fromkeys(map(device_name, devices))),
         "device_type": ", ".join(dict.fromkeys(device.type for device in devices)),
         "devices": len(devices),
-        "layers": "lean" if model.target.lean else "stock",
     }
+    if method != GENERATE:
+        settings["layers"] = "lean" if model.target.lean else "stock"
     if model.draft is not None:
         settings["tree"] = as_noted(AUTO if model.tree == AUTO else model.shape)
     draft = models.drafts.get(method)
