@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from vispec.model.adaptive import NOTES, AdaptiveTree
 from vispec.model.drafts.base import Draft, Kept, Memory
 from vispec.model.graphs import CAPTURED_USE, Steps
 from vispec.model.policies import Policy
@@ -27,7 +28,7 @@ from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
 from vispec.model.sampling import Choice, accept
 from vispec.model.shape import TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import Tree, grow
+from vispec.model.tree import Growth, Tree, grow
 
 CAPACITY_AHEAD = 2048
 """New tokens for which a row has slots at first; where an answer needs more, its slots are doubled."""
@@ -56,12 +57,15 @@ class Seat:
         long = partial(torch.zeros, dtype=torch.long, **place)
         features = torch.zeros(rows, waiting, width, dtype=target.dtype, **place)
         kept = Kept(features, long(rows, waiting), long(rows))
-        self.rows = Rows(target.new_cache(rows, capacity), long(rows, 1), long(rows), kept, None)
+        notes = torch.zeros(rows, NOTES, **place)
+        self.rows = Rows(target.new_cache(rows, capacity), long(rows, 1), long(rows), kept, None, notes)
         self.steps = Steps(target.device, target.can_capture)
         self.usual = 1
         """The most pairs that wait for the draft after a round."""
         self.most = 1
         """After plain steps; a seat may have room for more than the policy at hand lets wait."""
+        self.rehearsed: int | None = None
+        """Levels of a tree with a rule, while steps are captured."""
         self._part: Rows | None = None
         self._addresses: tuple | None = None
 
@@ -152,18 +156,41 @@ class Decoder:
             waiting = seat.usual if waiting <= seat.usual else seat.most
         bound = self._set_bounds(rows, answers)
         run, size = seat.steps.run, len(answers)
-        tree = run(("draft", size, shape, rows.memory.used, waiting), bound, self._draft, rows, shape, waiting)
+        if isinstance(shape, AdaptiveTree):
+            tree = self._draft_by_rule(seat, rows, bound, shape, waiting)
+        else:
+            tree = run(("draft", size, shape, rows.memory.used, waiting), bound, self._draft, rows, shape, waiting)
         for answer in answers:
             answer.read += answer.waiting
         verified = run(("verify", size, shape, rows.cache.used), bound, self._verify, rows, tree)
         chosen = seat.steps.hold(("choose", size, shape), choice.choose(verified.logits, answers, tree))
-        return run(("keep", size, shape), bound, self._keep, rows, tree, verified.features, chosen)
+        return run(("keep", size, shape), bound, self._keep, rows, tree, verified.features, chosen, shape)
 
     def _draft(self, rows: Rows, shape: TreeShape, waiting: int) -> Tree:
         """The draft reads what was kept and grows a tree."""
+        self._extend(rows, waiting)
+        return grow(self.draft, rows.memory, rows.root, shape, self.output)
+
+    def _extend(self, rows: Rows, waiting: int) -> tuple[()]:
         kept = rows.kept
         self.draft.extend(rows.memory, Kept(kept.features[:, :waiting], kept.tokens[:, :waiting], kept.counts))
-        return grow(self.draft, rows.memory, rows.root, shape, self.output)
+        return ()
+
+    def _draft_by_rule(self, seat: Seat, rows: Rows, reset: Callable, shape: AdaptiveTree, waiting: int) -> Tree:
+        """The same, but the host asks which level is the last one: where steps are captured, each is one."""
+        size, memory, read = len(rows.root), rows.memory, rows.memory.used
+        seat.steps.run(("extend", size, waiting, read), reset, self._extend, rows, waiting)
+
+        def extended() -> None:
+            memory.used = read + waiting  # a step that is replayed changes nothing on the host
+
+        def run(name: str, step: Callable, *args):
+            return seat.steps.run((name, size, (shape, read, waiting, growth.levels)), extended, step, *args)
+
+        extended()
+        growth = Growth(rows.notes, run if self.target.can_capture else None, seat.rehearsed)
+        tree = grow(self.draft, memory, rows.root, shape, self.output, growth)
+        return seat.steps.hold(("tree", size, shape), tree)
 
     def _verify(self, rows: Rows, tree: Tree) -> Verified:
         """The target's pass over a tree."""
@@ -174,7 +201,9 @@ class Decoder:
         hidden, features = self.target.forward(rows.cache, *given, self._layers)
         return Verified(features, self.target.logits(hidden))
 
-    def _keep(self, rows: Rows, tree: Tree, features: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def _keep(
+        self, rows: Rows, tree: Tree, features: torch.Tensor, chosen: torch.Tensor, shape: TreeShape
+    ) -> torch.Tensor:
         """Keep the path that the target named: (B, 1 + D + 1), its length, its tokens, and the next root."""
         accepted = accept(tree, chosen)
         path, counts, kept = accepted.path, accepted.count + 1, rows.kept
@@ -184,6 +213,8 @@ class Decoder:
         kept.features[:, : path.shape[1]] = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
         kept.tokens[:, : path.shape[1]] = accepted.tokens
         kept.counts.copy_(counts)
+        if isinstance(shape, AdaptiveTree):
+            shape.learn(rows.notes, accepted.count)
         return torch.cat([accepted.count[:, None], accepted.tokens], dim=1)
 
     @torch.inference_mode()
@@ -274,6 +305,7 @@ class Decoder:
         row.kept.features[:, 0] = prompt.features[:, -1]
         row.kept.tokens[:, 0] = row.root
         row.kept.counts.fill_(1)
+        row.notes.zero_()
         return int(row.root)
 
     def _read_prompts(self, seat: Seat, rows: Rows, answers: list[Answer]) -> None:
@@ -342,9 +374,12 @@ class Decoder:
                         self._rehearse(seat, rows, None, committed, read, drafts=drafts)
                     for shape in policy.shapes:
                         for waiting in {seat.usual, policy.waiting}:
-                            self._rehearse(seat, rows, shape, committed, read, waiting)
+                            for levels in range(1, shape.levels + 1) if isinstance(shape, AdaptiveTree) else [None]:
+                                seat.rehearsed = levels
+                                self._rehearse(seat, rows, shape, committed, read, waiting)
                 if not self.target.can_capture:
                     break
+            seat.rehearsed = None
             for store in seat.rows.stores:
                 store.clear()
         self.failed_captures += seat.steps.take_failures()

@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from vispec.model.adaptive import AdaptiveTree
 from vispec.model.drafts import BaseHead, Draft
 from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
@@ -12,7 +13,16 @@ logger = logging.getLogger("vispec")
 
 
 def fitted(shape: TreeShape, target: Target, draft: Draft) -> TreeShape:
-    """The tree that a target can follow and a draft can fill; says so where it is smaller than what was asked for."""
+    """The tree that a target can follow and a draft can fill; says so where it is smaller than what was asked for.
+
+    Raises:
+        ValueError: its rule goes level by level, the draft does not.
+    """
+    if isinstance(shape, AdaptiveTree) and not draft.by_level:
+        raise ValueError(
+            f"{draft.method} drafts all levels in one go, so a {shape.name} tree leaves nothing out: give a tree such "
+            f"as {TreeShape()}"
+        )
     chain = target.fit(shape)
     if chain.top_k != shape.top_k:
         logger.warning("%s follows chains alone: the tree is %s, not %s", type(target.model).__name__, chain, shape)

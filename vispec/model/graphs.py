@@ -60,7 +60,7 @@ class Steps:
         Args:
             key: what the step is, what its result's shape depends on (two items), then what else its work depends on.
             reset: takes back what a step that broke off has changed on the host, so that it can run from its beginning.
-            step: returns a tensor or a tuple of tensors.
+            step: returns a tensor, or a named tuple of tensors, of such tuples, and of None.
         """
         self._uses[key] += 1
         # at first as it is: libraries load their kernels and take their workspace, which a capture must not see
@@ -84,8 +84,7 @@ class Steps:
         if not self._can_capture:
             return value
         if key not in self._held:
-            tensors = [tensor.clone() for tensor in _tensors(value)]
-            self._held[key] = tensors[0] if isinstance(value, torch.Tensor) else type(value)(*tensors)
+            self._held[key] = _cloned(value)
         else:
             self._hold_anew(key, value)
         return self._held[key]
@@ -104,8 +103,18 @@ class Steps:
         return Steps(self._device, self._can_capture)
 
 
-def _tensors(value: object) -> tuple[torch.Tensor, ...]:
-    return (value,) if isinstance(value, torch.Tensor) else value
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif value is not None:
+        for part in value:
+            yield from _tensors(part)
+
+
+def _cloned(value: object) -> object:
+    if isinstance(value, tuple):
+        return type(value)(*map(_cloned, value))
+    return None if value is None else value.clone()
 
 
 def cuda_capture(device: torch.device) -> Callable[[Step], Step]:

@@ -87,6 +87,8 @@ class Rows:
     """P is the most that a row can wait with."""
     memory: Memory | None
     """The draft's."""
+    notes: torch.Tensor
+    """(B, NOTES) what the rule of an adaptive tree remembers."""
 
     @property
     def stores(self) -> list[TreeCache | Memory]:
@@ -102,13 +104,14 @@ class Rows:
             self.root[rows],
             Kept(kept.features[rows], kept.tokens[rows], kept.counts[rows]),
             None if self.memory is None else self.memory.part(start, stop),
+            self.notes[rows],
         )
 
     def move(self, source: int, target: int) -> None:
         """Let a row take the place of another one."""
         for store in self.stores:
             store.move(source, target)
-        for tensor in (self.offset, self.root, self.kept.features, self.kept.tokens, self.kept.counts):
+        for tensor in (self.offset, self.root, self.kept.features, self.kept.tokens, self.kept.counts, self.notes):
             tensor[target] = tensor[source]
 
     def positions(self, depths: torch.Tensor) -> torch.Tensor:

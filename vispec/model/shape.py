@@ -1,7 +1,7 @@
 """What a draft tree is to look like. Command lines read it before they import torch, which takes seconds."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vispec.model.arguments import whole
 
@@ -43,10 +43,10 @@ class TreeShape:
     @property
     def chain(self) -> "TreeShape":
         """The tree of this depth whose nodes have one child each."""
-        return TreeShape(min(self.total_token, self.levels + 1), self.depth, 1)
+        return replace(self, total_token=min(self.total_token, self.levels + 1), top_k=1)
 
     def fitted(self, vocabulary: int, depth: int | None = None) -> "TreeShape":
         """The largest tree not above this one that a vocabulary of that size can fill; `depth` replaces its own."""
         depth = self.depth if depth is None else depth
-        shape = TreeShape(self.total_token, depth, min(self.top_k, vocabulary))
-        return TreeShape(min(self.total_token, shape.candidates + 1), shape.depth, shape.top_k)
+        shape = replace(self, depth=depth, top_k=min(self.top_k, vocabulary))
+        return replace(shape, total_token=min(self.total_token, shape.candidates + 1))

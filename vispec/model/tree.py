@@ -5,10 +5,13 @@ root. Everything is a tensor of fixed shape, so that a round makes no decision o
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
+from vispec.model.adaptive import AdaptiveTree, Children
 from vispec.model.shape import TreeShape
 
 EMPTY = -1
@@ -61,14 +64,42 @@ class DraftOutput(NamedTuple):
     """(V',) the token of each logit; None: they are all tokens, in order."""
 
 
+@dataclass
+class Growth:
+    """What the host knows of a tree that is grown by a rule (`AdaptiveTree`)."""
+
+    notes: torch.Tensor
+    """(B, NOTES) what the rule remembers of the rows."""
+    run: Callable | None = None
+    """Where steps are captured: runs a part as a step of its own, (name, step, *arguments) -> what the step returns.
+    A part's name and `levels` say what it does."""
+    rehearsed: int | None = None
+    """So many levels are drafted, whatever the rule says."""
+    levels: int = 0
+    """How many were drafted."""
+
+    def goes_on(self, shape: AdaptiveTree, alive: torch.Tensor) -> bool:
+        """After one more level, in which any row that goes on is `alive`: the one transfer of a level."""
+        self.levels += 1
+        if self.levels == shape.levels:
+            return False
+        if self.rehearsed is not None:
+            return self.levels < self.rehearsed
+        return not shape.asks(self.levels) or bool(alive)
+
+
 class Proposes(Protocol):
     """A draft, as far as a tree asks it."""
 
-    def candidates(self, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
+    def candidates(
+        self, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
+    ) -> Candidates:
         """All that it proposes below `root` (B,), after what its memory holds."""
 
 
-def grow(draft: Proposes, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Tree:
+def grow(
+    draft: Proposes, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
+) -> Tree:
     """The tree of a round: the N - 1 best of all that a draft proposes.
 
     Args:
@@ -76,60 +107,173 @@ def grow(draft: Proposes, memory, root: torch.Tensor, shape: TreeShape, output: 
         root: (B,) token at the root.
         shape: must be one that the draft can fill, see `Draft.fit`.
         output: how the draft's estimates become tokens.
+        growth: of an `AdaptiveTree`.
     """
-    return choose_nodes(root, *draft.candidates(memory, root, shape, output), shape)
+    return _runner(growth)("tree", choose_nodes, root, *draft.candidates(memory, root, shape, output, growth), shape)
 
 
-Expand = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""Called for one level after the other, from the first on: (estimates (B, k, H) of the nodes' own features, tokens
-(B, k), parents (B, k) among those of the level before, None at the first) -> estimates (B, k, H) of what follows."""
+class Expand(Protocol):
+    """A draft on the nodes of one level after the other, from the first on."""
+
+    sees: torch.Tensor
+    """What the next level has to know of this one besides its own features."""
+
+    def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+        """(estimates (B, k, H) of the nodes' own features, tokens (B, k), parents (B, k) among those of the level
+        before, None at the first) -> estimates (B, k, H) of what follows."""
+
+    def resume(self, level: int, sees: torch.Tensor | None) -> None:
+        """Go on at a level, counted from 0, in a step of its own: with what the level before has left."""
+
+
+class Frontier(NamedTuple):
+    """The k nodes that are expanded next; those of an `AdaptiveTree` that only fill a place have a score of -inf."""
+
+    scores: torch.Tensor
+    """(B, k) log-probability of their paths."""
+    tokens: torch.Tensor
+    """(B, k)."""
+    hidden: torch.Tensor
+    """(B, k, H) estimates of their own features."""
+    parents: torch.Tensor | None
+    """(B, k) among the nodes that were expanded before; None at the first level."""
+    candidates: torch.Tensor
+    """(B, k) their places among all candidates."""
+
+
+class Level(NamedTuple):
+    """The children of what was expanded, and what the next level begins with."""
+
+    scores: torch.Tensor
+    """(B, P k)."""
+    tokens: torch.Tensor
+    """(B, P k)."""
+    frontier: Frontier | None
+    """None: it is the last level."""
+    left: torch.Tensor | None = None
+    """(B,) nodes that an `AdaptiveTree` may still expand."""
+    alive: torch.Tensor | None = None
+    """Whether any row of it goes on."""
+    sees: torch.Tensor | None = None
+    """`Expand.sees`, where levels are steps of their own."""
 
 
 def expand_levels(
-    estimates: torch.Tensor, expand: Expand | None, root: torch.Tensor, shape: TreeShape, output: DraftOutput
+    estimates: torch.Tensor,
+    expand: Expand | None,
+    root: torch.Tensor,
+    shape: TreeShape,
+    output: DraftOutput,
+    growth: Growth | None = None,
 ) -> Candidates:
     """Candidates level by level (EAGLE-2): each level expands its k best nodes.
 
     Args:
-        estimates: (B, A, H) outputs of the draft that the first A levels are read from.
+        estimates: (B, A, H) outputs of the draft that the first A levels are read from; one for an `AdaptiveTree`.
         expand: runs the draft on the nodes of a level; None where no level needs it.
         root: (B,) token at the root.
         shape: `fitted` to the vocabulary.
+        growth: of an `AdaptiveTree`.
 
     A node's score is the sum of the log-probabilities on its path.
     """
-    k = shape.top_k
-    batch, device = root.shape[0], root.device
-    known_log_probs, known_tokens = _top_k(estimates, k, output)
-    known = known_tokens.shape[1]
-    scores, tokens = known_log_probs[:, 0], known_tokens[:, 0]
-    all_scores, all_tokens, frontiers = [scores], [tokens], []
+    run, ahead = _runner(growth), None
+    if growth is None:
+        ahead = _top_k(estimates, shape.top_k, output)
+    levels = [run("level", _first_level, estimates, ahead, shape, output, growth)]
+    while levels[-1].frontier is not None if growth is None else growth.goes_on(shape, levels[-1].alive):
+        number = len(levels) + 1
+        levels.append(run("level", _next_level, number, levels[-1], ahead, expand, shape, output, growth))
+    return run("candidates", _all_candidates, levels, shape, growth)
 
-    frontier = torch.arange(k, device=device).expand(batch, k)
+
+def _first_level(estimates: torch.Tensor, ahead, shape: TreeShape, output: DraftOutput, growth: Growth | None) -> Level:
+    """The root's k best children, all of which are expanded if no rule says otherwise."""
+    k, batch = shape.top_k, len(estimates)
+    log_probs, tokens = _top_k(estimates, k, output) if ahead is None else ahead
+    scores, tokens = log_probs[:, 0], tokens[:, 0]
+    places = torch.arange(k, device=estimates.device).expand(batch, k)
     hidden = estimates[:, -1:].expand(-1, k, -1)
-    parent = None
-    for level in range(1, shape.depth + 1):
-        if level < known:
-            log_probs, children = (x[:, level, None].expand(-1, k, -1) for x in (known_log_probs, known_tokens))
-        else:
-            out = expand(hidden, tokens, parent)
-            log_probs, children = _top_k(out, k, output)
-        child_scores = (scores[:, :, None] + log_probs).flatten(1)
-        all_scores.append(child_scores)
-        all_tokens.append(children.flatten(1))
-        frontiers.append(frontier)
-        if level == shape.depth:
-            break
-        scores, best = child_scores.topk(k, dim=1)
-        parent = best // k
-        frontier = k + (level - 1) * k * k + best
-        tokens = all_tokens[-1].gather(1, best)
-        if level >= known:
-            hidden = out.gather(1, parent[..., None].expand(-1, -1, out.shape[2]))
-    parents = torch.full_like(all_tokens[0], -1)
-    if frontiers:
-        parents = torch.cat([parents, torch.cat(frontiers, 1).repeat_interleave(k, dim=1)], dim=1)
-    return Candidates(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), parents)
+    if growth is None:
+        return Level(scores, tokens, Frontier(scores, tokens, hidden, None, places) if shape.depth else None)
+    left = torch.full_like(places[:, 0], shape.total_token - 1)
+    ruled = _by_rule(shape, 1, torch.zeros_like(scores[:, :1]), scores[:, None], left, growth)
+    return Level(ruled.scores, tokens, Frontier(ruled.frontier, tokens, hidden, None, places), ruled.left, ruled.alive)
+
+
+def _next_level(
+    number: int,
+    before: Level,
+    ahead: tuple[torch.Tensor, torch.Tensor] | None,
+    expand: Expand | None,
+    shape: TreeShape,
+    output: DraftOutput,
+    growth: Growth | None,
+) -> Level:
+    """The children of a frontier, of which the k best are the next one; `ahead`: what is known without a pass."""
+    k, nodes, out = shape.top_k, before.frontier, None
+    if ahead is not None and number <= ahead[0].shape[1]:
+        log_probs, children = (x[:, number - 1, None].expand(-1, k, -1) for x in ahead)
+    else:
+        if growth is not None and growth.run is not None:
+            expand.resume(number - 2, before.sees)
+        out = expand(nodes.hidden, nodes.tokens, nodes.parents)
+        log_probs, children = _top_k(out, k, output)
+    scores, tokens = nodes.scores[:, :, None] + log_probs, children.flatten(1)
+    if growth is None:
+        ruled = Ruled(*[scores.flatten(1)] * 2)
+    else:
+        ruled = _by_rule(shape, number, nodes.scores, scores, before.left, growth)
+    if number == shape.levels:
+        return Level(ruled.scores, tokens, None)
+    scores, best = ruled.frontier.topk(k, dim=1)
+    parents = best // k
+    hidden = nodes.hidden if out is None else out.gather(1, parents[..., None].expand(-1, -1, out.shape[2]))
+    places = k + (number - 2) * k * k + best
+    frontier = Frontier(scores, tokens.gather(1, best), hidden, parents, places)
+    return Level(ruled.scores, tokens, frontier, *ruled[2:], expand.sees if growth and growth.run else None)
+
+
+class Ruled(NamedTuple):
+    """The scores (B, P k) of a level: of its nodes, and of those among them that may be expanded; -inf for others."""
+
+    scores: torch.Tensor
+    frontier: torch.Tensor
+    left: torch.Tensor | None = None
+    alive: torch.Tensor | None = None
+
+
+def _by_rule(
+    shape: AdaptiveTree, number: int, parents: torch.Tensor, scores: torch.Tensor, left: torch.Tensor, growth: Growth
+) -> Ruled:
+    """What a rule makes of the children (B, P, k) of `parents` (B, P)."""
+    ranks = torch.arange(shape.top_k, device=scores.device)
+    chosen = shape.choose(Children(number, parents, scores, ranks, left, growth.notes))
+    frontier = scores.masked_fill(~chosen.expanded, -torch.inf).flatten(1)
+    if chosen.nodes is not None:
+        scores = scores.masked_fill(~chosen.nodes, -torch.inf)
+    return Ruled(scores.flatten(1), frontier, left - chosen.expanded.sum((1, 2)), (frontier > -torch.inf).any())
+
+
+def _all_candidates(levels: list[Level], shape: TreeShape, growth: Growth | None) -> Candidates:
+    """As many as the shape has, whatever levels there are."""
+    k = shape.top_k
+    scores, tokens = (torch.cat([level[i] for level in levels], 1) for i in (0, 1))
+    parents = torch.full_like(levels[0].tokens, -1)
+    expanded = [level.frontier.candidates for level in levels[:-1]]
+    if expanded:
+        parents = torch.cat([parents, torch.cat(expanded, 1).repeat_interleave(k, dim=1)], dim=1)
+    if growth is None:
+        return Candidates(scores, tokens, parents)
+    missing = 0, shape.candidates - scores.shape[1]
+    tokens = tokens.masked_fill(scores == -torch.inf, EMPTY)
+    fillings = ((scores, -torch.inf), (tokens, EMPTY), (parents, -1))
+    return Candidates(*(F.pad(values, missing, value=filling) for values, filling in fillings))
+
+
+def _runner(growth: Growth | None) -> Callable:
+    """What runs a part of growing a tree."""
+    return growth.run if growth is not None and growth.run is not None else lambda name, step, *args: step(*args)
 
 
 def choose_nodes(

@@ -25,7 +25,7 @@ from vispec.model.loading import hub_options
 from vispec.model.products import Products, obstacle
 from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Candidates, DraftOutput
+from vispec.model.tree import Candidates, DraftOutput, Growth
 
 
 @dataclass
@@ -63,6 +63,8 @@ class Draft(Protocol):
     """What proposes trees."""
 
     method: str
+    by_level: bool
+    """Whether it drafts level by level, so that an `AdaptiveTree` can end before its largest depth."""
 
     def fit(self, shape: TreeShape) -> TreeShape:
         """The largest tree not above this one that the draft can fill."""
@@ -92,8 +94,13 @@ class Draft(Protocol):
     def extend(self, memory: Memory, kept: Kept) -> None:
         """Read what the target has said."""
 
-    def candidates(self, memory: Memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
-        """All that may follow `root` (B,), the token behind the last pair; `shape` is one that it can fill."""
+    def candidates(
+        self, memory: Memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
+    ) -> Candidates:
+        """All that may follow `root` (B,), the token behind the last pair; `shape` is one that it can fill.
+
+        An `AdaptiveTree`, which only drafts `by_level` are asked for, comes with the `growth` for `expand_levels`.
+        """
 
 
 Head = TypeVar("Head", bound="BaseHead")
@@ -107,6 +114,7 @@ class BaseHead(nn.Module):
     method: str
     reads_target_head: ClassVar[bool] = True
     """Whether its estimates become tokens by the target's output head, of which a draft vocabulary takes some rows."""
+    by_level: ClassVar[bool] = True
     fixed_depth: int | None = None
     """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
     draft_vocab: DraftVocabulary | None = None

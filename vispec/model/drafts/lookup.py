@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vispec.model.drafts.base import Kept
 from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import EMPTY, Candidates, DraftOutput
+from vispec.model.tree import EMPTY, Candidates, DraftOutput, Growth
 
 LONGEST_MATCH = 8
 """Tokens of a match that count; matches of more tokens are equally good."""
@@ -53,6 +53,7 @@ class PromptLookup:
     """Drafts what followed earlier occurrences of the last few tokens."""
 
     method = "lookup"
+    by_level = False
     draft_vocab = None
 
     def fit(self, shape: TreeShape) -> TreeShape:
@@ -97,7 +98,12 @@ class PromptLookup:
         memory.used += steps
 
     def candidates(
-        self, memory: LookupMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput | None = None
+        self,
+        memory: LookupMemory,
+        root: torch.Tensor,
+        shape: TreeShape,
+        output: DraftOutput | None = None,
+        growth: Growth | None = None,
     ) -> Candidates:
         """Branches below the root; they do not depend on `total_token`."""
         k, levels = shape.top_k, shape.levels

@@ -16,7 +16,7 @@ from vispec.model.drafts.base import BaseHead, Kept
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Candidates, DraftOutput, expand_levels
+from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 
 HEADS = 5
 
@@ -59,6 +59,7 @@ class MedusaHead(BaseHead):
     """The heads of Medusa, used like one draft head of another method."""
 
     method = "medusa"
+    by_level = False
 
     def __init__(self, config: DraftConfig, heads: int = HEADS):
         super().__init__(config)
@@ -96,5 +97,12 @@ class MedusaHead(BaseHead):
             torch.stack([last + F.silu(self.linear(block.linear, last)) for (block,) in self.medusa_head], dim=-2)
         )
 
-    def candidates(self, memory: MedusaMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
+    def candidates(
+        self,
+        memory: MedusaMemory,
+        root: torch.Tensor,
+        shape: TreeShape,
+        output: DraftOutput,
+        growth: Growth | None = None,
+    ) -> Candidates:
         return expand_levels(memory.estimates, None, root, shape, output)

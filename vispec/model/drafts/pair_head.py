@@ -31,7 +31,7 @@ from vispec.model.pairs import PairLayout, Span, plan_pairs
 from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
 from vispec.model.text_decoder import LeanLayers, UnknownLayer
-from vispec.model.tree import Candidates, DraftOutput, expand_levels
+from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 
 
 @dataclass
@@ -248,8 +248,15 @@ class PairHead(BaseHead):
         memory.cache.commit(kept.counts)
         memory.position += kept.counts
 
-    def candidates(self, memory: DraftMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
-        return expand_levels(memory.estimate[:, None], Expansions(self, memory, shape), root, shape, output)
+    def candidates(
+        self,
+        memory: DraftMemory,
+        root: torch.Tensor,
+        shape: TreeShape,
+        output: DraftOutput,
+        growth: Growth | None = None,
+    ) -> Candidates:
+        return expand_levels(memory.estimate[:, None], Expansions(self, memory, shape), root, shape, output, growth)
 
 
 class Expansions:
@@ -258,21 +265,34 @@ class Expansions:
     def __init__(self, head: PairHead, memory: DraftMemory, shape: TreeShape):
         self._head, self._memory = head, memory
         self._k, self._depth, self._level = shape.top_k, shape.depth, 0
+        self.sees: torch.Tensor | None = None
+        """(B, k, visible) mask of the level before; None: it has not begun."""
+
+    def _begin(self) -> None:
+        head, memory = self._head, self._memory
         batch, dtype = len(memory.position), memory.estimate.dtype
         memory.cache.reserve(self._k * self._depth)
-        self._mask = memory.cache.committed_mask(dtype).expand(-1, self._k, -1)
+        self.sees = memory.cache.committed_mask(dtype).expand(-1, self._k, -1)
         # all nodes of a level stand at one position
         positions = memory.position[:, None] + torch.arange(self._depth, device=memory.position.device)
         angles = (a.view(batch, self._depth, 1, *a.shape[1:]) for a in head.angles(positions, dtype))
         self._angles = list(zip(*(angle.unbind(1) for angle in angles), strict=True))
 
+    def resume(self, level: int, sees: torch.Tensor | None) -> None:
+        self._level = level
+        self._begin()  # what the steps before have set on the host may be of another round
+        if sees is not None:
+            self.sees = sees
+
     def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+        if self.sees is None:
+            self._begin()
         head, cache, k = self._head, self._memory.cache, self._k
         cache.aim(self._level * k, (self._level + 1) * k)
         if parents is not None:  # a node sees what its parent sees, and itself
-            self._mask = self._mask.gather(1, parents[..., None].expand(-1, -1, self._mask.shape[2]))
-        self._mask = self._mask.scatter(2, cache.slots[..., None], 0)
-        attend = partial(attend_cached, cache, head.heads, grouped(self._mask[:, None], head.heads))
+            self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))
+        self.sees = self.sees.scatter(2, cache.slots[..., None], 0)
+        attend = partial(attend_cached, cache, head.heads, grouped(self.sees[:, None], head.heads))
         angles = [angle.expand(-1, k, -1, -1).flatten(0, 1) for angle in self._angles[self._level]]
         self._level += 1
         x = head.fuse(head.embed(tokens), hidden, self._memory.global_feature)
