@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from vispec.cli import UserError
 from vispec.evaluation.measure import Answer
-from vispec.evaluation.settings import SETTINGS, shared_by
+from vispec.evaluation.settings import SETTINGS, noted_tree, shared_by
 from vispec.files import parse_json, read_json
 from vispec.methods import GENERATE, UNDRAFTED
+from vispec.model.shape import AUTO, TUNE
 
 if TYPE_CHECKING:
     from vispec.model.spec_model import SpecModel
@@ -189,13 +190,24 @@ def read_meta(path: Path) -> dict | None:
     _check_kinds(meta, value["settings"], {name: setting.kinds for name, setting in SETTINGS.items()})
     for name in ("asked_tree", "tree"):
         tree = value["settings"].get(name)
-        if isinstance(tree, list) and list(map(type, tree)) != [int] * 3:
+        if tree not in (None, AUTO, TUNE) and not _is_tree(tree):
             raise UserError(f"{meta}: {name} cannot be {reprlib.repr(tree)}")
     for run in (value.get("provenance", {}), *value.get("resumed", [])):
         _check_kinds(meta, run, RUN_KINDS)
     for one in value.get("left_out", []):
         _check_kinds(meta, one, LEFT_OUT_KINDS, needed=True)
     return value
+
+
+def _is_tree(noted: list | str) -> bool:
+    """Whether it is a note of one."""
+    if isinstance(noted, list) and list(map(type, noted)) != [int] * 3:
+        return False
+    try:
+        noted_tree(noted)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_kinds(meta: Path, values: Any, kinds: Mapping[str, tuple[type, ...]], needed: bool = False) -> None:

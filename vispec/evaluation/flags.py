@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from vispec.cli import Parser, UserError, count, whole
+from vispec.model import adaptive
 from vispec.model.shape import AUTO, TUNE, TreeShape
 
 PLACES = {"--spec-revision": "revision", "--spec-subfolder": "subfolder"}
@@ -101,10 +102,10 @@ def value_of(args: argparse.Namespace, flag: str):
 
 
 def parse_tree(text: str) -> TreeShape:
-    """A draft tree as command lines write it: total_token/depth/top_k."""
+    """A draft tree as command lines write it."""
     try:
-        return TreeShape.parse(text)
-    except ValueError as error:
+        return adaptive.parse_tree(text)
+    except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -114,9 +115,10 @@ def add_tree_flags(parser: Parser, default: str) -> None:
     add(
         "--tree",
         type=_tree,
-        metavar="N/d/k|tune|auto",
-        help="the draft tree by --total-token/--depth/--top-k, such as 30/3/8; tune measures which one is the fastest; "
-        f"auto chooses while it answers, plain decoding too (default: {default})",
+        metavar="N/d/k|RULE|tune|auto",
+        help="the draft tree by --total-token/--depth/--top-k, such as 30/3/8, or by the rule that grows it, "
+        f"{', '.join(adaptive.RULES)}, with what differs from its defaults, such as talon:mu=0.04,n=40; tune measures "
+        f"which one is the fastest; auto chooses while it answers, plain decoding too (default: {default})",
     )
     add(
         "--total-token",

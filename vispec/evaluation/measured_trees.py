@@ -12,9 +12,9 @@ from vispec.cli import Parser, UserError
 from vispec.evaluation.answerer import Answerer
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.loading import Models
-from vispec.evaluation.settings import as_noted
+from vispec.evaluation.settings import as_noted, noted_tree
 from vispec.evaluation.task import Task
-from vispec.model.shape import TUNE, TreeShape
+from vispec.model.shape import AUTO, TUNE
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def keep_trees(tasks: Sequence[Task], models: Models) -> Models:
     kept: dict[str, dict] = {}
     for task in tasks:
         found = task.settings if task.lines else {}
-        if isinstance(found.get("asked_tree"), list):
+        if found.get("asked_tree") not in (None, AUTO, TUNE):
             kept.setdefault(task.method, {n: found[n] for n in ("asked_tree", "tuned_on") if n in found})
     for method, noted in kept.items():
         _note(tasks, method, noted)
-    return replace(models, tuned={method: TreeShape(*noted["asked_tree"]) for method, noted in kept.items()})
+    return replace(models, tuned={method: noted_tree(noted["asked_tree"]) for method, noted in kept.items()})
 
 
 def tuning_set(

@@ -110,6 +110,8 @@ def _described(row: Row) -> str:
     parts += [f"draft vocabulary of {vocabulary.partition(',')[0]}"] if vocabulary else []
     if tree == AUTO:
         parts += [f"tree {AUTO}, chosen while it answers"]
+    elif isinstance(tree, str):
+        parts += [f"tree {tree}"]
     elif tree:
         parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"]
     return ", ".join(parts) or "no draft head"

@@ -11,6 +11,7 @@ from vispec.cli import device_name
 from vispec.evaluation.loading import Models, dtype_name
 from vispec.evaluation.measure import Generation
 from vispec.methods import GENERATE
+from vispec.model.adaptive import parse_tree
 from vispec.model.shape import AUTO, TreeShape
 from vispec.weights_digest import file_sha256, target_revision
 
@@ -109,8 +110,8 @@ def loaded_settings(model: "SpecModel", models: Models, method: str) -> dict:
 
     Returns:
         The target's revision, dtype, device (name), device_type, number of devices, and by which layers it decodes;
-        with a draft also tree (total_token, depth, top_k, or AUTO), with a draft head draft_vocab (None where it
-        proposes all tokens) and spec_model_sha256.
+        with a draft also tree (total_token, depth and top_k, or the name of a rule, or AUTO), with a draft head
+        draft_vocab (None where it proposes all tokens) and spec_model_sha256.
     """
     devices = list(dict.fromkeys(model.target.devices))
     settings = {
@@ -133,8 +134,13 @@ def loaded_settings(model: "SpecModel", models: Models, method: str) -> dict:
 
 
 def as_noted(tree: TreeShape | str) -> list[int] | str:
-    """A tree as JSON gives it back."""
-    return tree if isinstance(tree, str) else list(astuple(tree))
+    """A tree as JSON gives it back: sizes as a list, else its name."""
+    return list(astuple(tree)) if type(tree) is TreeShape else str(tree)
+
+
+def noted_tree(noted: list[int] | str) -> TreeShape:
+    """The tree of which this is a note; ValueError where it is of none."""
+    return parse_tree(noted) if isinstance(noted, str) else TreeShape(*noted)
 
 
 def _head_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None:

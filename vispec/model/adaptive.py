@@ -86,7 +86,7 @@ class AdaptiveTree(TreeShape):
         """Note (B, NOTES) how many draft tokens (B,) a round has brought."""
 
     def __str__(self) -> str:
-        values = {name: f"{value:g}" for name in self.parameters() if (value := getattr(self, name)) is not None}
+        values = {name: str(value) for name in self.parameters() if (value := getattr(self, name)) is not None}
         values |= {name: str(getattr(self, size)) for name, size in SIZES.items()}
         return f"{self.name}:" + ",".join(f"{name}={value}" for name, value in values.items())
 

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vispec.model.adaptive import NOTES, AdaptiveTree
-from vispec.model.drafts.base import Draft, Kept, Memory
-from vispec.model.graphs import CAPTURED_USE, Steps
+from vispec.model.adaptive import AdaptiveTree
+from vispec.model.drafts.base import Draft, Kept
+from vispec.model.graphs import CAPTURED_USE
 from vispec.model.policies import Policy
 from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
 from vispec.model.sampling import Choice, accept
+from vispec.model.seats import Seat
 from vispec.model.shape import TreeShape
 from vispec.model.target import Target
 from vispec.model.tree import Growth, Tree, grow
@@ -46,55 +47,6 @@ class Verified(NamedTuple):
     """(B, N, F) what the draft reads."""
     logits: torch.Tensor
     """(B, N, V)."""
-
-
-class Seat:
-    """Room for one generation after the other, and the steps that were captured over it."""
-
-    def __init__(self, target: Target, rows: int, capacity: int, waiting: int, width: int):
-        self.size, self.capacity, self.waiting = rows, capacity, waiting
-        place = {"device": target.device}
-        long = partial(torch.zeros, dtype=torch.long, **place)
-        features = torch.zeros(rows, waiting, width, dtype=target.dtype, **place)
-        kept = Kept(features, long(rows, waiting), long(rows))
-        notes = torch.zeros(rows, NOTES, **place)
-        self.rows = Rows(target.new_cache(rows, capacity), long(rows, 1), long(rows), kept, None, notes)
-        self.steps = Steps(target.device, target.can_capture)
-        self.usual = 1
-        """The most pairs that wait for the draft after a round."""
-        self.most = 1
-        """After plain steps; a seat may have room for more than the policy at hand lets wait."""
-        self.rehearsed: int | None = None
-        """Levels of a tree with a rule, while steps are captured."""
-        self._part: Rows | None = None
-        self._addresses: tuple | None = None
-
-    def part(self, rows: int) -> Rows:
-        """The first so many rows."""
-        if self._part is None or len(self._part.root) != rows:
-            self._part = self.rows.part(0, rows)
-        return self._part
-
-    def follow(self, addresses: tuple) -> None:
-        """Void what was captured over weights at other addresses."""
-        if self._addresses not in (None, addresses):
-            self.steps = self.steps.fresh()
-        self._addresses = addresses
-
-    def give_memory(self, memory: Memory) -> None:
-        self.rows.memory, self._part = memory, None
-
-    def fits(self, rows: int, capacity: int, waiting: int) -> bool:
-        return self.size >= rows and self.capacity >= capacity and self.waiting >= waiting
-
-    @torch.inference_mode()
-    def enlarge(self, capacity: int) -> None:
-        """Give all rows more slots; what was captured is void."""
-        self.capacity, self._part = capacity, None
-        self.rows.cache = self.rows.cache.enlarged(capacity)
-        if self.rows.memory is not None:
-            self.rows.memory = self.rows.memory.enlarged(capacity)
-        self.steps = self.steps.fresh()
 
 
 class Decoder:
@@ -134,9 +86,10 @@ class Decoder:
                         outcome = self._round(seat, rows, answers, choice, shape)
                     else:
                         outcome = self._plain_step(seat, rows, answers, choice, bool(policy.shapes))
+                levels = 0 if shape is None else seat.levels
                 # the only transfer of a round from the device
                 step = {
-                    answer.row: answer.take(named[: accepted + 1], accepted, shape is not None)
+                    answer.row: answer.take(named[: accepted + 1], accepted, levels)
                     for answer, (accepted, *named) in zip(answers, outcome.tolist(), strict=True)
                 }
                 policy.learn(shape, step.values())
@@ -160,6 +113,7 @@ class Decoder:
             tree = self._draft_by_rule(seat, rows, bound, shape, waiting)
         else:
             tree = run(("draft", size, shape, rows.memory.used, waiting), bound, self._draft, rows, shape, waiting)
+            seat.levels = shape.levels
         for answer in answers:
             answer.read += answer.waiting
         verified = run(("verify", size, shape, rows.cache.used), bound, self._verify, rows, tree)
@@ -190,6 +144,7 @@ class Decoder:
         extended()
         growth = Growth(rows.notes, run if self.target.can_capture else None, seat.rehearsed)
         tree = grow(self.draft, memory, rows.root, shape, self.output, growth)
+        seat.levels = growth.levels
         return seat.steps.hold(("tree", size, shape), tree)
 
     def _verify(self, rows: Rows, tree: Tree) -> Verified:
@@ -289,7 +244,7 @@ class Decoder:
             place = len(answers)
             answer = Answer(number, stop, committed=input_ids.shape[1] - 1, prompt=None)
             token = self._read_prompt(seat, seat.rows.part(place, place + 1), input_ids, inputs, choice, answer)
-            step[number] = answer.take([token], accepted=0, drafted=False)
+            step[number] = answer.take([token], accepted=0, levels=0)
             if not answer.ended:
                 answers.append(answer)
         return answers, step

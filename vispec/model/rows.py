@@ -21,10 +21,15 @@ class Round:
     """New ids, in order, cut at the end token and at the token limit."""
     accepted: int
     """Draft tokens that verification accepted, before any cut."""
-    drafted: bool
-    """Whether there was a draft; a plain step counts for no τ."""
+    levels: int
+    """Of the tree that was drafted, a pass of the draft each where it drafts level by level; 0: it was a plain step."""
     ended: bool
     """Whether the answer ends with it."""
+
+    @property
+    def drafted(self) -> bool:
+        """A plain step counts for no τ."""
+        return self.levels > 0
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,13 @@ class Answer:
     """Tokens of the answer so far."""
     ended: bool = False
 
-    def take(self, tokens: list[int], accepted: int, drafted: bool) -> Round:
-        """A round's tokens: those accepted, and the next root."""
+    def take(self, tokens: list[int], accepted: int, levels: int) -> Round:
+        """A round's tokens: those accepted of a tree of so many levels, and the next root."""
         tokens, self.ended = self.stop.cut(tokens, self.new)
         self.new += len(tokens)
         self.committed += accepted + 1
-        self.waiting = accepted + 1 if drafted else self.waiting + 1
-        return Round(tokens, accepted, drafted, self.ended)
+        self.waiting = accepted + 1 if levels else self.waiting + 1
+        return Round(tokens, accepted, levels, self.ended)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vispec.methods import HEADS, LOOKUP
+from vispec.model.adaptive import parse_tree
 from vispec.model.arguments import of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
@@ -41,8 +42,9 @@ class SpecModel:
         depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
             not use it: its trees have as many levels as it has heads.
         top_k: nodes expanded a level.
-        tree: all three at once, as in "30/3/8"; or "auto", which chooses before each round by what rounds cost and
-            bring, plain steps among them; or "tune", which measures on the first prompt which tree is the fastest.
+        tree: all three at once, as in "30/3/8"; or a rule by which trees are grown, as in "talon" or
+            "talon:mu=0.04,n=40", see `vispec.model.adaptive`; or "auto", which chooses before each round by what rounds
+            cost and bring, plain steps among them; or "tune", which measures on the first prompt what is the fastest.
         fast: False decodes by transformers' own layers alone, see `Target`.
 
     Raises:
@@ -83,7 +85,7 @@ class SpecModel:
         if tree in (AUTO, TUNE):
             self.tree, self._auto = tree, {}
         elif tree is not None:
-            shape = TreeShape.parse(tree) if isinstance(tree, str) else tree
+            shape = parse_tree(tree) if isinstance(tree, str) else tree
             check_branches(self.target, shape)
             self.tree, self.shape = None, shape if self.draft is None else fitted(shape, self.target, self.draft)
 
@@ -129,7 +131,7 @@ class SpecModel:
         # what is wrong is said before minutes of loading
         TreeShape(total_token, depth, top_k)
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
-            tree = TreeShape.parse(tree)
+            tree = parse_tree(tree)
         if method not in (None, LOOKUP, *HEADS):
             raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}, {LOOKUP}")
         if method == LOOKUP and spec_model_path is not None:

@@ -1,0 +1,62 @@
+"""Room for generations, which begin and end; what is allocated and captured stays."""
+
+from functools import partial
+
+import torch
+
+from vispec.model.adaptive import NOTES
+from vispec.model.drafts.base import Kept, Memory
+from vispec.model.graphs import Steps
+from vispec.model.rows import Rows
+from vispec.model.target import Target
+
+
+class Seat:
+    """Room for one generation after the other, and the steps that were captured over it."""
+
+    def __init__(self, target: Target, rows: int, capacity: int, waiting: int, width: int):
+        self.size, self.capacity, self.waiting = rows, capacity, waiting
+        place = {"device": target.device}
+        long = partial(torch.zeros, dtype=torch.long, **place)
+        features = torch.zeros(rows, waiting, width, dtype=target.dtype, **place)
+        kept = Kept(features, long(rows, waiting), long(rows))
+        notes = torch.zeros(rows, NOTES, **place)
+        self.rows = Rows(target.new_cache(rows, capacity), long(rows, 1), long(rows), kept, None, notes)
+        self.steps = Steps(target.device, target.can_capture)
+        self.usual = 1
+        """The most pairs that wait for the draft after a round."""
+        self.most = 1
+        """After plain steps; a seat may have room for more than the policy at hand lets wait."""
+        self.levels = 0
+        """Of the tree that was drafted last."""
+        self.rehearsed: int | None = None
+        """Levels of a tree with a rule, while steps are captured."""
+        self._part: Rows | None = None
+        self._addresses: tuple | None = None
+
+    def part(self, rows: int) -> Rows:
+        """The first so many rows."""
+        if self._part is None or len(self._part.root) != rows:
+            self._part = self.rows.part(0, rows)
+        return self._part
+
+    def follow(self, addresses: tuple) -> None:
+        """Void what was captured over weights at other addresses."""
+        if self._addresses not in (None, addresses):
+            self.steps = self.steps.fresh()
+        self._addresses = addresses
+
+    def give_memory(self, memory: Memory) -> None:
+        self.rows.memory, self._part = memory, None
+
+    def fits(self, rows: int, capacity: int, waiting: int) -> bool:
+        return self.size >= rows and self.capacity >= capacity and self.waiting >= waiting
+
+    @torch.inference_mode()
+    def enlarge(self, capacity: int) -> None:
+        """Give all rows more slots; what was captured is void."""
+        self.capacity, self._part = capacity, None
+        self.rows.cache = self.rows.cache.enlarged(capacity)
+        if self.rows.memory is not None:
+            self.rows.memory = self.rows.memory.enlarged(capacity)
+        self.steps = self.steps.fresh()
