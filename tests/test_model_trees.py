@@ -45,7 +45,7 @@ def test_a_text_is_all_three_numbers():
     ("tree", "message"),
     [
         ("30/3", "^a tree is total_token/depth/top_k such as 30/3/8, found '30/3'$"),
-        ("best", "^a tree is total_token/depth/top_k such as 30/3/8, found 'best'$"),
+        ("best", "^a tree is total_token/depth/top_k such as 30/3/8, or one of threshold, .*, found 'best'$"),
         ("AUTO", "found 'AUTO'$"),
         ("", "found ''$"),
         ("1/3/8", "^total_token must be at least 2, found 1$"),

@@ -227,7 +227,7 @@ def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
     class Drafted:
         """A head that has already run: what it would say is there."""
 
-        def candidates(self, memory, root, shape, output):
+        def candidates(self, memory, root, shape, output, growth):
             estimates = torch.zeros(1, 1, 1, device=model.device)
             return expand_levels(estimates, lambda hidden, tokens, parents: hidden, root, shape, output)
 
