@@ -12,6 +12,7 @@ from vispec import SpecModel
 from vispec.evaluation import answerer
 from vispec.evaluation import gen_spec_answer_coco_caption as command
 from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.settings import noted_tree
 from vispec.model import tune
 from vispec.model.shape import TreeShape
 
@@ -50,7 +51,7 @@ def run(coco: Path, out: Path, *more: str) -> tuple[list, dict]:
 def test_a_tree_is_measured_on_questions_that_are_never_asked(tree, coco, tmp_path, monkeypatch, capsys):
     _, settings = run(coco, tmp_path, *tree, "--question-end", "2")
     printed = capsys.readouterr().out
-    assert "measured on 2 prompts" in printed and f"chosen: {'/'.join(map(str, settings['tree']))}," in printed
+    assert "measured on 2 prompts" in printed and f"chosen: {noted_tree(settings['tree'])}," in printed
     tuned_on = settings["tuned_on"]
     assert (tuned_on["benchmark"], tuned_on["data"]) == ("coco_caption", str(coco))
     told = ", ".join(map(str, tuned_on["question_ids"]))

@@ -9,6 +9,7 @@ from tiny_models import GOLDEN, generate, recorded_case, recorded_model
 
 from vispec import SpecModel
 from vispec.model import tune
+from vispec.model.adaptive import AdaptiveTree
 from vispec.model.drafts import BaseHead, MedusaHead, PromptLookup
 from vispec.model.shape import TreeShape
 
@@ -66,6 +67,21 @@ def test_the_default_stays_where_nothing_is_faster(monkeypatch):
     assert "chosen: 30/3/8, 1.00 times" in found.report()
     rounds = [list(group) for _, group in itertools.groupby(asked[: 4 * len(tune.SHAPES)], key=lambda shape: shape)]
     assert len(rounds) > len(tune.SHAPES), "trees take turns prompt by prompt"
+
+
+@pytest.mark.parametrize(
+    ("fastest", "measured", "chosen"),
+    [("16/7/2", 4, "talon:mu=0.03,n=16,d=7,k=2"), ("12/3/4", 3, "sage:n=12,d=3,k=4"), ("2/0/1", 0, "2/0/1")],
+)
+def test_rules_are_measured_at_the_size_of_the_best_tree(monkeypatch, fastest, measured, chosen):
+    """All that can decide anything there, once, and the fastest of them against the last trees."""
+    asked = with_speeds(monkeypatch, {fastest: 3.0, chosen: 3.5})
+    found = tune.tune(pair(), prompts())
+    rules = [shape for shape in found.measured if isinstance(shape, AdaptiveTree)]
+    assert {(rule.total_token, rule.depth, rule.top_k) for rule in rules} <= {tuple(map(int, fastest.split("/")))}
+    assert len(rules) == measured and str(found.shape) == chosen
+    last = [2 + 2 * tune.REPETITIONS] if rules else []
+    assert sorted(asked.count(rule) for rule in rules) == [2] * (measured - 1) + last
 
 
 def test_one_outlier_decides_nothing(monkeypatch):

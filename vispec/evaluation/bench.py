@@ -23,7 +23,7 @@ from vispec import embedded
 from vispec.cli import DTYPES, Parser, UserError, count, provenance, run_cli
 from vispec.evaluation import bench_report
 from vispec.evaluation.comparison import compare
-from vispec.evaluation.flags import add_place_flags, asked_place, parse_tree
+from vispec.evaluation.flags import add_place_flags, asked_place, parse_shape
 from vispec.evaluation.loading import dtype_name, load_model, quiet_transformers
 from vispec.evaluation.lossless import first_position
 from vispec.evaluation.measure import Arm, Generation, interleave, typical
@@ -106,7 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_place_flags(parser)
     add("--random-weights", metavar="NAME", help=f"instead of files: {', '.join(TARGETS)}")
     parser.add_hardware(dtype=None)
-    add("--trees", nargs="+", type=parse_tree, metavar="N/d/k", help=f"default: 30/3/8, embedded: {embedded.TREE_NAME}")
+    default = f"(default: 30/3/8, embedded: {embedded.TREE_NAME})"
+    add("--trees", nargs="+", type=parse_shape, metavar="N/d/k", help=default)
     add("--draft-vocab", type=count, metavar="SIZE", help="with --random-weights: a draft vocabulary too (any tokens)")
     add("--prompt-tokens", type=count, default=512, help="(default: %(default)s)")
     add("--repeats", type=count, default=5, help="of every run (default: %(default)s)")

@@ -1,7 +1,7 @@
 """Flags that several commands have, and what is read from them."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from vispec.cli import Parser, UserError, count, whole
@@ -101,12 +101,17 @@ def value_of(args: argparse.Namespace, flag: str):
 # --- which trees are drafted ---
 
 
-def parse_tree(text: str) -> TreeShape:
+def parse_tree(text: str, parse: Callable[[str], TreeShape] = adaptive.parse_tree) -> TreeShape:
     """A draft tree as command lines write it."""
     try:
-        return adaptive.parse_tree(text)
-    except (TypeError, ValueError) as error:
+        return parse(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_shape(text: str) -> TreeShape:
+    """One that has all its levels in every round: total_token/depth/top_k."""
+    return parse_tree(text, TreeShape.parse)
 
 
 def add_tree_flags(parser: Parser, default: str) -> None:

@@ -20,6 +20,8 @@ class StreamedTokens:
     """Which of them the draft head had right; the others are the target's own."""
     accepted: int | None
     """Draft tokens that verification accepted, before the answer's end cut any of them off; None without a draft."""
+    levels: int = 0
+    """Of the tree that was drafted, a pass of the draft each where it drafts level by level; 0 without a draft."""
 
 
 def streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
@@ -28,7 +30,7 @@ def streamed(rounds: Iterator[dict[int, Round]]) -> Iterator[StreamedTokens]:
         for step in rounds:
             tokens, accepted = step[0].tokens, step[0].accepted
             drafted = [i < accepted for i in range(len(tokens))]
-            yield StreamedTokens(tokens, drafted, accepted if step[0].drafted else None)
+            yield StreamedTokens(tokens, drafted, accepted if step[0].drafted else None, step[0].levels)
 
 
 def collected(

@@ -39,12 +39,11 @@ class SpecModel:
         draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`;
             None for a model that only runs the baseline.
         total_token: nodes of the tree, root included. Where the target follows chains alone, `depth` says how long.
-        depth: expansions after the first level, so at most depth + 1 draft tokens are accepted in a round. Medusa does
-            not use it: its trees have as many levels as it has heads.
+        depth: expansions after the first level, so at most depth + 1 tokens are accepted in a round; Medusa's is fixed.
         top_k: nodes expanded a level.
-        tree: all three at once, as in "30/3/8"; or a rule by which trees are grown, as in "talon" or
-            "talon:mu=0.04,n=40", see `vispec.model.adaptive`; or "auto", which chooses before each round by what rounds
-            cost and bring, plain steps among them; or "tune", which measures on the first prompt what is the fastest.
+        tree: all three at once, as in "30/3/8"; or a rule of `vispec.model.adaptive` that grows it, as in "talon"; or
+            "auto", which chooses before each round by what rounds cost and bring, plain steps among them; or "tune",
+            which measures on the first prompt which tree is the fastest.
         fast: False decodes by transformers' own layers alone, see `Target`.
 
     Raises:

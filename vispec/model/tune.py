@@ -2,16 +2,18 @@
 
 A larger tree has more tokens accepted in a round, and its rounds take longer. How much of either depends on device,
 head and prompts, so trees of all kinds answer a few prompts in turn; the slower half drops out again and again, and the
-last few answer until the medians of their times can be trusted. The default tree, 30/3/8, stays until the end.
+last few answer until the medians of their times can be trusted. The default tree, 30/3/8, stays until the end. Rules
+that grow trees (`AdaptiveTree`) are measured against the best of these: each with its size, the fastest to the end.
 
 Triples are N/d/k: total_token, depth, top_k.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 from vispec.acceptance import accepted_within
+from vispec.model.adaptive import RULES
 from vispec.model.shape import TreeShape
 from vispec.timing import turns
 
@@ -27,7 +29,7 @@ TOKENS = 48
 """Of each answer."""
 WARM_UP_TOKENS = 8
 FINALISTS, REPETITIONS = 3, 3
-"""How many shapes, the default among them, are left for the last comparison, and how often they answer there."""
+"""How many fixed shapes, the default among them, are left for the last comparison, and how often all answer there."""
 
 
 @dataclass
@@ -103,19 +105,41 @@ def tune(model, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tun
         raise ValueError(f"no tree can be chosen: {reason}")
     default = model.fit(DEFAULT)
     shapes = list(dict.fromkeys([default, *map(model.fit, SHAPES)]))
-    arms = {shape: model.with_tree(shape) for shape in shapes}
-    measured = {shape: Measured() for shape in shapes}
-    lengths = [inputs["input_ids"].shape[1] for inputs in told]
-    for arm in arms.values():
-        arm.warmup(min(lengths), max(lengths) - min(lengths) + max_new_tokens)
-        _answer(arm.specgenerate, told[0], WARM_UP_TOKENS)
+    arms = {}
+    measured: dict[TreeShape, Measured] = {}
+
+    def run(shapes: Sequence[TreeShape], repetitions: int) -> list[TreeShape]:
+        """Let them answer; the fastest first."""
+        for shape in shapes:
+            if shape not in arms:
+                arms[shape], measured[shape] = _arm(model, shape, told, max_new_tokens), Measured()
+        _run(arms, shapes, told, max_new_tokens, repetitions, measured)
+        return sorted(shapes, key=lambda shape: -measured[shape].speed)
+
+    best = default
     while len(shapes) > FINALISTS:
-        _run(arms, shapes, told, max_new_tokens, 1, measured)
-        fastest = sorted(shapes, key=lambda shape: -measured[shape].speed)
-        left = [shape for shape in fastest if shape != default][: max(len(shapes) // 2, FINALISTS) - 1]
-        shapes = [default, *left]
-    _run(arms, shapes, told, max_new_tokens, REPETITIONS, measured)
-    return Tuning(max(shapes, key=lambda shape: measured[shape].speed), default, measured)
+        best, *others = run(shapes, 1)
+        left = [shape for shape in (best, *others) if shape != default]
+        shapes = [default, *left[: max(len(shapes) // 2, FINALISTS) - 1]]
+    rules = _rules(model, best) if model.draft.by_level else []
+    if rules:
+        shapes.append(run(rules, 1)[0])
+    return Tuning(run(shapes, REPETITIONS)[0], default, measured)
+
+
+def _rules(model, size: TreeShape) -> list[TreeShape]:
+    """Those that decide anything in a tree of this size."""
+    sizes = {"total_token": size.total_token, "depth": size.depth, "top_k": size.top_k}
+    rules = [replace(rule(), **sizes) for rule in RULES.values()]
+    return [model.fit(rule) for rule in rules if any(map(rule.asks, range(1, rule.levels)))]
+
+
+def _arm(model, shape: TreeShape, prompts: Sequence[Mapping], max_new_tokens: int):
+    """The model with this tree, ready to be measured."""
+    arm, lengths = model.with_tree(shape), [inputs["input_ids"].shape[1] for inputs in prompts]
+    arm.warmup(min(lengths), max(lengths) - min(lengths) + max_new_tokens)
+    _answer(arm.specgenerate, prompts[0], WARM_UP_TOKENS)
+    return arm
 
 
 def _run(
