@@ -237,6 +237,7 @@ def test_what_other_editors_leave_is_read(tmp_path):
         '{"settings": []}',
         '{"format": 2, "settings": {"temperature": "0"}}',
         '{"format": 2, "settings": {"tree": [30, 3]}}',
+        '{"format": 2, "settings": {"tree": "talon:mu=9"}}',
         '{"format": 2, "settings": {"draft_vocab": 5}}',
         '{"format": 2, "settings": {}, "resumed": [1]}',
         '{"format": 2, "settings": {}, "left_out": [{"question_id": 1}]}',
