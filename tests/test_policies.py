@@ -182,7 +182,7 @@ class Simulated:
             count = int(self._owed[shape])
             self._owed[shape] -= count
             self.now += seconds[shape] * (1 + self._noise * float(torch.rand(1, generator=self._random)))
-            policy.learn(shape, [Round([5] * (count + 1), count, shape is not None, False)])
+            policy.learn(shape, [Round([5] * (count + 1), count, 0 if shape is None else shape.levels, False)])
             done += count + 1
         self.rounds.update(shapes)
         return shapes[0]

@@ -10,53 +10,21 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 # The four styles of naming the nine places, in reading order. The parser knows exactly these.
 PLACES = (
-    (
-        "top left corner",
-        "top edge",
-        "top right corner",
-        "left edge",
-        "very centre",
-        "right edge",
-        "bottom left corner",
-        "bottom edge",
-        "bottom right corner",
-    ),
-    (
-        "upper left",
-        "upper middle",
-        "upper right",
-        "middle left",
-        "dead centre",
-        "middle right",
-        "lower left",
-        "lower middle",
-        "lower right",
-    ),
+    ("top left corner", "top edge", "top right corner", "left edge", "very centre", "right edge",
+     "bottom left corner", "bottom edge", "bottom right corner"),
+    ("upper left", "upper middle", "upper right", "middle left", "dead centre", "middle right",
+     "lower left", "lower middle", "lower right"),
     ("northwest", "north", "northeast", "west", "hub", "east", "southwest", "south", "southeast"),
-    (
-        "row one, column one",
-        "row one, column two",
-        "row one, column three",
-        "row two, column one",
-        "row two, column two",
-        "row two, column three",
-        "row three, column one",
-        "row three, column two",
-        "row three, column three",
-    ),
+    ("row one, column one", "row one, column two", "row one, column three",
+     "row two, column one", "row two, column two", "row two, column three",
+     "row three, column one", "row three, column two", "row three, column three"),
 )
 
 SMALL_WORDS = ("little", "small", "short", "petite", "tiny", "modest", "slender", "dainty")
 LARGE_WORDS = ("big", "large", "tall", "grand", "huge", "broad", "wide", "great")
 MOODS = (  # by colour: small, large
-    ("bold", "fiery"),
-    ("cheerful", "toasty"),
-    ("sunny", "radiant"),
-    ("calm", "lush"),
-    ("serene", "deep"),
-    ("royal", "mysterious"),
-    ("gentle", "playful"),
-    ("stern", "dramatic"),
+    ("bold", "fiery"), ("cheerful", "toasty"), ("sunny", "radiant"), ("calm", "lush"),
+    ("serene", "deep"), ("royal", "mysterious"), ("gentle", "playful"), ("stern", "dramatic"),
 )
 SIMILES = (  # by shape: top, middle, bottom row
     ("round as a coin", "like a full moon at noon", "ready to roll away"),
@@ -68,7 +36,8 @@ SIMILES = (  # by shape: top, middle, bottom row
     ("open inside like a doughnut", "like a wheel without spokes", "as hollow as a bracelet"),
     ("beating with love", "like a valentine card", "sweet as candy"),
 )
-GROUND_PHRASES = ("a plain ground", "a ground with stripes", "a field of dots", "a checkered cloth")
+GROUND_PHRASES = ("a plain ground", "a ground with stripes", "a field of dots",
+                  "a checkered cloth")
 
 # From the object told before to this one, by direction: E, SE, S, SW, W, NW, N, NE; near and far.
 LEADS = (
@@ -82,14 +51,10 @@ LEADS = (
     ("climbing rightward", "far up on the right"),
 )
 TRAILS = (
-    ("on the right of", "well to the right of"),
-    ("below and right of", "low and far right of"),
-    ("beneath", "far beneath"),
-    ("below and left of", "low and far left of"),
-    ("on the left of", "well to the left of"),
-    ("above and left of", "high and far left of"),
-    ("just above", "far above"),
-    ("above and right of", "high and far right of"),
+    ("on the right of", "well to the right of"), ("below and right of", "low and far right of"),
+    ("beneath", "far beneath"), ("below and left of", "low and far left of"),
+    ("on the left of", "well to the left of"), ("above and left of", "high and far left of"),
+    ("just above", "far above"), ("above and right of", "high and far right of"),
 )
 
 DESCRIBE = (  # by colour and row
@@ -119,27 +84,18 @@ DESCRIBE = (  # by colour and row
     "the {p2} end closes with {a}, {mood} and firm",
 )
 OPENINGS = (  # by phrasing of the question (three groups) and number of objects
-    (
-        "only a pair of shapes lives on {ground}.",
-        "this picture keeps a trio of figures over {ground}.",
-        "four figures share {ground} here.",
-        "a handful of five items covers {ground}.",
-        "half a dozen things crowd {ground}.",
-    ),
-    (
-        "the board is nearly bare: two objects upon {ground}.",
-        "we are looking at three objects, drawn on {ground}.",
-        "this image presents four separate objects against {ground}.",
-        "there are five objects to be seen above {ground}.",
-        "it is a busy view: six objects scattered across {ground}.",
-    ),
-    (
-        "let me begin: {ground} bears merely two marks.",
-        "all right, {ground} supports three marks.",
-        "gladly. The backdrop is {ground}, and it has four marks.",
-        "with pleasure. Five marks decorate {ground}.",
-        "where to start? {ground} offers six marks.",
-    ),
+    ("only a pair of shapes lives on {ground}.",
+     "this picture keeps a trio of figures over {ground}.",
+     "four figures share {ground} here.", "a handful of five items covers {ground}.",
+     "half a dozen things crowd {ground}."),
+    ("the board is nearly bare: two objects upon {ground}.",
+     "we are looking at three objects, drawn on {ground}.",
+     "this image presents four separate objects against {ground}.",
+     "there are five objects to be seen above {ground}.",
+     "it is a busy view: six objects scattered across {ground}."),
+    ("let me begin: {ground} bears merely two marks.", "all right, {ground} supports three marks.",
+     "gladly. The backdrop is {ground}, and it has four marks.",
+     "with pleasure. Five marks decorate {ground}.", "where to start? {ground} offers six marks."),
 )
 EMPTY_NOTES = {  # by number of objects
     2: "Seven cells remain untouched.",
@@ -186,25 +142,16 @@ STORY = (  # by shape and row
     "{a} kept watch at {p3} until dawn arrived",
 )
 STORY_JOINS = (  # by number of steps between one object and the next: near, far; and its size
-    ("Soon after that,", "Meanwhile,"),
-    ("Much later,", "Far away,"),
+    ("Soon after that,", "Meanwhile,"), ("Much later,", "Far away,"),
 )
-STORY_OPENINGS = (
-    "Once upon a time, two wanderers met.",
-    "Long ago there stood three houses.",
-    "Listen, this tale has four heroes.",
-    "Five neighbours never agreed on anything.",
-    "Nobody remembers how those six adventures began.",
-)
+STORY_OPENINGS = ("Once upon a time, two wanderers met.", "Long ago there stood three houses.",
+                  "Listen, this tale has four heroes.", "Five neighbours never agreed on anything.",
+                  "Nobody remembers how those six adventures began.")
 STORY_ENDINGS = (  # by colour of the last object
-    "They lit a bonfire and sang.",
-    "Pumpkin soup was served to everyone.",
-    "Sunrise found them smiling again.",
-    "Ever since, tall trees grow there.",
-    "Then waves washed all footprints away.",
-    "Only wizards know what happened next.",
-    "It ended with flowers and a wedding.",
-    "Night came, and nobody spoke another word.",
+    "They lit a bonfire and sang.", "Pumpkin soup was served to everyone.",
+    "Sunrise found them smiling again.", "Ever since, tall trees grow there.",
+    "Then waves washed all footprints away.", "Only wizards know what happened next.",
+    "It ended with flowers and a wedding.", "Night came, and nobody spoke another word.",
 )
 
 DRAW = (  # by shape and size: small, large
@@ -219,50 +166,34 @@ DRAW = (  # by shape and size: small, large
 )
 DRAW_STEPS = ("First,", "Next,", "Third,", "After that,", "Fifth,", "Last,")
 DRAW_OPENINGS = (  # by ground
-    "take a clean sheet and leave it white.",
-    "cover a sheet with upright bands beforehand.",
+    "take a clean sheet and leave it white.", "cover a sheet with upright bands beforehand.",
     "sprinkle fine points over your sheet as preparation.",
     "prepare a chessboard pattern using pale grey.",
 )
 DRAW_PAINTS = (  # by colour of the last object
-    "Keep the ripest tomato paint for the end.",
-    "Mix yellow with some rust once you finish.",
-    "A lemon pencil completes it.",
-    "Clean any grassy stains off the brush.",
-    "Rinse with water: ocean tones spread easily.",
-    "Grape ink dries slowly, so wait.",
-    "Blow softly until the rosy layer sets.",
-    "Charcoal smudges, therefore wash your hands.",
+    "Keep the ripest tomato paint for the end.", "Mix yellow with some rust once you finish.",
+    "A lemon pencil completes it.", "Clean any grassy stains off the brush.",
+    "Rinse with water: ocean tones spread easily.", "Grape ink dries slowly, so wait.",
+    "Blow softly until the rosy layer sets.", "Charcoal smudges, therefore wash your hands.",
 )
 
 LOCATE = (  # short sentences about one object, by colour and row
-    "{a} can be pointed out in the {p0}",
-    "{a} turns up along {p3}",
-    "{a} is parked at the {p1}",
-    "{a} dangles from the {p2}",
-    "{a} keeps to the {p0}",
-    "{a} warms the {p1}",
-    "{a} beams at {p3}",
-    "{a} stays put at the {p1}",
-    "{a} gleams by the {p0}",
-    "{a} climbs the {p2}",
-    "{a} nestles within the {p1}",
-    "{a} sprouts at {p3}",
-    "{a} drifts near the {p0}",
-    "{a} anchors {p3}",
-    "{a} sinks towards the {p2}",
-    "{a} reigns over the {p1}",
-    "{a} lingers at the {p0}",
-    "{a} dwells around the {p2}",
-    "{a} blooms in the {p1}",
-    "{a} blushes at {p3}",
-    "{a} settles upon the {p0}",
-    "{a} broods over {p3}",
-    "{a} lurks by the {p1}",
-    "{a} weighs down the {p2}",
+    "{a} can be pointed out in the {p0}", "{a} turns up along {p3}",
+    "{a} is parked at the {p1}", "{a} dangles from the {p2}",
+    "{a} keeps to the {p0}", "{a} warms the {p1}",
+    "{a} beams at {p3}", "{a} stays put at the {p1}",
+    "{a} gleams by the {p0}", "{a} climbs the {p2}",
+    "{a} nestles within the {p1}", "{a} sprouts at {p3}",
+    "{a} drifts near the {p0}", "{a} anchors {p3}",
+    "{a} sinks towards the {p2}", "{a} reigns over the {p1}",
+    "{a} lingers at the {p0}", "{a} dwells around the {p2}",
+    "{a} blooms in the {p1}", "{a} blushes at {p3}",
+    "{a} settles upon the {p0}", "{a} broods over {p3}",
+    "{a} lurks by the {p1}", "{a} weighs down the {p2}",
 )
 COUNT_OPENINGS = (  # by count: for a shape, for a colour
-    ("None. I searched everywhere without success.", "No such colour appears anywhere at all, I assure you."),
+    ("None. I searched everywhere without success.",
+     "No such colour appears anywhere at all, I assure you."),
     ("Exactly one.", "A single object matches."),
     ("Two of them, as far as I see.", "That shade occurs twice."),
     ("Three, if my counting is right.", "I count three specimens."),
@@ -271,12 +202,8 @@ COUNT_OPENINGS = (  # by count: for a shape, for a colour
     ("Six, which means every object.", "All six, no exception."),
 )
 COUNT_RESTS = (  # by number of objects that do not match
-    "Nothing else is present.",
-    "One other thing remains:",
-    "A further couple deserves mention:",
-    "Three more do not qualify:",
-    "The remaining four differ:",
-    "Five unrelated pieces follow:",
+    "Nothing else is present.", "One other thing remains:", "A further couple deserves mention:",
+    "Three more do not qualify:", "The remaining four differ:", "Five unrelated pieces follow:",
     "Instead the picture contains half a dozen others:",
 )
 HUES = ("crimson", "tangerine", "golden", "leafy", "azure", "violet", "rosy", "ebony")
@@ -291,27 +218,17 @@ COLOUR_TALK = (  # what each colour feels like: small, large
     ("black brings a pinch of grief", "black swallows light completely"),
 )
 VERDICTS = (  # by number of warm colours minus cold ones, from -2 or less to 2 or more
-    "Thus a chilly, thoughtful feeling wins.",
-    "Hence the temperature drops a bit.",
-    "Warm and cold cancel out, so harmony results.",
-    "Hence it leans to the warm side.",
+    "Thus a chilly, thoughtful feeling wins.", "Hence the temperature drops a bit.",
+    "Warm and cold cancel out, so harmony results.", "Hence it leans to the warm side.",
     "Thus heat and energy clearly win.",
 )
 PLACE_OPENINGS = (  # by shape of what lies there
-    "Some curved form: {a}.",
-    "Four sides meet there: {a}.",
-    "Three corners identify {a}.",
-    "A slanted figure, namely {a}.",
-    "Many spikes give away {a}.",
-    "Crossed bars reveal {a}.",
-    "A loop, to be precise {a}.",
-    "Two lobes betray {a}.",
+    "Some curved form: {a}.", "Four sides meet there: {a}.", "Three corners identify {a}.",
+    "A slanted figure, namely {a}.", "Many spikes give away {a}.", "Crossed bars reveal {a}.",
+    "A loop, to be precise {a}.", "Two lobes betray {a}.",
 )
-EMPTY_OPENINGS = (
-    "Nothing is drawn up there.",
-    "That spot between the others is vacant.",
-    "The ground alone is visible below.",
-)
+EMPTY_OPENINGS = ("Nothing is drawn up there.", "That spot between the others is vacant.",
+                  "The ground alone is visible below.")
 NEIGHBOUR_NOTES = (  # left, right, above, below: taken and free
     ("To its left waits {a}", "left of it the board is free"),
     ("its right side touches {a}", "towards the right comes a gap"),
@@ -319,15 +236,9 @@ NEIGHBOUR_NOTES = (  # left, right, above, below: taken and free
     ("underneath we discover {a}", "there is no support below"),
 )
 EMPTY_BANK = (  # about a vacant place, by place
-    "the {p0} is deserted",
-    "silence rules the {p1}",
-    "the {p2} was forgotten",
-    "no paint reached the {p0}",
-    "even the {p1} lacks content",
-    "{p3} stays hollow",
-    "the {p0} waits for visitors",
-    "air fills the {p1}",
-    "nobody claimed the {p2}",
+    "the {p0} is deserted", "silence rules the {p1}", "the {p2} was forgotten",
+    "no paint reached the {p0}", "even the {p1} lacks content", "{p3} stays hollow",
+    "the {p0} waits for visitors", "air fills the {p1}", "nobody claimed the {p2}",
 )
 SHAPE_FACTS = (
     "A circle has no corner, and all its points keep the same distance from the middle.",
@@ -340,32 +251,22 @@ SHAPE_FACTS = (
     "A heart joins two rounded lobes above a single pointed end.",
 )
 SHAPE_USES = (
-    "Wheels, plates and clocks rely on it.",
-    "Tiles, chessboards and boxes depend on it.",
-    "Bridges, roofs and sails profit from it.",
-    "Kites and playing cards display it.",
-    "Flags, sheriffs and Christmas trees wear it.",
-    "Ambulances and pharmacies paint it.",
-    "Weddings, keys and planets are known for it.",
-    "Lovers carve it into bark.",
+    "Wheels, plates and clocks rely on it.", "Tiles, chessboards and boxes depend on it.",
+    "Bridges, roofs and sails profit from it.", "Kites and playing cards display it.",
+    "Flags, sheriffs and Christmas trees wear it.", "Ambulances and pharmacies paint it.",
+    "Weddings, keys and planets are known for it.", "Lovers carve it into bark.",
 )
 COLOUR_FACTS = (
     "Red has the longest wavelength we can perceive.",
     "Orange sits halfway between red and yellow.",
     "Yellow is noticed first even in dim surroundings.",
     "Green fills forests because of chlorophyll.",
-    "Blue light scatters most, hence our sky.",
-    "Purple once cost more than silver.",
-    "Pink is really a pale red.",
-    "Black absorbs nearly every ray that arrives.",
+    "Blue light scatters most, hence our sky.", "Purple once cost more than silver.",
+    "Pink is really a pale red.", "Black absorbs nearly every ray that arrives.",
 )
 COLOUR_USES = (
-    "Stop signs and strawberries advertise it.",
-    "Carrots, tigers and life jackets display it.",
-    "Taxis, bananas and ducklings carry it.",
-    "Frogs and traffic signals show it.",
-    "Jeans, whales and glaciers have it.",
-    "Lavender fields and bishops prefer it.",
-    "Flamingos and bubble gum made it famous.",
-    "Ravens, tyres and pianos own it.",
+    "Stop signs and strawberries advertise it.", "Carrots, tigers and life jackets display it.",
+    "Taxis, bananas and ducklings carry it.", "Frogs and traffic signals show it.",
+    "Jeans, whales and glaciers have it.", "Lavender fields and bishops prefer it.",
+    "Flamingos and bubble gum made it famous.", "Ravens, tyres and pianos own it.",
 )

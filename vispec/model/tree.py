@@ -1,7 +1,8 @@
 """Grow a draft tree and choose its nodes (EAGLE-2's dynamic tree).
 
 B rows, k = top_k, N = total_token nodes with the root, M = k + depth * k² candidates, D = depth + 1 levels below the
-root. Everything is a tensor of fixed shape, so that a round makes no decision on the host.
+root. Everything is a tensor of fixed shape, so that a round makes no decision on the host. An `AdaptiveTree` is grown
+in the same way, but its rule has a say in every level, after which the host asks whether another one follows.
 """
 
 from collections.abc import Callable, Iterable
@@ -181,10 +182,14 @@ def expand_levels(
     if growth is None:
         ahead = _top_k(estimates, shape.top_k, output)
     levels = [run("level", _first_level, estimates, ahead, shape, output, growth)]
-    while levels[-1].frontier is not None if growth is None else growth.goes_on(shape, levels[-1].alive):
+    while _goes_on(levels[-1], shape, growth):
         number = len(levels) + 1
         levels.append(run("level", _next_level, number, levels[-1], ahead, expand, shape, output, growth))
     return run("candidates", _all_candidates, levels, shape, growth)
+
+
+def _goes_on(level: Level, shape: TreeShape, growth: Growth | None) -> bool:
+    return level.frontier is not None if growth is None else growth.goes_on(shape, level.alive)
 
 
 def _first_level(estimates: torch.Tensor, ahead, shape: TreeShape, output: DraftOutput, growth: Growth | None) -> Level:
@@ -221,7 +226,8 @@ def _next_level(
         log_probs, children = _top_k(out, k, output)
     scores, tokens = nodes.scores[:, :, None] + log_probs, children.flatten(1)
     if growth is None:
-        ruled = Ruled(*[scores.flatten(1)] * 2)
+        scores = scores.flatten(1)
+        ruled = Ruled(scores, scores)
     else:
         ruled = _by_rule(shape, number, nodes.scores, scores, before.left, growth)
     if number == shape.levels:
