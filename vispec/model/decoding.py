@@ -329,8 +329,8 @@ class Decoder:
                         self._rehearse(seat, rows, None, committed, read, drafts=drafts)
                     for shape in policy.shapes:
                         for waiting in {seat.usual, policy.waiting}:
-                            for levels in range(1, shape.levels + 1) if isinstance(shape, AdaptiveTree) else [None]:
-                                seat.rehearsed = levels
+                            all_levels = self.target.can_capture and isinstance(shape, AdaptiveTree)
+                            for seat.rehearsed in range(1, shape.levels + 1) if all_levels else [None]:
                                 self._rehearse(seat, rows, shape, committed, read, waiting)
                 if not self.target.can_capture:
                     break
