@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from vispec import ray_pool
 from vispec.evaluation import actors, answerer, gen_baseline_answer_gqa
 from vispec.evaluation.answerer import Ask
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
@@ -82,22 +83,22 @@ class ActorDied(Exception):
 
 
 class OneProcess:
-    """As much of Ray as `Actors` needs, in this process; a call is made when its result is asked for."""
+    """As much of Ray as `Pool` needs, in this process; a call is made when its result is asked for."""
 
-    exceptions = SimpleNamespace(RayActorError=ActorDied)
+    exceptions = SimpleNamespace(RayError=ActorDied, RayTaskError=())
 
     def __init__(self):
         self.killed = []
 
-    def remote(self, num_gpus: float):
-        return lambda kind: SimpleNamespace(remote=lambda models: self._Handle(kind(models)))
+    def remote(self, **options):
+        return lambda kind: SimpleNamespace(remote=lambda *models: self._Handle(kind(*models)))
 
     class _Handle:
         def __init__(self, actor):
-            self._actor = actor
+            self.actor = actor
 
         def __getattr__(self, name):
-            return SimpleNamespace(remote=lambda *args: partial(getattr(self._actor, name), *args))
+            return SimpleNamespace(remote=lambda *args: partial(getattr(self.actor, name), *args))
 
     def get(self, calls):
         return [call() for call in calls] if isinstance(calls, list) else calls()
@@ -105,11 +106,11 @@ class OneProcess:
     def wait(self, calls, num_returns: int):
         return calls[:1], calls[1:]
 
-    def kill(self, actor):
-        self.killed.append(actor)
+    def kill(self, handle):
+        self.killed.append(handle.actor.number)
 
-    def cluster_resources(self):
-        return {}
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
 
     def shutdown(self):
         pass
@@ -136,15 +137,15 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
             return [f"answer to {ask.question.question_id}"]
 
     ray = OneProcess()
-    monkeypatch.setattr(actors, "_ray", lambda: ray)
+    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
     monkeypatch.setattr(actors, "Answerer", Actor)
     asks = [Ask(question, "gqa", Generation(0.0, 4), 1, ()) for question in questions(None)]
-    shared = actors.Actors(Models("target", device_map="cpu"), 2)
-    found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]
+    with actors.loaded(Models("target", device_map="cpu"), 2) as shared:
+        found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]
     assert sorted(found) == [(number, [f"answer to {number}"]) for number in range(5)], "each once"
     assert len(asked) == 6 and len(made) == 3
     assert any(number == 2 for number, _ in asked) is not retrained
-    assert len(ray.killed) == retrained
+    assert ray.killed == ([0, 2] if retrained else [0])
     printed = capsys.readouterr().err
     assert ("is not used, it has loaded spec_model_sha256 new and old\n" in printed) is retrained
 
