@@ -1,5 +1,6 @@
 """As much of Ray as a pool needs, in this process."""
 
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ class OneProcess:
 
     exceptions = SimpleNamespace(RayError=ActorDied, RayTaskError=())
 
-    def __init__(self):
-        self.killed = []
+    def __init__(self, machines: Sequence[dict] = ({"CPU": 2.0},)):
+        self.machines, self.killed = machines, []
 
     def remote(self, **options):
+        self.options = options
         return lambda kind: SimpleNamespace(remote=lambda *arguments: self._Handle(kind(*arguments)))
 
     class _Handle:
@@ -36,7 +38,7 @@ class OneProcess:
         self.killed.append(handle.actor)
 
     def nodes(self):
-        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+        return [{"Alive": True, "Resources": resources} for resources in self.machines]
 
     def shutdown(self):
         pass

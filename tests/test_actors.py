@@ -130,8 +130,8 @@ def test_samples_by_actors_are_those_of_a_run_without(cluster, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert generate("image", "llava", data, Path("out"), "--ray", "2") == 0
     assert not (tmp_path / "out.deadly").exists()
-    printed = capfd.readouterr()
-    assert "2 Ray actors begin, each with 0 GPU(s)" in printed.out and "an actor has died" in printed.err
+    printed = capfd.readouterr().err
+    assert "2 Ray actors begin, each with 0 GPU(s)" in printed and "an actor has died" in printed
     assert contents(out) == contents(alone)
 
 
@@ -167,6 +167,22 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
     assert [actor.number for actor in ray.killed] == ([0, 2] if retrained else [0])
     printed = capsys.readouterr().err
     assert ("is not used, it has loaded spec_model_sha256 new and old\n" in printed) is retrained
+
+
+class Nothing:
+    def loaded_settings(self):
+        return {}
+
+
+@pytest.mark.parametrize(("gpus", "copies"), [(1, 7), (2, 3), (4, 1), (0.5, 14), (0.34, 21), (0, 3)])
+def test_there_is_a_copy_for_all_gpus_of_each_machine(monkeypatch, gpus, copies, capsys):
+    ray = OneProcess([{"GPU": 4.0}, {"GPU": 3.0}, {"CPU": 8.0}])
+    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
+    ray_pool.Pool(Nothing, [], None, gpus, "--ray")
+    assert f"{copies} Ray actors begin, each with {ray.options['num_gpus']:g} GPU(s)" in capsys.readouterr().err
+    if gpus:
+        with pytest.raises(ValueError, match=f"--ray: {copies + 1} copies of .* asked for, Ray has room for {copies}$"):
+            ray_pool.Pool(Nothing, [], copies + 1, gpus, "--ray")
 
 
 def test_gpus_that_no_model_would_get_are_refused():

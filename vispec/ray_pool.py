@@ -7,16 +7,18 @@ item given to another one; an item that several actors have died of is given up.
 
 import logging
 import os
-import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
-from vispec.cli import UserError
+from vispec.cli import UserError, say
 
 MOST_DEATHS = 2
 """Actors that may die of an item before it is given up."""
+
+SHARES_OF_A_GPU = 10_000
+"""Ray counts GPUs in these."""
 
 Item = TypeVar("Item")
 
@@ -48,12 +50,12 @@ class Pool:
         self._starting: dict = {}
         try:
             machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            gpus = gpus if any("GPU" in machine for machine in machines) else 0
+            gpus = _whole_shares(gpus) if any("GPU" in machine for machine in machines) else 0
             room = sum(int(machine.get("GPU", 0) / gpus) if gpus else 1 for machine in machines)
             copies = copies or max(room, 1)
             if gpus and copies > room:
                 raise UserError(f"{flag}: {copies} copies of {gpus:g} GPU(s) asked for, Ray has room for {room}")
-            print(f"{copies} Ray actors begin, each with {gpus:g} GPU(s)", flush=True)
+            say(f"{copies} Ray actors begin, each with {gpus:g} GPU(s)")
             # spread, since Ray would fill one machine first
             remote = self._ray.remote(num_gpus=gpus, scheduling_strategy="SPREAD")
             self._kind = remote(_working_in(os.getcwd(), kind))
@@ -111,7 +113,7 @@ class Pool:
         return self._kind.remote(*self._arguments)
 
     def _replace(self, actor) -> None:
-        print("notice: an actor has died; another one starts in its place", file=sys.stderr)
+        say("notice: an actor has died; another one starts in its place")
         self._actors.remove(actor)
         self._ray.kill(actor)  # it lives on where only the way to it is lost
         new = self._start()
@@ -122,13 +124,13 @@ class Pool:
         try:
             found = self._ray.get(settings)
         except self._ray.exceptions.RayError as error:
-            print(f"notice: an actor in place of a dead one could not be loaded: {_reason(error)}", file=sys.stderr)
+            say(f"notice: an actor in place of a dead one could not be loaded: {_reason(error)}")
             return False
         if found == self.settings:
             return True
         self._ray.kill(actor)
         what = _differences([self.settings, found])
-        print(f"notice: an actor in place of a dead one is not used, it has loaded {what}", file=sys.stderr)
+        say(f"notice: an actor in place of a dead one is not used, it has loaded {what}")
         return False
 
     def _common_settings(self) -> dict[str, dict]:
@@ -140,6 +142,15 @@ class Pool:
             differences = _differences(found)
             raise UserError(f"{self._flag}: expected the same models and GPUs on all machines; found {differences}")
         return found[0]
+
+
+def _whole_shares(gpus: float) -> float:
+    """As Ray takes it; below 1 as many share a GPU as the inverse, rounded, says.
+
+    >>> _whole_shares(2), _whole_shares(0.5), _whole_shares(0.34)
+    (2, 0.5, 0.3333)
+    """
+    return gpus if gpus >= 1 or not gpus else SHARES_OF_A_GPU // round(1 / gpus) / SHARES_OF_A_GPU
 
 
 def _working_in(folder: str, kind: type) -> type:

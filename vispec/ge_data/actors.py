@@ -1,7 +1,6 @@
 """Samples by Ray actors on the machines of a cluster, which share the batches and write into one folder."""
 
 import argparse
-import math
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,9 +13,6 @@ from vispec.ge_data.run_folder import RunFolder
 from vispec.ge_data.sources import Rows
 from vispec.ge_data.target_identity import identify_target
 from vispec.ray_pool import MOST_DEATHS, Pool
-
-SHARES_OF_A_GPU = 10_000
-"""Ray counts in these."""
 
 
 class Actor(Maker):
@@ -48,12 +44,9 @@ def make_by_actors(
 
     Only the rows of a batch travel, and the images that they name are read where the actor is.
     """
-    gpus = args.gpus_per_model
-    if gpus < 1:
-        gpus = math.floor(SHARES_OF_A_GPU / round(1 / gpus)) / SHARES_OF_A_GPU
     with folder.marked() as mark:
         arguments = [args, folder, rows.folder, mark, torch.get_num_threads()]
-        with closing(Pool(Actor, arguments, args.ray or None, gpus, "--ray")) as pool:
+        with closing(Pool(Actor, arguments, args.ray or None, args.gpus_per_model, "--ray")) as pool:
             for batch, without in pool.results(batches, lambda actor, batch: actor.make.remote(rows.at(batch))):
                 if without is None:
                     reason = f"{MOST_DEATHS} actors died while they made its batch"
