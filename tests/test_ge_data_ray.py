@@ -58,3 +58,12 @@ def test_a_machine_that_has_other_folders_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match=f"--outdir {tmp_path}: expected a shared file system, "):
         Actor(Namespace(), folder, None, mark, 1)
+
+
+def test_actors_with_another_target_are_refused(data, ray, tmp_path, monkeypatch):
+    """The command and its actors may be on machines of which only some have the newest weights."""
+    there = {"model": "target", "revision": "old", "dtype": None}
+    monkeypatch.setattr(Actor, "loaded_settings", lambda self: {"target": there})
+    with pytest.raises(ValueError, match="--model .* machines have another target .*revision 'files-.* 'old' now"):
+        generate("text", "llava", data, tmp_path / "out", "--store", "tokens", "--ray")
+    assert not any((tmp_path / "out").glob("*.safetensors"))

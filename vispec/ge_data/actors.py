@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vispec.cli import changes
 from vispec.ge_data.maker import Maker, Without
 from vispec.ge_data.run_folder import RunFolder
 from vispec.ge_data.sources import Rows
@@ -47,6 +48,9 @@ def make_by_actors(
     with folder.marked() as mark:
         arguments = [args, folder, rows.folder, mark, torch.get_num_threads()]
         with closing(Pool(Actor, arguments, args.ray or None, args.gpus_per_model, "--ray")) as pool:
+            found = pool.settings["target"]
+            if differences := changes(folder.manifest.get("target", found), found):
+                raise ValueError(f"--model {args.model}: the actors' machines have another target ({differences})")
             for batch, without in pool.results(batches, lambda actor, batch: actor.make.remote(rows.at(batch))):
                 if without is None:
                     reason = f"{MOST_DEATHS} actors died while they made its batch"
