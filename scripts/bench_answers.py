@@ -58,15 +58,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     device = "cuda" if torch.cuda.is_available() else None
     target = Target(load_target(args.target, getattr(torch, args.dtype), device))
     settings = Settings("llava", max_new_tokens=args.max_new_tokens, store=args.store)
-    job = ImageJob(target, AutoProcessor.from_pretrained(args.target), load_image(str(folder)), settings)
+    job, rows = ImageJob(target, AutoProcessor.from_pretrained(args.target), folder, settings), load_image(str(folder))
     arms = {f"batches of {args.batch_size}": args.batch_size, "one at a time": 1}
     speeds = {name: [] for name in arms}
     for size in arms.values():
-        answers(job, range(min(size, args.rows)), size)  # warm-up
+        answers(job, rows.at(range(min(size, args.rows))), size)  # warm-up
     found = {}
     for _, _, (name, size) in turns(list(arms.items()), 1, args.rounds):
         started = now(target.device)
-        found[name] = answers(job, range(args.rows), size)
+        found[name] = answers(job, rows.at(range(args.rows)), size)
         speeds[name].append(args.rows / (now(target.device) - started))
     batched, single = (found[name] for name in arms)
     together, alone = (statistics.median(values) for values in speeds.values())
@@ -80,11 +80,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-def answers(job: ImageJob, rows: range, batch_size: int) -> dict[int, list[int]]:
+def answers(job: ImageJob, rows: dict[int, dict], batch_size: int) -> dict[int, list[int]]:
     """The answers' token ids by row; rows that are skipped are left out."""
     found = {}
-    for batch in batches_of(rows, batch_size):
-        for index, sample in job.samples(batch, batch):
+    for batch in batches_of(list(rows), batch_size):
+        for index, sample in job.samples({index: rows[index] for index in batch}, batch):
             if not isinstance(sample, Exception):
                 found[index] = sample.input_ids[sample.loss_mask].tolist()
     return found

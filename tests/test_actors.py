@@ -1,18 +1,21 @@
-"""Several models at a time: actors of Ray that share the questions, some of which kill them."""
+"""Several models at a time: actors of Ray that share questions, or rows of data, some of which kill them."""
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from fake_ray import ActorDied, OneProcess
 from PIL import Image
+from tiny_rows import contents, generate, write_rows
 
+from vispec import ray_pool
 from vispec.evaluation import actors, answerer, gen_baseline_answer_gqa
 from vispec.evaluation.answerer import Ask
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
@@ -25,8 +28,48 @@ TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
 DEADLY_ONCE, DEADLY = 2, 4
 """Questions that kill the process that opens their picture: the first time only, and always."""
 
-PATIENCE = {"RAY_agent_register_timeout_ms": "600000", "RAY_worker_register_timeout_seconds": "600"}
-"""Ray's own limits are short for a machine that is busy."""
+CLUSTER = {
+    # Ray's own limits are short for a machine that is busy
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "OMP_NUM_THREADS": "1",
+}
+DEADLY_DISK = """
+import os, signal
+flush = os.fsync
+def fsync(file):
+    flush(file)
+    path = os.readlink(f"/proc/self/fd/{file}")
+    if ".safetensors." in path:
+        try:
+            os.unlink(os.path.dirname(path) + ".deadly")
+        except FileNotFoundError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fsync
+"""
+"""What actors load first: where there is a file OUTDIR.deadly, the first one to write a sample dies of it."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A cluster that runs already and was started in another folder."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    loaded_first = tmp_path_factory.mktemp("disk")
+    (loaded_first / "sitecustomize.py").write_text(DEADLY_DISK)
+    # of its own, so that no other cluster of this machine is found or hidden; paths of sockets have to be short
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    path = os.pathsep.join([str(loaded_first), str(ROOT)])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CLUSTER, "PYTHONPATH": path, "RAY_TMPDIR": folder}.items():
+            patch.setenv(name, value)
+        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        patch.setenv("RAY_ADDRESS", running.address)
+        yield
+        running.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def questions(tries: Path | None) -> list[Question]:
@@ -58,12 +101,8 @@ def answer(monkeypatch, tmp_path: Path, name: str, tries: Path | None, *more: st
     return code, {line["question_id"]: line["choices"][0]["output_ids"] for line in lines}
 
 
-def test_questions_of_actors_that_die_are_asked_again(tmp_path, monkeypatch, capfd):
-    pytest.importorskip("ray")
+def test_questions_of_actors_that_die_are_asked_again(cluster, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(answerer, "WARM_UPS", 1)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    for name, value in PATIENCE.items():
-        monkeypatch.setenv(name, value)
     code, alone = answer(monkeypatch, tmp_path, "alone", None)
     assert code == 0 and alone.keys() == set(range(5))
     tries = tmp_path / "tries"
@@ -77,42 +116,23 @@ def test_questions_of_actors_that_die_are_asked_again(tmp_path, monkeypatch, cap
     assert f"error: not answered, because the actors that tried died: {DEADLY}" in printed.err
 
 
-class ActorDied(Exception):
-    """What the ray of `OneProcess` raises for a dead actor."""
-
-
-class OneProcess:
-    """As much of Ray as `Actors` needs, in this process; a call is made when its result is asked for."""
-
-    exceptions = SimpleNamespace(RayActorError=ActorDied)
-
-    def __init__(self):
-        self.killed = []
-
-    def remote(self, num_gpus: float):
-        return lambda kind: SimpleNamespace(remote=lambda models: self._Handle(kind(models)))
-
-    class _Handle:
-        def __init__(self, actor):
-            self._actor = actor
-
-        def __getattr__(self, name):
-            return SimpleNamespace(remote=lambda *args: partial(getattr(self._actor, name), *args))
-
-    def get(self, calls):
-        return [call() for call in calls] if isinstance(calls, list) else calls()
-
-    def wait(self, calls, num_returns: int):
-        return calls[:1], calls[1:]
-
-    def kill(self, actor):
-        self.killed.append(actor)
-
-    def cluster_resources(self):
-        return {}
-
-    def shutdown(self):
-        pass
+def test_samples_by_actors_are_those_of_a_run_without(cluster, tmp_path, monkeypatch, capfd):
+    """Two actors go on with a run that was killed; one of them dies while it writes a sample."""
+    data, alone, out = write_rows(tmp_path / "data", images=9), tmp_path / "alone", tmp_path / "out"
+    (data / "4.png").write_text("no picture")
+    assert generate("image", "llava", data, alone) == 0
+    shutil.copytree(alone, out)
+    for path in [*out.glob("*1.safetensors"), *out.glob("*[5-8].safetensors"), out / "logs" / "rows_0.json"]:
+        path.unlink()
+    for left in ("00000001.safetensors", "mark"):
+        (out / f".{left}.abcd1234.unfinished").touch()
+    (tmp_path / "out.deadly").touch()
+    monkeypatch.chdir(tmp_path)
+    assert generate("image", "llava", data, Path("out"), "--ray", "2") == 0
+    assert not (tmp_path / "out.deadly").exists()
+    printed = capfd.readouterr().err
+    assert "2 Ray actors begin, each with 0 GPU(s)" in printed and "an actor has died" in printed
+    assert contents(out) == contents(alone)
 
 
 @pytest.mark.parametrize("retrained", [False, True])
@@ -136,17 +156,33 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
             return [f"answer to {ask.question.question_id}"]
 
     ray = OneProcess()
-    monkeypatch.setattr(actors, "_ray", lambda: ray)
+    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
     monkeypatch.setattr(actors, "Answerer", Actor)
     asks = [Ask(question, "gqa", Generation(0.0, 4), 1, ()) for question in questions(None)]
-    shared = actors.Actors(Models("target", device_map="cpu"), 2)
-    found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]
+    with actors.loaded(Models("target", device_map="cpu"), 2) as shared:
+        found = [(ask.question.question_id, outcomes) for ask, outcomes in shared.answers(asks)]
     assert sorted(found) == [(number, [f"answer to {number}"]) for number in range(5)], "each once"
     assert len(asked) == 6 and len(made) == 3
     assert any(number == 2 for number, _ in asked) is not retrained
-    assert len(ray.killed) == retrained
+    assert [actor.number for actor in ray.killed] == ([0, 2] if retrained else [0])
     printed = capsys.readouterr().err
     assert ("is not used, it has loaded spec_model_sha256 new and old\n" in printed) is retrained
+
+
+class Nothing:
+    def loaded_settings(self):
+        return {}
+
+
+@pytest.mark.parametrize(("gpus", "copies"), [(1, 7), (2, 3), (4, 1), (0.5, 14), (0.34, 21), (0, 3)])
+def test_there_is_a_copy_for_all_gpus_of_each_machine(monkeypatch, gpus, copies, capsys):
+    ray = OneProcess([{"GPU": 4.0}, {"GPU": 3.0}, {"CPU": 8.0}])
+    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
+    ray_pool.Pool(Nothing, [], None, gpus, "--ray")
+    assert f"{copies} Ray actors begin, each with {ray.options['num_gpus']:g} GPU(s)" in capsys.readouterr().err
+    if gpus:
+        with pytest.raises(ValueError, match=f"--ray: {copies + 1} copies of .* asked for, Ray has room for {copies}$"):
+            ray_pool.Pool(Nothing, [], copies + 1, gpus, "--ray")
 
 
 def test_gpus_that_no_model_would_get_are_refused():

@@ -97,9 +97,9 @@ def test_a_prompt_close_to_the_limit_cuts_its_own_answer_only(tmp_path):
 
     def made(limit, batch):
         settings = Settings("llava", max_len=limit, max_new_tokens=12, store="tokens")
-        job = ImageJob(target, processor, rows, settings)
+        job = ImageJob(target, processor, tmp_path, settings)
         groups = [range(len(rows))] if batch else [[i] for i in range(len(rows))]
-        found = dict(pair for group in groups for pair in job.samples(group, group))
+        found = dict(pair for group in groups for pair in job.samples(rows.at(group), group))
         return {i: str(o) if isinstance(o, Exception) else o.input_ids.tolist() for i, o in found.items()}
 
     lengths = {i: len(ids) - 12 for i, ids in made(None, batch=True).items()}

@@ -81,8 +81,8 @@ def test_malformed_rows_end_no_run(tmp_path, store):
 
 
 def reasons(target, processor, rows, family="llava", **settings):
-    job = ImageJob(target, processor, rows, Settings(family, max_new_tokens=4, **settings))
-    return {index: str(found) for index, found in job.samples(range(len(rows)), range(len(rows)))}
+    job = ImageJob(target, processor, rows.folder, Settings(family, max_new_tokens=4, **settings))
+    return {index: str(found) for index, found in job.samples(rows.at(range(len(rows))), range(len(rows)))}
 
 
 def test_bad_image_rows_have_reasons(data, target, processor, tmp_path):
@@ -161,4 +161,5 @@ def test_rows_without_room_or_answer_have_reasons(data, target, processor, monke
     monkeypatch.setattr(jobs, "generate_answers", lambda *arguments, **seeds: [media])
     assert reasons(target, processor, rows) == {0: "image tag in the answer"}
     monkeypatch.setattr(jobs, "generate_answers", lambda *arguments, **seeds: [end])
-    assert isinstance(next(ImageJob(target, processor, rows, Settings("llava")).samples([0], [0]))[1], SkipRow)
+    job = ImageJob(target, processor, rows.folder, Settings("llava"))
+    assert isinstance(next(job.samples(rows.at([0]), [0]))[1], SkipRow)

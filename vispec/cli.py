@@ -121,17 +121,17 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except (ValueError, OSError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {' '.join(str(error).split())}")
         if os.environ.get("VISPEC_TRACEBACK"):
             raise
         code = 1
     except KeyboardInterrupt:
-        _say(INTERRUPTED)
+        say(INTERRUPTED)
         code = 130
     sys.exit(code)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """On a line of its own, also where a bar is being drawn."""
     tqdm = sys.modules.get("tqdm")
     (tqdm.tqdm.write if tqdm else print)(line, file=sys.stderr)

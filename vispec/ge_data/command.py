@@ -4,7 +4,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from vispec.cli import DTYPES, Parser, count, number, whole
@@ -12,11 +11,12 @@ from vispec.files import write_json_atomic
 from vispec.ge_data import workers
 from vispec.ge_data.report import full_matrices, read_rows, report, rows_file
 from vispec.ge_data.run_folder import RunFolder, batches_of, share
-from vispec.ge_data.sample_file import write_sample
 from vispec.locks import alone_in
-from vispec.prompts import PIXEL_LIMITS, load_processor, load_tokenizer
+from vispec.prompts import PIXEL_LIMITS
 
 LAST_ROW = 67999
+NOT_CONTENT = ("outdir", "worker", "gpus_per_model", "ray")
+"""Arguments that decide where and by whom files are made, not what is in them."""
 PUBLISHED_TARGETS = {"llava": "llava-hf/llava-v1.6-vicuna-7b-hf", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
 
 
@@ -57,7 +57,17 @@ def make_parser(stage: str, family: str) -> Parser:
             smallest, largest = PIXEL_LIMITS["min_pixels"], PIXEL_LIMITS["max_pixels"]
             add("--min-pixels", type=count, default=smallest, help="smaller images are enlarged (%(default)s)")
             add("--max-pixels", type=count, default=largest, help="larger images are shrunk (%(default)s)")
+    add(
+        "--ray",
+        type=count,
+        nargs="?",
+        const=0,
+        metavar="ACTORS",
+        help="share the rows among Ray actors, on all machines of a running cluster; by default one for every "
+        "--gpus_per_model GPUs, or on each machine where there are none",
+    )
     add("--worker", help=argparse.SUPPRESS)
+    parser.set_defaults(stage=stage, family=family)
     return parser
 
 
@@ -85,37 +95,38 @@ def run(stage: str, family: str, argv: Sequence[str] | None = None) -> int:
 
     if args.worker is not None:
         worker, count = (int(part) for part in args.worker.split("/"))
-        folder = RunFolder(Path(args.outdir), {})
-        _work(stage, family, args, rows, folder, share(batches, worker, count), worker)
+        _work(args, rows, RunFolder(Path(args.outdir), {}), share(batches, worker, count), worker)
         return 0
 
     from vispec.ge_data.target_identity import identify_target
 
-    arguments = {k: v for k, v in vars(args).items() if k not in ("outdir", "worker", "gpus_per_model")}
+    arguments = {k: v for k, v in vars(args).items() if k not in NOT_CONTENT}
     for name in ("allow_outside", "aux_layers"):
         if not arguments.get(name):  # runs that are there may have been begun without the flag
             arguments.pop(name, None)
     if "aux_layers" in arguments:  # a manifest has plain values
         arguments["aux_layers"] = " ".join(map(str, args.aux_layers))
+    # in the order that manifests have them
     arguments = {"stage": stage, "family": family, **arguments, "end": end}
     target = identify_target(args.model, args.dtype)
-    groups = workers.gpu_groups(workers.visible_gpus(), args.gpus_per_model)
+    gpus = workers.visible_gpus() if args.ray is None else []  # the cluster's are not seen from here
+    groups = workers.gpu_groups(gpus, args.gpus_per_model)
     outdir = Path(args.outdir)
     with alone_in(outdir, "--outdir"):
-        return _fill(stage, family, argv, args, rows, RunFolder.open(outdir, arguments, target), batches, groups)
+        return _fill(argv, args, rows, RunFolder.open(outdir, arguments, target), batches, groups)
 
 
-def _fill(stage, family, argv, args, rows, folder: RunFolder, batches, groups: Sequence[str]) -> int:
+def _fill(argv, args, rows, folder: RunFolder, batches, groups: Sequence[str]) -> int:
     """Make what is missing, in a process for each group of GPUs where there are several; returns the exit code."""
     if len(groups) > 1:
-        module = f"vispec.ge_data.allocation_{family}_{'shargpt' if stage == 'text' else 'pretrain_gen'}"
+        module = f"vispec.ge_data.allocation_{args.family}_{'shargpt' if args.stage == 'text' else 'pretrain_gen'}"
         code = workers.run_workers(module, argv, groups, folder.path / "logs")
         if code:
             return code
     else:
-        _work(stage, family, args, rows, folder, batches, 0)
+        _work(args, rows, folder, batches, 0)
     skipped, failed = read_rows(folder, max(len(groups), 1))
-    return report(folder, sum(map(len, batches)), skipped, failed, full_matrices(stage, args.model, args.dtype))
+    return report(folder, sum(map(len, batches)), skipped, failed, full_matrices(args.stage, args.model, args.dtype))
 
 
 def _default_data(stage: str) -> str:
@@ -130,54 +141,35 @@ def _load_rows(stage: str, data_folder: str | None):
     return load_text(data_folder) if stage == "text" else load_image(data_folder)
 
 
-def _work(stage, family, args, rows, folder: RunFolder, batches, worker: int) -> None:
+def _work(args, rows, folder: RunFolder, batches, worker: int) -> None:
     """Make the missing samples of some batches, and leave lists of the rows that were skipped and that failed."""
     from tqdm import tqdm
 
-    from vispec.ge_data.conversations import SkipRow
-
-    job = None
+    missing = [batch for batch in batches if folder.missing(batch)]
+    total, left = (sum(map(len, some)) for some in (batches, missing))
     skipped: dict[int, str] = {}
     failed: dict[int, str] = {}
-    with tqdm(total=sum(map(len, batches)), unit="row", desc=f"{stage} samples", mininterval=1) as bar:
-        for batch in batches:
-            missing = folder.missing(batch)
-            if missing:
-                job = job or _make_job(stage, family, args, rows)
-                for index, outcome in job.samples(batch, missing):
-                    if isinstance(outcome, Exception):
-                        (skipped if isinstance(outcome, SkipRow) else failed)[index] = str(outcome)
-                    else:
-                        write_sample(folder.sample_path(index), outcome, {"index": index, **_origin(rows[index])})
+    with tqdm(total=total, initial=total - left, unit="row", desc=f"{args.stage} samples", mininterval=1) as bar:
+        for batch, without in _make(args, rows, folder, missing):
+            skipped.update(without.skipped)
+            failed.update(without.failed)
             bar.update(len(batch))
-    write_json_atomic(rows_file(folder, worker), {"skipped": skipped, "failed": failed})
+    # actors are done in any order
+    rows_without = {"skipped": dict(sorted(skipped.items())), "failed": dict(sorted(failed.items()))}
+    write_json_atomic(rows_file(folder, worker), rows_without)
 
 
-def _make_job(stage, family, args, rows):
-    import torch
+def _make(args, rows, folder: RunFolder, batches):
+    """Batches with their rows that have no sample, as they are done, in this process or by actors."""
+    if not batches:
+        return
+    if args.ray is not None:
+        from vispec.ge_data.actors import make_by_actors
 
-    from vispec.ge_data.jobs import ImageJob, Settings, TextJob
-    from vispec.model.loading import load_config, load_target
-    from vispec.model.target import Target
+        yield from make_by_actors(args, folder, rows, batches)
+        return
+    from vispec.ge_data.maker import Maker
 
-    names = {field.name for field in fields(Settings)}
-    settings = Settings(family, **{name: value for name, value in vars(args).items() if name in names})
-    limits = {name: getattr(settings, name) for name in ("min_pixels", "max_pixels") if getattr(settings, name)}
-    if stage == "text":
-        tokenizer = load_tokenizer(args.model)
-        if args.store == "tokens":
-            return TextJob(load_config(args.model), tokenizer, rows, settings, target=None)
-    else:
-        processor = load_processor(args.model, **limits)
-    device_map = None
-    if torch.cuda.is_available():
-        device_map = "auto" if args.gpus_per_model > 1 else "cuda"
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    target = Target(load_target(args.model, dtype, device_map))
-    if stage == "text":
-        return TextJob(target.config, tokenizer, rows, settings, target)
-    return ImageJob(target, processor, rows, settings)
-
-
-def _origin(row: dict) -> dict:
-    return {key: row[key] for key in ("id", "image") if isinstance(row.get(key), str | int)}
+    maker = Maker(args, folder, rows.folder)
+    for batch in batches:
+        yield batch, maker.make(rows.at(batch))

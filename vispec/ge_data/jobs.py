@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,7 +21,6 @@ from vispec.ge_data.conversations import (
     tokenize,
 )
 from vispec.ge_data.sample_file import Sample, Tokens, make_sample
-from vispec.ge_data.sources import Rows
 from vispec.model.drafts.eagle3 import aux_layers
 from vispec.model.families import image_spans, image_token_id, video_token_id
 from vispec.model.target import Target
@@ -72,8 +72,8 @@ class TextJob:
         target: None where token ids alone are stored, which no model is needed for.
     """
 
-    def __init__(self, config, tokenizer, rows: Rows, settings: Settings, target: Target | None):
-        self.target, self.rows, self.settings = target, rows, settings
+    def __init__(self, config, tokenizer, settings: Settings, target: Target | None):
+        self.target, self.settings = target, settings
         self.layers = stored_layers(settings, target)
         self.media_tokens = _media_tokens(config)
         longest = config.get_text_config().max_position_embeddings
@@ -85,13 +85,13 @@ class TextJob:
             self.render = render_vicuna
         self.tokenize = partial(tokenize, tokenizer, max_len=limit)
 
-    def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
-        """(row index, sample or reason to skip) of all `wanted` rows; `indices` is the batch that they belong to."""
+    def samples(self, rows: Mapping[int, dict], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+        """(row index, sample or reason to skip) of all `wanted` rows; `rows` is the batch that they belong to."""
         for index in wanted:
-            yield index, _outcome(partial(self._sample_of, index))
+            yield index, _outcome(partial(self._sample_of, rows[index]))
 
-    def _sample_of(self, index: int) -> Tokens:
-        ids, mask = self.tokenize(*self.render(read_turns(self.rows[index])))
+    def _sample_of(self, row: dict) -> Tokens:
+        ids, mask = self.tokenize(*self.render(read_turns(row)))
         if torch.isin(ids, self.media_tokens).any():
             raise SkipRow("image tag in a text conversation")
         if self.target is None:
@@ -100,22 +100,26 @@ class TextJob:
 
 
 class ImageJob:
-    """Long answers of the target about images, with its features (training stage 2)."""
+    """Long answers of the target about images, with its features (training stage 2).
 
-    def __init__(self, target: Target, processor, rows: Rows, settings: Settings):
-        self.target, self.processor, self.rows, self.settings = target, processor, rows, settings
+    Args:
+        folder: where the images are that rows name.
+    """
+
+    def __init__(self, target: Target, processor, folder: Path, settings: Settings):
+        self.target, self.processor, self.folder, self.settings = target, processor, folder, settings
         self.layers = stored_layers(settings, target)
         # a target that cannot be asked is no fault of a row
         build_inputs(processor, [user_turn(Image.new("RGB", ORDINARY_PICTURE), LONG_ANSWER)])
         self.media_tokens = _media_tokens(target.config)
 
-    def samples(self, indices: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+    def samples(self, rows: Mapping[int, dict], wanted: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
         """(row index, sample or reason to skip) of all `wanted` rows.
 
-        The answers of all `indices` are generated together even where only some are wanted: an answer may depend
+        The answers of all `rows` are generated together even where only some are wanted: an answer may depend
         on its neighbours' padding, and a run that was interrupted must end with the files of one that was not.
         """
-        prepared = {index: _outcome(partial(self._prompt, index)) for index in indices}
+        prepared = {index: _outcome(partial(self._prompt, row)) for index, row in rows.items()}
         prompts = {index: prompt for index, prompt in prepared.items() if not isinstance(prompt, Exception)}
         answers = self._outcomes(prompts) if prompts.keys() & set(wanted) else {}
         for index in wanted:
@@ -134,16 +138,15 @@ class ImageJob:
         alone = ({index: prompt} for index, prompt in prompts.items())
         return {index: answer for one in alone for index, answer in self._outcomes(one).items()}
 
-    def _prompt(self, index: int) -> dict[str, torch.Tensor]:
+    def _prompt(self, row: dict) -> dict[str, torch.Tensor]:
         """The processor's output for one row, (1, L)."""
-        row = self.rows[index]
         question = _question(row).replace(IMAGE_TAG, "")
         if not isinstance(row.get("image"), str):
             raise SkipRow("no image")
         if self._has_media(torch.tensor(self.processor.tokenizer(question).input_ids)):
             raise SkipRow("more than one image tag")
         try:
-            picture = image_file(picture_path(self.rows.folder, row["image"], self.settings.allow_outside))()
+            picture = image_file(picture_path(self.folder, row["image"], self.settings.allow_outside))()
         except OutsideFolder:
             raise SkipRow("image outside of the data folder (--allow-outside reads it)") from None
         except UnreadableImage:

@@ -1,15 +1,18 @@
 """The folder of one generation run: sample files, what made them, what was skipped and why."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vispec.cli import changes, provenance
-from vispec.files import read_json, remove_unfinished, write_json_atomic
+from vispec.files import UNFINISHED, read_json, remove_unfinished, write_json_atomic
 from vispec.ge_data.sample_file import SUFFIX, file_name
 
 MANIFEST = "manifest.json"
+MARK = "mark"
 NO_TARGET = dict.fromkeys(("model", "revision", "dtype"))
 """What a manifest says of the target, each as text or null."""
 PLAIN = str | int | float | bool | None
@@ -50,9 +53,20 @@ class RunFolder:
             made_by.pop("arguments")
             manifest = {"arguments": arguments, "target": dict(target), "complete": False, **made_by}
             write_json_atomic(path / MANIFEST, manifest)
-        remove_unfinished(path, rf"\d+{re.escape(SUFFIX)}|{re.escape(MANIFEST)}")
-        remove_unfinished(path / "logs", r"rows_\d+\.json")
-        return cls(path, arguments, manifest)
+        folder = cls(path, arguments, manifest)
+        folder.remove_unfinished()
+        return folder
+
+    def remove_unfinished(self) -> None:
+        """Remove what processes that were killed were at."""
+        remove_unfinished(self.path, rf"\d+{re.escape(SUFFIX)}|{re.escape(MANIFEST)}|{MARK}")
+        remove_unfinished(self.path / "logs", r"rows_\d+\.json")
+
+    @contextmanager
+    def marked(self) -> Iterator[Path]:
+        """A file in the folder, by which another machine can tell whether it sees the same one."""
+        with tempfile.NamedTemporaryFile(dir=self.path, prefix=f".{MARK}.", suffix=UNFINISHED) as file:
+            yield Path(file.name)
 
     def sample_path(self, index: int) -> Path:
         return self.path / file_name(index)

@@ -1,6 +1,6 @@
 """Where the rows come from: the published data sets, or local files in their layouts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,9 @@ class Rows:
 
     def __getitem__(self, index: int) -> dict:
         return self.data[int(self.order[index])]
+
+    def at(self, indices: Iterable[int]) -> dict[int, dict]:
+        return {index: self[index] for index in indices}
 
 
 def shuffled(data: Sequence[dict], folder: Path | None = None) -> Rows:
