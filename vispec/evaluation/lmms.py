@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
@@ -114,7 +115,7 @@ class ViSpec(lmms):
         self._model = load_model(base, spec, **loading, **place)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where lmms-eval gathers what its processes have found."""
         return self._model.device
 
@@ -192,8 +193,8 @@ class ViSpec(lmms):
             return in_rgb(content.url)
         if content.type == "image" and isinstance(content.url, str):
             return image_file(Path(content.url))
-        whole_video = content.type == "video" and content.start_time is None and content.end_time is None
-        if whole_video and isinstance(content.url, str):
+        is_whole_video = content.type == "video" and content.start_time is None and content.end_time is None
+        if is_whole_video and isinstance(content.url, str):
             return read_video(Path(content.url), self._frames)
         raise ValueError(f"vispec shows pictures and whole video files, found {content!r:.200}")
 
@@ -202,7 +203,7 @@ class ViSpec(lmms):
         stops = {"stop_strings": list(until), "tokenizer": tokenizer} if until else {}
         seed = options.get("seed")
         return self._model.generate(
-            **collate_prompts(prompts, tokenizer.pad_token_id or 0),
+            **(collate_prompts(prompts, tokenizer.pad_token_id or 0) if len(prompts) > 1 else prompts[0]),
             **{**options, **stops, "seed": None if seed is None else [seed] * len(prompts)},
             speculate=self._model.draft is not None,
             return_dict_in_generate=True,
@@ -229,7 +230,9 @@ def _decoding(asked: Mapping) -> tuple[dict, list[str]]:
 
 
 def _stackable(prompt: Prompt) -> tuple:
-    """Equal for prompts that `collate_prompts` can join: they show things of the same kinds and pixels."""
+    """Equal for prompts that `collate_prompts` can join: tensors alone, of the same things and sizes of pictures."""
+    if not all(isinstance(value, torch.Tensor) for value in prompt.values()):
+        return (id(prompt),)
     return tuple((name, tuple(value.shape[2:])) for name, value in prompt.items())
 
 
