@@ -6,12 +6,15 @@ RUN = $(VENV)/bin/python
 PYTHON5 ?= $(PYTHON)
 VENV5 ?= .venv-transformers5
 RUN5 = $(VENV5)/bin/python
+# lmms-eval and what it imports, in an environment beside it.
+VENV_LMMS ?= .venv-lmms
+RUN_LMMS = $(VENV_LMMS)/bin/python
 DECODER_TESTS = rounds golden greedy text_decoder products joined_weights batches spec_model model_pairs inputs families pairs tree \
 	checkpoints refused_targets tune sampling policies cache package train_config \
 	decoder_kinds layouts video recurrent models_table generation generation_returns hub \
 	eagle3 eagle3_files msd nemo export soak
 
-.PHONY: demo test lint fuzz soak test-transformers5 clean
+.PHONY: demo test lint fuzz soak test-transformers5 test-lmms clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m vispec.demo --out out/demo
@@ -34,6 +37,9 @@ soak: $(VENV)/.installed-test
 test-transformers5: $(VENV5)/.installed
 	$(RUN5) -m pytest $(DECODER_TESTS:%=tests/test_%.py)
 
+test-lmms: $(VENV_LMMS)/.installed
+	$(RUN_LMMS) -m pytest tests/test_lmms.py
+
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
@@ -50,5 +56,11 @@ $(VENV5)/.installed: requirements-transformers5.txt
 	$(RUN5) -m pip install --quiet -r requirements-transformers5.txt
 	touch $@
 
+$(VENV_LMMS)/.installed: requirements-lmms.txt setup.py
+	$(PYTHON) -m venv $(VENV_LMMS)
+	$(RUN_LMMS) -m pip install --quiet -r requirements-lmms.txt
+	$(RUN_LMMS) -m pip install --quiet --no-deps lmms-eval==0.7.3 -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV5) out
+	rm -rf $(VENV) $(VENV5) $(VENV_LMMS) out

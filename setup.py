@@ -25,8 +25,10 @@ setup(
         "tqdm>=4.66",
         "fschat>=0.2.36",
     ],
+    entry_points={"lmms_eval.models": ["vispec = vispec.evaluation.lmms:manifest"]},
     extras_require={
         "demo": ["matplotlib>=3.8"],
+        "lmms": ["lmms-eval>=0.7", "filelock<4"],  # lmms-eval 0.7 reaches into files of filelock that 4 has no more
         "qwen": ["torchvision>=0.21"],  # the processors of Qwen's models, under transformers 5
         "ray": ["ray>=2.10"],
         "train": ["tensorboard>=2.16"],

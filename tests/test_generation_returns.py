@@ -141,6 +141,7 @@ def test_scores_and_logits(rows):
     length = inputs["input_ids"].shape[1]
     answers = [row[length:].tolist() for row in ours.sequences]
     ends = [answer.index(END) + 1 if END in answer else len(answer) for answer in answers]
+    assert ours.new_tokens == ends
     for name in ("scores", "logits"):
         found, expected = getattr(ours, name), getattr(theirs, name)
         assert len(found) == len(expected) == ours.sequences.shape[1] - length

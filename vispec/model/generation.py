@@ -76,6 +76,8 @@ class SpecOutput(GenerateDecoderOnlyOutput):
     """Of all rows together, after the prompts' own passes."""
     seconds: float | None = None
     """After the prompts' own passes."""
+    new_tokens: list[int] | None = None
+    """Of each row, an end token included, padding not."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +350,7 @@ def _answered(
         acceptance_lengths=lengths,
         rounds=number,
         seconds=seconds,
+        new_tokens=columns.lengths(),
     )
 
 
@@ -380,6 +383,9 @@ class _Columns:
         """(B, new)."""
         columns = [self._column(place) for place in range(self._longest())]
         return torch.tensor(columns).T.to(self._like)
+
+    def lengths(self) -> list[int]:
+        return [min(len(tokens), self._longest()) for tokens in self.answers]
 
     def _longest(self) -> int:
         together = self._ends.longest
