@@ -139,6 +139,8 @@ def random_head(target: PreTrainedModel, method: str, seed: int, num_q: int = 2,
 def bare_head(config: DraftConfig, method: str, seed: int, num_q: int = 2) -> BaseHead:
     if method == "eagle3":
         config = replace(config, extra={**config.extra, "draft_vocab_size": len(proposed_tokens(config.vocab_size))})
+    if method == "specvlm":
+        config = BaseHead.kinds[method].new_config(config)
     head = BaseHead.kinds[method](config, **{"num_q": num_q} if method == "vispec" else {})
     randomize(head, seed, 0.2)
     if method == "eagle3":

@@ -1,6 +1,9 @@
 """The methods: as flags and configs name them, and as texts do."""
 
-HEADS = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "eagle3": "EAGLE-3", "msd": "MSD", "medusa": "Medusa"}
+HEADS = {
+    "vispec": "ViSpec", "eagle2": "EAGLE-2", "eagle3": "EAGLE-3", "msd": "MSD", "specvlm": "SpecVLM",
+    "medusa": "Medusa",
+}  # fmt: skip
 """Those that have draft heads."""
 LOOKUP = "lookup"
 """The one that drafts without a head."""

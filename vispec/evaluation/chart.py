@@ -11,8 +11,8 @@ from vispec.files import write_atomic
 
 INK, FAINT, LINE = "#1f2328", "#6e7781", "#d0d7de"
 COLOURS: Mapping[str, str] = {
-    "vispec": "#2da44e", "eagle2": "#54a3d8", "eagle3": "#2f6fab", "msd": "#c2577a", "medusa": "#e3a34f",
-    "lookup": "#b6bcc4",
+    "vispec": "#2da44e", "eagle2": "#54a3d8", "eagle3": "#2f6fab", "msd": "#c2577a",
+    "specvlm": "#8c6bb1", "medusa": "#e3a34f", "lookup": "#b6bcc4",
 }  # fmt: skip
 OTHER_COLOUR = "#a58bd0"
 WIDTH, HEIGHT, DPI = 11.0, 4.4, 150

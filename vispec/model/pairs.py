@@ -5,7 +5,7 @@ that spans the tokens [start, end) covers the pairs [start-1, end-1). ViSpec rep
 that take the last positions of its run; everything else keeps its own position (paper, section 3.2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,24 +38,30 @@ class PairLayout:
 
     def to(self, device: torch.device) -> "PairLayout":
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return PairLayout(**tensors, images=self.images)
+        return replace(self, **tensors)
+
+    def with_images(self, text: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+        """Layer inputs (B, R, H): those of text pairs, and compressed vectors (M, H) where these stand for images."""
+        vectors = torch.cat([compressed.new_zeros(1, compressed.shape[1]), compressed])
+        return torch.where((self.compressed >= 0)[..., None], vectors[self.compressed + 1], text)
 
 
-def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int | None) -> PairLayout:
+def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int | list[list[int]] | None) -> PairLayout:
     """Lay out the pairs of a batch.
 
     Args:
         lengths: tokens of each row.
         images: token spans of each row's images, ascending and disjoint; spans may touch.
-        compressed: vectors that replace each image. An image shorter than that puts the surplus at its first position.
-            None: all rows of an image stay.
+        compressed: vectors that replace each image, or each image of each row. An image shorter than that puts the
+            surplus at its first position. None: all rows of an image stay.
     """
-    rows = []
+    rows, vectors = [], 0
     all_images: list[tuple[int, Span]] = []
     for row, (length, spans) in enumerate(zip(lengths, images, strict=True)):
         pieces = []
         text_from, before = 0, -1
-        for start, end in spans:
+        for number, (start, end) in enumerate(spans):
+            count = compressed[row][number] if isinstance(compressed, list) else compressed or 0
             index = len(all_images)
             all_images.append((row, (start, end)))
             first, stop = max(start - 1, 0), end - 1
@@ -64,10 +70,10 @@ def plan_pairs(lengths: list[int], images: list[list[Span]], compressed: int | N
                 places = torch.arange(first, stop)
                 pieces.append(torch.stack([places, torch.zeros_like(places), torch.full_like(places, before)]))
             elif stop > first:
-                places = torch.arange(stop - compressed, stop).clamp(min=first)
-                vectors = torch.arange(index * compressed, (index + 1) * compressed)
-                pieces.append(torch.stack([places, vectors, torch.full_like(places, before)]))
-            text_from, before = stop, index
+                places = torch.arange(stop - count, stop).clamp(min=first)
+                numbers = torch.arange(vectors, vectors + count)
+                pieces.append(torch.stack([places, numbers, torch.full_like(places, before)]))
+            text_from, before, vectors = stop, index, vectors + count
         pieces.append(_text(text_from, length, before))
         rows.append((torch.cat(pieces, dim=1), before))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vispec.model.drafts import DraftHead
-from vispec.model.pairs import Span
+from vispec.model.pairs import PairLayout, Span
 
 SCORES = 2**24
 """Attention scores held at a time where drafts are followed: a long sample has rows x rows of them for every head."""
@@ -22,6 +22,7 @@ def draft_chain(
     images: list[list[Span]],
     lengths: list[int],
     steps: int = 0,
+    layout: PairLayout | None = None,
 ) -> list[torch.Tensor]:
     """Outputs of multi-token prediction (paper, section 3.4): step m+1 reads the outputs of step m as features.
 
@@ -34,12 +35,13 @@ def draft_chain(
         images: token spans of the images of each row.
         lengths: tokens of each row.
         steps: how often the outputs are fed back.
+        layout: see `PairHead.forward`.
 
     Returns:
         steps + 1 outputs (B, L, H); pair i joins feature i with the embedding of token i+1, zeros after the last token.
     """
     next_embeds = shift_left(embeds, lengths)
-    outs = [head(hidden, embeds, next_embeds, images, lengths)]
+    outs = [head(hidden, embeds, next_embeds, images, lengths, layout=layout)]
     given = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     given[:, 0] = True
     if head.compressed_per_image == 0:
@@ -48,7 +50,7 @@ def draft_chain(
     for _ in range(steps):
         own = F.pad(outs[-1][:, :-1], (0, 0, 1, 0))
         features = torch.where(given[..., None], hidden.to(own.dtype), own)
-        outs.append(head(features, embeds, next_embeds, images, lengths))
+        outs.append(head(features, embeds, next_embeds, images, lengths, layout=layout))
     return outs
 
 
@@ -66,6 +68,7 @@ def drafted_in_a_row(
     images: list[list[Span]],
     lengths: list[int],
     depth: int,
+    layout: PairLayout | None = None,
 ) -> Iterator[torch.Tensor]:
     """What the head would draft from every pair at once, along the given tokens.
 
@@ -91,7 +94,7 @@ def drafted_in_a_row(
 
     next_embeds, features = shift_left(embeds, lengths), hidden
     for _ in range(depth):
-        out = head(features, embeds, next_embeds, images, lengths, attend)
+        out = head(features, embeds, next_embeds, images, lengths, attend, layout)
         yield out
         features = F.pad(out[:, :-1], (0, 0, 1, 0))
 

@@ -24,6 +24,7 @@ from vispec.train.plan import print_plan
 from vispec.train.processes import Processes, launched_processes
 from vispec.train.recipe import Recipe, recipe_identity
 from vispec.train.samples import Noise, SampleFiles, SampleFolder, find_samples, hold_out, skipped_samples
+from vispec.train.specvlm import SpecVLMTrainer
 from vispec.train.start import head_to_train
 from vispec.train.states import START_FILE, read_resume
 from vispec.train.target_weights import count_layers, read_tables, tables_digest
@@ -32,6 +33,8 @@ from vispec.train.trainer import Trainer
 if TYPE_CHECKING:
     from vispec.train.online import OnlineFeatures
 
+TRAINERS = {"medusa": MedusaTrainer, "eagle3": Eagle3Trainer, "msd": MSDTrainer, "specvlm": SpecVLMTrainer}
+"""Of the methods that have one of their own."""
 UNTOLD = ("tmpdir", "loadpath", "target_tables")
 """Of a run: what a model card leaves out."""
 
@@ -91,7 +94,7 @@ def _make_trainer(
         "batch_size": recipe.batch_size * recipe.accumulation * processes.count,
     }
     identity.pop("accumulation")
-    trainer_class = {"medusa": MedusaTrainer, "eagle3": Eagle3Trainer, "msd": MSDTrainer}.get(method, Trainer)
+    trainer_class = TRAINERS.get(method, Trainer)
     lm_head = lm_head.to(torch.bfloat16 if processes.autocast else torch.float32)
     trainer = trainer_class(head, lm_head, train_set, held_out_set, recipe, folder, processes, identity, online)
     trainer.describe = partial(_describe, args, identity)
@@ -108,7 +111,7 @@ def _samples(
     train, held_out = hold_out(paths)
     if skip.issuperset(train):
         raise ValueError(f"--skip {' '.join(args.skip)}: no sample is left to train on")
-    noise, all_features = Noise(args.noise, args.seed), head.method in ("eagle2", "eagle3")
+    noise, all_features = Noise(args.noise, args.seed), head.reads_image_features
     layers = head.layers_of(count_layers(args.basepath)) if isinstance(head, Eagle3Head) else ()
     if args.online:
         from vispec.train.online import OnlineFeatures, Pictures, TokenFolder, load_frozen

@@ -58,9 +58,9 @@ def memory_estimate(trainer: Trainer) -> dict[str, int]:
     parameters, trained = sum(parameter.numel() for parameter in trainer.head.parameters()), trainer.trained
     pairs = recipe.batch_size * max(trainer.train_set.lengths)
     size, steps = config.hidden_size, recipe.mtp_steps + 1
-    # what backward reads of a pair: inputs of fc (and img_fc), x, q, k, v, attention twice, both sides of the norm; the
-    # four products of the MLP
-    kept = (12 if trainer.head.method == "vispec" else 10) * size + 4 * config.intermediate_size
+    # what backward reads of a pair: inputs of fc (and img_fc, or fc_norm), x, q, k, v, attention twice, both sides
+    # of the norm; the four products of the MLP
+    kept = {"vispec": 12, "specvlm": 11}.get(trainer.head.method, 10) * size + 4 * config.intermediate_size
     width, read, attention = 2 if trainer.processes.autocast else 4, 3 * size, {}
     if isinstance(trainer.head, Eagle3Head):
         read = trainer.head.fc.in_features + 2 * size

@@ -71,6 +71,12 @@ class Batch:
         return embeds
 
 
+def sample_generator(seed: int, epoch: int, sample: int | str) -> torch.Generator:
+    """What is random about a sample in an epoch."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {sample}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 @dataclass(frozen=True)
 class Noise:
     """Uniform noise on input features.
@@ -87,9 +93,7 @@ class Noise:
         _, features = sample.inputs
         if epoch is None or not self.width:
             return features
-        digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        noise = torch.rand(features.shape, generator=generator) - 0.5
+        noise = torch.rand(features.shape, generator=sample_generator(self.seed, epoch, index)) - 0.5
         return features + noise * (self.width * NOISE_LENGTH / max(len(sample), 1))
 
 

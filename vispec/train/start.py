@@ -2,15 +2,16 @@
 
 import argparse
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from vispec.cli import one_line
-from vispec.model.drafts import BaseHead, ViSpecHead, build_head, load_draft
+from vispec.model.drafts import BaseHead, SpecVLMHead, ViSpecHead, build_head, load_draft
 from vispec.model.drafts.checkpoints import identify, read_config
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.drafts.specvlm import KEY
 from vispec.model.drafts.vocabulary import DraftVocabulary
 from vispec.train.states import RESUME_FILE, refuse_others
 
@@ -38,17 +39,19 @@ def head_to_train(
         ValueError: the flags do not fit together, or the head does not fit the target.
     """
     torch.manual_seed(args.seed)
-    config = BaseHead.kinds[method].new_config(read_config(args.configpath)) if args.configpath else None
+    config = read_config(args.configpath) if args.configpath else None
     if state is not None:
         head = _empty_head(Path(args.cpdir), method, state)
     elif args.loadpath is not None:
-        head = _loaded_head(args.loadpath, method, num_q, embedding.float())
+        head = _loaded_head(args, method, num_q, embedding.float(), config)
     elif config is not None:
-        head = _new_head(config, method, num_q)
+        head = _new_head(args, method, num_q, config)
     else:
         raise ValueError("--configpath is needed where there is no --loadpath to start from")
     if config is not None:
         _compare(config, head.config, args.configpath)
+    if isinstance(head, SpecVLMHead):
+        _compare_compressors(args, config, head)
     sizes = (head.config.vocab_size, head.config.hidden_size)
     for name, table in (("embedding", embedding), ("output head", lm_head)):
         if tuple(table.shape) != sizes:
@@ -59,16 +62,28 @@ def head_to_train(
     return head
 
 
-def _new_head(config: DraftConfig, method: str, num_q: int | None) -> BaseHead:
-    head = BaseHead.kinds[method](config, **({"num_q": num_q} if num_q else {}))
+def _new_config(args: argparse.Namespace, method: str, config: DraftConfig) -> DraftConfig:
+    """Of a head whose training begins; --compressor is of main_mtp alone."""
+    mode = getattr(args, "compressor", None)
+    try:
+        return BaseHead.kinds[method].new_config(config, **({"mode": mode} if mode else {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--configpath {args.configpath}: {error}") from None
+
+
+def _new_head(args: argparse.Namespace, method: str, num_q: int | None, config: DraftConfig) -> BaseHead:
+    head = BaseHead.kinds[method](_new_config(args, method, config), **({"num_q": num_q} if num_q else {}))
     if isinstance(head, ViSpecHead):
         logger.warning("no --loadpath: the head starts from random weights")
         head.reset_image_parameters()
     return head
 
 
-def _loaded_head(path: str, method: str, num_q: int | None, embedding: torch.Tensor) -> BaseHead:
-    """That of --loadpath; an EAGLE-2 head becomes a ViSpec head, whose adaptor and img_fc begin as in training."""
+def _loaded_head(
+    args: argparse.Namespace, method: str, num_q: int | None, embedding: torch.Tensor, config: DraftConfig | None
+) -> BaseHead:
+    """That of --loadpath; an EAGLE-2 head becomes one of ViSpec or SpecVLM, whose other parts begin as in training."""
+    path = args.loadpath
     # MSD's heads have EAGLE-2's tensors, so either may become one
     asked = method if method == "msd" else None
     loaded = load_draft(path, asked, dtype=torch.float32, embedding=embedding)
@@ -78,8 +93,13 @@ def _loaded_head(path: str, method: str, num_q: int | None, embedding: torch.Ten
         if num_q is not None and num_q != loaded.num_q:
             raise ValueError(f"--num-q {num_q}: the head in --loadpath {path} has num_q {loaded.num_q}")
         return loaded
-    if (loaded.method, method) != ("eagle2", "vispec"):
+    if loaded.method != "eagle2" or method not in ("vispec", "specvlm"):
         raise ValueError(f"--loadpath {path} is a {loaded.method} head, this command trains {method}")
+    if method == "specvlm":
+        described = _new_config(args, method, config or loaded.config).extra[KEY]
+        head = SpecVLMHead(replace(loaded.config, extra={**loaded.config.extra, KEY: described}))
+        head.load_state_dict(loaded.state_dict(), strict=False)
+        return head
     head = ViSpecHead(loaded.config, num_q or 2)
     head.load_state_dict(loaded.state_dict(), strict=False)
     head.reset_image_parameters()
@@ -98,6 +118,14 @@ def _empty_head(cpdir: Path, method: str, state: dict) -> BaseHead:
     if state["draft_vocab"]:
         head.draft_vocab = DraftVocabulary(**state["draft_vocab"])
     return head
+
+
+def _compare_compressors(args: argparse.Namespace, asked: DraftConfig | None, head: SpecVLMHead) -> None:
+    found, described = head.config.extra[KEY], asked.extra.get(KEY) if asked else None
+    if args.compressor not in (None, found["mode"]):
+        raise ValueError(f"--compressor {args.compressor}: the draft head's is {found['mode']}")
+    if described not in (None, found):
+        raise ValueError(f"--configpath {args.configpath}: {KEY} is {described}, the draft head's {found}")
 
 
 def _compare(asked: DraftConfig, found: DraftConfig, path: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from vispec.files import write_atomic
 from vispec.model.drafts import BaseHead
 from vispec.model.drafts.checkpoints import own_tensors
+from vispec.model.pairs import PairLayout
 from vispec.train.chain import count_in_a_row, draft_chain, drafted_in_a_row
 from vispec.train.losses import chunk_rows, summed_loss
 from vispec.train.metrics import DEPTH, MetricsLog, Sums
@@ -88,11 +89,14 @@ class Trainer:
 
     # --- one optimizer step ---
 
+    def layout(self, batch: Batch) -> PairLayout | None:
+        """Which pairs the head runs on; None: those that images and lengths alone decide."""
+        return None
+
     def outputs(self, batch: Batch) -> torch.Tensor:
         """(S, M, H): the chain's outputs at the scored pairs."""
-        outs = draft_chain(
-            self.head, batch.hidden, batch.embeds(self._table), batch.images, batch.lengths, self.recipe.mtp_steps
-        )
+        sample = batch.hidden, batch.embeds(self._table), batch.images, batch.lengths
+        outs = draft_chain(self.head, *sample, self.recipe.mtp_steps, self.layout(batch))
         return torch.stack([out.flatten(0, 1)[batch.scored] for out in outs], dim=1)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,8 +277,8 @@ class Trainer:
 
     def drafted(self, batch: Batch) -> Iterable[torch.Tensor]:
         """Up to DEPTH outputs (S, H): the m-th at a scored pair is that of the draft whose m-th token it predicts."""
-        embeds = batch.embeds(self._table)
-        outs = drafted_in_a_row(self.head, batch.hidden, embeds, batch.images, batch.lengths, DEPTH)
+        sample = batch.hidden, batch.embeds(self._table), batch.images, batch.lengths
+        outs = drafted_in_a_row(self.head, *sample, DEPTH, self.layout(batch))
         return (out.flatten(0, 1)[batch.scored] for out in outs)
 
     @torch.no_grad()

@@ -6,9 +6,10 @@ from vispec.model.drafts.eagle3 import Eagle3Head
 from vispec.model.drafts.lookup import PromptLookup
 from vispec.model.drafts.medusa import MedusaHead
 from vispec.model.drafts.msd import MSDHead
+from vispec.model.drafts.specvlm import SpecVLMHead
 from vispec.model.drafts.vispec import ViSpecHead
 
 __all__ = [
-    "BaseHead", "Draft", "DraftHead", "Eagle3Head", "MSDHead", "MedusaHead", "PromptLookup", "ViSpecHead",
-    "build_head", "load_draft",
+    "BaseHead", "Draft", "DraftHead", "Eagle3Head", "MSDHead", "MedusaHead", "PromptLookup",
+    "SpecVLMHead", "ViSpecHead", "build_head", "load_draft",
 ]  # fmt: skip

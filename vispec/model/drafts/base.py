@@ -115,6 +115,8 @@ class BaseHead(nn.Module):
     reads_target_head: ClassVar[bool] = True
     """Whether its estimates become tokens by the target's output head, of which a draft vocabulary takes some rows."""
     by_level: ClassVar[bool] = True
+    reads_image_features: bool = False
+    """Whether it reads the target's features of image rows too."""
     fixed_depth: int | None = None
     """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
     draft_vocab: DraftVocabulary | None = None
@@ -129,7 +131,7 @@ class BaseHead(nn.Module):
 
     @classmethod
     def new_config(cls, config: DraftConfig) -> DraftConfig:
-        """Of a head whose training begins, from what was asked for."""
+        """Of a head whose training begins, from what was asked for; a method may take more of its own."""
         return config
 
     def __init__(self, config: DraftConfig):

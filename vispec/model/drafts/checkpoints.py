@@ -199,7 +199,9 @@ def identify(
     queries, input_norm = weights.get("imadpt.q"), INPUT_NORM in weights
     medusa = {name.split(".")[1] for name in weights if name.startswith("medusa_head.")}
     found = "vispec" if queries is not None else "medusa" if medusa else "eagle3" if is_eagle3(weights) else "eagle2"
-    if found == "eagle2" and ("msd" in (method, config.extra.get("method")) or input_norm):
+    if found == "eagle2" and "fc_norm.weight" in weights:
+        found = "specvlm"
+    elif found == "eagle2" and ("msd" in (method, config.extra.get("method")) or input_norm):
         found = "msd"
     if method is not None and method != found:
         raise ValueError(f"{path}: these are {found} weights, method {method!r} was asked for")

@@ -29,6 +29,7 @@ class MSDHead(DraftHead):
     """
 
     method = "msd"
+    reads_image_features = False
 
     def __init__(self, config: DraftConfig, input_norm: bool | None = None):
         # configs for Qwen2-VL ask for M-RoPE, but of three equal rows of positions, which is the plain embedding

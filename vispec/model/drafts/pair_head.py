@@ -78,6 +78,7 @@ class PairHead(BaseHead):
     """A decoder layer over pairs, and what decoding needs around it."""
 
     fc: nn.Linear
+    reads_image_features = True
     layers: Sequence[nn.Module]
     """Its decoder layer, in a list as targets have theirs."""
 
@@ -113,6 +114,7 @@ class PairHead(BaseHead):
         images: list[list[Span]],
         lengths: list[int] | None = None,
         attend: Callable | None = None,
+        layout: PairLayout | None = None,
     ) -> torch.Tensor:
         """Outputs for all pairs of a batch of sequences, at their original positions.
 
@@ -123,11 +125,13 @@ class PairHead(BaseHead):
             images: token spans of the images of each row.
             lengths: tokens of each right-padded row; all L when None.
             attend: see `LeanLayers`; None: each pair sees those before it.
+            layout: of these images and lengths; that of `plan` when None.
 
         Returns:
             (B, L, H), zeros at pairs that the head does not run on.
         """
-        layout = self.plan(lengths or [hidden.shape[1]] * hidden.shape[0], images).to(hidden.device)
+        layout = layout or self.plan(lengths or [hidden.shape[1]] * hidden.shape[0], images)
+        layout = layout.to(hidden.device)
         x, _ = self.inputs(layout, hidden, embeds, next_embeds)
         attend = attend or self.attend_causally(len(x))
         out = self.layers_over(x, self.angles(layout.positions, x.dtype), attend)
@@ -176,6 +180,10 @@ class PairHead(BaseHead):
     def widened(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return widened(cos, sin, self.heads)
 
+    def plan_prompt(self, prompt: Prompt, pairs: int) -> PairLayout:
+        """Which of a prompt's first pairs the head runs on."""
+        return self.plan([pairs], prompt.images)
+
     def prompt_angles(
         self, prompt: Prompt, layout: PairLayout, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +224,7 @@ class PairHead(BaseHead):
     def read(self, memory: DraftMemory, prompt: Prompt) -> int:
         self.refresh()
         length = prompt.features.shape[1] - 1
-        layout = self.plan([length], prompt.images).to(prompt.features.device)
+        layout = self.plan_prompt(prompt, length).to(prompt.features.device)
         kept = layout.positions.shape[1]
         memory.cache.restart()
         memory.position.fill_(length)

@@ -56,6 +56,7 @@ class ViSpecHead(DraftHead):
     """
 
     method = "vispec"
+    reads_image_features = False
 
     def __init__(self, config: DraftConfig, num_q: int = 2, norms: bool = False):
         super().__init__(config, norms)
@@ -104,8 +105,6 @@ class ViSpecHead(DraftHead):
         if not adapted:
             return self.fuse(next_embeds, hidden, torch.zeros_like(hidden)), hidden.new_zeros(len(hidden), size)
         adapted = torch.stack(adapted)
-        compressed = torch.cat([none, adapted[:, :-1].reshape(-1, size)])
         features = torch.cat([none, adapted[:, -1]])
         text = self.fuse(next_embeds, hidden, features[layout.image_before + 1])
-        x = torch.where((layout.compressed >= 0)[..., None], compressed[layout.compressed + 1], text)
-        return x, features[layout.last_image + 1]
+        return layout.with_images(text, adapted[:, :-1].reshape(-1, size)), features[layout.last_image + 1]
