@@ -44,7 +44,7 @@ def model_of(target, method: str, tree=(12, 3, 4)) -> SpecModel:
     return SpecModel(target, draft, *tree)
 
 
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa", "lookup"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "specvlm", "medusa", "lookup"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_each_row_alone(family, method):
     """Answers of very different lengths: a frequent token of one row's answer is the end token."""

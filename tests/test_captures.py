@@ -28,7 +28,7 @@ def seats(monkeypatch) -> list[weakref.ref]:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa", "lookup"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "specvlm", "medusa", "lookup"])
 def test_after_warmup_all_steps_are_replayed(captures, eager, method, rows):
     """Prompts of several lengths with images, which the draft may compress; whatever is accepted, in both arms."""
     target = random_target("qwen2_5_vl", 0, vocabulary=12)

@@ -24,7 +24,7 @@ def same_tensors(a: BaseHead, b: BaseHead) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("method", ["eagle2", "eagle3", "msd", "vispec", "medusa"])
+@pytest.mark.parametrize("method", ["eagle2", "eagle3", "msd", "specvlm", "vispec", "medusa"])
 def test_round_trip(method, tmp_path):
     head = bare_head(CONFIG, method, seed=1)
     head.card = model_card(head, "someone/target", held_out={"loss": 1.25})

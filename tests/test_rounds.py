@@ -146,7 +146,7 @@ def test_shapes_and_addresses_stay_while_a_key_does(captures, arm, monkeypatch):
     assert len(places) > 3 and all(len(found) == 1 for found in places.values())
 
 
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa", "lookup"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "specvlm", "medusa", "lookup"])
 def test_one_transfer_a_round(method, monkeypatch):
     """Beside the outcome of a round nothing waits for the device."""
     transfers = Counter()

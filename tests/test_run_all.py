@@ -276,7 +276,7 @@ def test_what_is_refused_before_loading(finished, data, monkeypatch, more, messa
 def test_a_head_without_its_method_gets_one_line(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_all.main(flags(data, tmp_path, "--spec-model-path", VISPEC))
-    assert "expected METHOD=… with a method of vispec, eagle2, eagle3, msd, medusa" in capsys.readouterr().err
+    assert "expected METHOD=… with a method of vispec, eagle2, eagle3, msd, specvlm, medusa" in capsys.readouterr().err
 
 
 def test_two_heads_of_a_method_and_transformers_generate(finished, data, tmp_path, capsys):

@@ -284,7 +284,7 @@ def sampled(model: SpecModel, inputs: dict, arm: str = "specgenerate", seed: int
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_p": 0.9, "top_k": 9}])
-@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa"])
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "specvlm", "medusa"])
 def test_a_seed_says_the_same_with_any_tree_and_without_one(method, settings):
     target = random_target("qwen2_5_vl", 2, vocabulary=12, std=0.1)
     model = SpecModel(target, random_head(target, method, seed=3))
