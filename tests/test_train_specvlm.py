@@ -1,4 +1,4 @@
-"""Training of SpecVLM's head: the loss falls, the gate moves, the head decodes; stored features and computed ones agree."""
+"""Training of SpecVLM's head: the loss falls, the gate moves, the head decodes; stored features and computed agree."""
 
 import json
 from pathlib import Path
