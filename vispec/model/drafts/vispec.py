@@ -107,4 +107,5 @@ class ViSpecHead(DraftHead):
         adapted = torch.stack(adapted)
         features = torch.cat([none, adapted[:, -1]])
         text = self.fuse(next_embeds, hidden, features[layout.image_before + 1])
-        return layout.with_images(text, adapted[:, :-1].reshape(-1, size)), features[layout.last_image + 1]
+        compressed = adapted[:, :-1].reshape(-1, size).to(hidden.dtype)  # also where autocast makes them narrower
+        return layout.with_images(text, compressed), features[layout.last_image + 1]
