@@ -119,6 +119,8 @@ def _described(row: Row) -> str:
         parts += [f"tree {tree}"]
     elif tree:
         parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"]
+    skips = row.settings.get("skip_visual")
+    parts += [] if skips is None else [f"a plain step where attention to images is at least {skips:g}"]
     return ", ".join(parts) or "no draft head"
 
 

@@ -118,6 +118,7 @@ def _models(args: argparse.Namespace) -> Models:
         dtype=args.dtype,
         device_map=args.device_map,
         gpus=args.num_gpus_per_model,
+        skip_visual=args.skip_visual,
         places=asked_places(args, heads),
     )
 
