@@ -8,7 +8,7 @@ from typing import Any
 
 from vispec.cli import UserError
 from vispec.evaluation.answer_file import FORMAT, NO_LABELS, AnswerFile, QuestionId, answer_line, meta_path
-from vispec.evaluation.benchmarks.mmspec import MMSPEC, write_rows
+from vispec.evaluation.benchmarks.mmspec import MMSPEC, rows_path, write_rows
 from vispec.evaluation.settings import LOADED
 from vispec.files import json_bytes, remove_unfinished, write_bytes_atomic, write_json_atomic
 from vispec.locks import held
@@ -45,7 +45,8 @@ class Task(AnswerFile):
         lock = self.path.with_name(f".{self.path.name}.lock")
         refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
         with held(lock, refusal):
-            remove_unfinished(self.path.parent, rf"{re.escape(self.path.name)}(\.meta\.json)?")
+            rows = re.escape(rows_path(self.path).name)
+            remove_unfinished(self.path.parent, rf"{re.escape(self.path.name)}(\.meta\.json)?|{rows}")
             self.read()
             yield
 
