@@ -375,9 +375,8 @@ class SpecModel:
     ) -> Iterator[dict[int, Round]]:
         """The rounds that answer a call of `specgenerate` or of its relatives."""
         if self._ignored:
-            logger.warning(
-                "%s of the target's generation config is not applied; generate() does", ", ".join(self._ignored)
-            )
+            ignored = ", ".join(self._ignored)
+            logger.warning("%s of the target's generation config is not applied; generate() does", ignored)
             self._ignored.clear()  # said once, also for those that share the target by `with_tree`
         sampling = Sampling(temperature, top_p, top_k)
         prompts = single_prompts(self.target.model, input_ids, inputs)
