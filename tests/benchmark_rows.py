@@ -17,6 +17,7 @@ FILES = {
     "vizwiz": "test.json",
     "gqa": "llava_gqa_testdev_balanced.jsonl",
     "seed_bench": "llava-seed-bench.jsonl",
+    "mmspec": "mmspec.jsonl",
 }
 """The file that each benchmark reads first."""
 
@@ -122,6 +123,12 @@ def write_coco(folder: Path, image_ids: Sequence[int], training: Sequence[int] =
     (folder / "dataset_coco.json").write_text(json.dumps({"images": rows, "dataset": "coco"}))
 
 
+def mmspec_row(number: int, *turns: str, **changes) -> dict:
+    """An item of MMSpec."""
+    image = f"mmspec_{number:03d}.jpg"
+    return {"id": number, "image": image, "turns": turns, "category": "gqa", "topic": "general vqa"} | changes
+
+
 def write_one(name: str, folder: Path) -> None:
     """A benchmark of a single question, with its picture."""
     if name in QUESTIONS:
@@ -134,6 +141,9 @@ def write_one(name: str, folder: Path) -> None:
         rows = {"v1_0": {"imagename": "v1_0.png", "question": "What is x in the equation?", "capability": ["ocr"]}}
         (folder / "mm-vet.json").write_text(json.dumps(rows))
         save_image(folder / "images" / "v1_0.png")
+    elif name == "mmspec":
+        write_rows(name, folder, [mmspec_row(7, "What hangs on wall 7?", "Why?")])
+        save_image(folder / "images" / "mmspec_007.jpg")
     else:
         rows = [{"filepath": "val2014", "filename": "COCO_val2014_7.jpg", "imgid": 7, "split": "test"}]
         (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": rows}))

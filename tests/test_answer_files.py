@@ -116,7 +116,7 @@ def test_a_choice_says_whether_its_steps_were_captured():
     """Readers of the answers do without it, as older files do."""
     answers = [Answer([5, 6], 0, 2.0, 1.0, [1]), Answer([7], -1, 1.0, 0.0, [])]
     models = [SimpleNamespace(captured=told, target=SimpleNamespace(kernels={})) for told in ("all", "some")]
-    choices = [choice_of(*of, "vispec") for of in zip(answers, "ab", models, strict=True)]
+    choices = [choice_of([one], text, model, "vispec") for one, text, model in zip(answers, "ab", models, strict=True)]
     line = answer_line(3, "tiny", "vispec", choices)
     assert [(one["index"], one["turns"], one.pop("captured")) for one in line["choices"]] == [
         (0, ["a"], "all"),

@@ -1,4 +1,4 @@
-"""The sixteen command lines, over scenes in the benchmarks' layouts and with the recorded tiny models."""
+"""The command lines, over scenes in the benchmarks' layouts and with the recorded tiny models."""
 
 import importlib
 import json
@@ -80,7 +80,7 @@ def test_all_scenes_are_unseen_ones_and_each_is_used_once(monkeypatch, tmp_path)
         monkeypatch.setitem(make_benchmarks.WRITERS, name, (lambda folder, used: drawn.extend(used), scenes))
     make_benchmarks.main(["--out", str(tmp_path), "--count", "30"])
     seeds = [scene.seed for scene in drawn]
-    assert len(seeds) == len(set(seeds)) == 30 * 6 + 15 + 60
+    assert len(seeds) == len(set(seeds)) == 30 * 7 + 15 + 60
     assert all(seed in SPLIT_SEEDS["eval"] for seed in seeds)
 
 

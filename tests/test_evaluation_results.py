@@ -303,7 +303,7 @@ def _float(text: str) -> float | None:
 
 
 def test_the_published_table(folder, capsys):
-    assert tuple(BENCHMARK_TITLES) == tuple(BENCHMARKS)
+    assert (*BENCHMARK_TITLES, "mmspec") == tuple(BENCHMARKS)
     for model, temperature, method, pair in (
         (LLAVA, 0.0, "vispec", (2.58, 2.98)),
         ("/models/llava-v1.6-vicuna-13b-hf", 1.0, "eagle2", (1.79, 1.47)),
@@ -314,7 +314,7 @@ def test_the_published_table(folder, capsys):
     for name in PUBLISHED:
         columns = published(name, 0.0)["vispec"]
         for index in (0, 1):
-            mean = sum(columns[benchmark][index] for benchmark in BENCHMARKS) / 8
+            mean = sum(columns[benchmark][index] for benchmark in BENCHMARK_TITLES) / 8
             assert columns[AVERAGE][index] == pytest.approx(mean, abs=0.0101)
     assert published("llava-hf/llava-1.5-7b-hf", 0.0) == {} == published(LLAVA, 0.5)
     printed = report(folder, capsys)

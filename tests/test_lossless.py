@@ -62,7 +62,7 @@ def test_a_difference_in_float32_fails(tmp_path, capsys):
     write(tmp_path / "b.jsonl", {1: [[5, 6]], 2: [[7], [7, 8, 9]], 3: [[1]]}, "baseline")
     same, note = check(write(tmp_path / "s.jsonl", {1: [[5, 6]], 2: [[7], [7, 8, 1]], 3: [[2]]}, "vispec"))
     assert not same and (note["questions"], note["identical"]) == (3, 1)
-    assert note["first_difference"] == {"question_id": 2, "choice": 1, "position": 2}
+    assert note["first_difference"] == {"question_id": 2, "choice": 1, "turn": 0, "position": 2}
     printed = capsys.readouterr()
     assert "1 of 3 questions (33.3 %)" in printed.out and "question 2, at new token 2" in printed.out
     assert "error: the arms differ in float32" in printed.err

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_transformers()
     processor = load_processor(base)
     inputs = build_inputs(processor, turns, args.system)
-    options = {"method": args.method, "dtype": dtype, "device_map": args.device_map}
+    options = {"method": args.method, "dtype": dtype, "device_map": args.device_map, "skip_visual": args.skip_visual}
     model = load_model(base, spec, tree=None if tree == TUNE else tree, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())

@@ -1,4 +1,4 @@
-"""Write unseen scenes in the layouts of the eight benchmarks, with questions in each one's manner.
+"""Write unseen scenes in the layouts of the benchmarks, with questions in each one's manner.
 
 `python -m vispec.demo.make_benchmarks --out DIR --count N` makes, with N questions in each (MME: in pairs),
 
@@ -10,6 +10,7 @@
     DIR/vizwiz        vizwiz: blurred pictures
     DIR/gqa           gqa: relations
     DIR/seed_bench    seed_bench: counting, beside questions about a video, which the benchmark leaves out
+    DIR/MMSpec        mmspec: its six topics in turn, the last one conversations of two turns
 
 All scenes are of the split "eval", other ones in every benchmark. The questions are worded as the embedded target knows
 them; what published files put into further lines of a question is there too.
@@ -30,6 +31,7 @@ from vispec.demo.language import Question, answer
 from vispec.demo.make_data import scene_window, write_coco
 from vispec.demo.questions import ask, caption_question
 from vispec.demo.scenes import Scene, render
+from vispec.evaluation.benchmarks.mmspec import TOPICS
 from vispec.files import write_atomic, write_json_atomic
 
 FIRST_SCENE, SCENES_EACH = 70_000, 3_000
@@ -150,6 +152,31 @@ def write_seed_bench(folder: Path, scenes: list[Scene]) -> None:
     _write_lines(folder / "llava-seed-bench.jsonl", [video, *rows])
 
 
+MMSPEC_TOPICS = dict(
+    zip(
+        TOPICS,
+        (("relation", "yesno"), ("place", "empty"), (), ("count_colour", "count_shape"), ("odd", "path"), ()),
+        strict=True,
+    )
+)
+"""By topic the kinds of questions; a caption where there are none."""
+
+
+def write_mmspec(folder: Path, scenes: list[Scene]) -> None:
+    rows = []
+    for number, (scene, rng) in enumerate(_told("MMSpec", scenes)):
+        topic = TOPICS[number % len(TOPICS)]
+        kinds = MMSPEC_TOPICS[topic]
+        asked = [_one_of(kinds, number // len(TOPICS), scene, rng) if kinds else caption_question()]
+        if topic == TOPICS[-1]:
+            asked.append(_one_of(("relation", "count_shape", "mood"), number // len(TOPICS), scene, rng))
+        name = f"mmspec_{number + 1:03d}.png"
+        _save(render(scene), folder / "test" / "images" / name)
+        turns = [question.text for question in asked]
+        rows.append({"id": number + 1, "image": name, "turns": turns, "category": asked[-1].kind, "topic": topic})
+    _write_lines(folder / "test" / "mmspec.jsonl", rows)
+
+
 Writer = Callable[[Path, list[Scene]], None]
 WRITERS: dict[str, tuple[Writer, Callable[[int], int]]] = {
     "scienceqa": (write_scienceqa, lambda questions: 2 * questions),
@@ -160,6 +187,7 @@ WRITERS: dict[str, tuple[Writer, Callable[[int], int]]] = {
     "vizwiz": (write_vizwiz, int),
     "gqa": (write_gqa, int),
     "seed_bench": (write_seed_bench, int),
+    "MMSpec": (write_mmspec, int),
 }
 """By folder: what fills it, and how many scenes that takes for so many questions."""
 
@@ -168,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m vispec.demo.make_benchmarks", description="Write unseen scenes in the benchmarks' layouts."
     )
-    parser.add_argument("--out", type=Path, required=True, help="where the eight folders go")
+    parser.add_argument("--out", type=Path, required=True, help="where the folders go")
     parser.add_argument("--count", type=count, default=100, help="questions in each benchmark (default: 100)")
     args = parser.parse_args(argv)
     most = SCENES_EACH // 2

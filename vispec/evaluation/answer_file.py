@@ -1,11 +1,12 @@
 """Answer files: one JSON line a question, and in a file beside it the settings and what made them.
 
-A line has question_id, answer_id, model_id, tstamp (Unix seconds), method and choices, one for each time the question
-was answered. A choice has index (also its seed), acceptance_length (accepted draft tokens of each round with a draft,
-speculative methods only), and with one entry for each of the question's turns: turns (text), output_ids, idxs (0-based
-index of the last step, with a draft or without one), new_tokens, wall_time (seconds, prefill included) and decode_time
-(seconds after the target's prefill). Of how its steps ran it has captured (in CUDA graphs: all, some or none) and
-kernels (those of the target's products, see `Target.kernels`).
+A line has question_id, answer_id, model_id, tstamp (Unix seconds), method, what the benchmark says of the question
+besides, such as its topic, and choices, one for each time the question was answered. A choice has index (also its
+seed), acceptance_length (accepted draft tokens of each round with a draft, speculative methods only), and with one
+entry for each of the question's turns: turns (text), output_ids, idxs (0-based index of the last step, with a draft or
+without one), new_tokens, wall_time (seconds, prefill included) and decode_time (seconds after the target's prefill);
+where there are several turns also rounds (how many of those with a draft each turn has). Of how its steps ran it has
+captured (in CUDA graphs: all, some or none) and kernels (those of the target's products, see `Target.kernels`).
 
 The file beside has the number of the format, settings, provenance and, of later runs, `resumed`; left_out, and what
 else was found out.
@@ -16,9 +17,11 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vispec.cli import UserError
@@ -43,6 +46,8 @@ LARGEST = 2**31
 """Bound of whole numbers."""
 LONGEST = 1e9
 """Bound of times, in seconds."""
+
+NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
 QuestionId = int | str
 
@@ -223,10 +228,13 @@ def _check_kinds(meta: Path, values: Any, kinds: Mapping[str, tuple[type, ...]],
 # --- a line ---
 
 
-def answer_line(question_id: QuestionId, model_id: str, method: str, choices: Iterable[dict]) -> dict:
-    """The line of a question, with what `choice_of` gives for each of its answers."""
+def answer_line(
+    question_id: QuestionId, model_id: str, method: str, choices: Iterable[dict], labels: Mapping[str, str] = NO_LABELS
+) -> dict:
+    """The line of a question, with what `choice_of` gives for each of its answers; `labels`: see `Question`."""
     return {
         "question_id": question_id,
+        **labels,
         "answer_id": uuid.uuid4().hex,
         "model_id": model_id,
         "tstamp": time.time(),
@@ -235,20 +243,22 @@ def answer_line(question_id: QuestionId, model_id: str, method: str, choices: It
     }
 
 
-def choice_of(answer: Answer, text: str, model: "SpecModel", method: str) -> dict[str, Any]:
-    """An answer as a line has it, with how the model's steps ran, where they were ours."""
+def choice_of(answers: Sequence[Answer], texts: Sequence[str], model: "SpecModel", method: str) -> dict[str, Any]:
+    """The answers to a question's turns as a line has them, with how the model's steps ran, where they were ours."""
     choice = {
-        "turns": [text],
-        "output_ids": [answer.output_ids],
-        "idxs": [answer.last_round],
-        "new_tokens": [len(answer.output_ids)],
-        "wall_time": [answer.wall_time],
-        "decode_time": [answer.decode_time],
+        "turns": list(texts),
+        "output_ids": [answer.output_ids for answer in answers],
+        "idxs": [answer.last_round for answer in answers],
+        "new_tokens": [len(answer.output_ids) for answer in answers],
+        "wall_time": [answer.wall_time for answer in answers],
+        "decode_time": [answer.decode_time for answer in answers],
     }
     if method != GENERATE:
         choice |= {"captured": model.captured, "kernels": model.target.kernels}
     if method not in UNDRAFTED:
-        choice |= {"acceptance_length": answer.acceptance_lengths}
+        choice |= {"acceptance_length": [length for answer in answers for length in answer.acceptance_lengths]}
+        if len(answers) > 1:
+            choice |= {"rounds": [len(answer.acceptance_lengths) for answer in answers]}
     return choice
 
 
@@ -282,8 +292,15 @@ def _answers_of_choice(choice: Any) -> list[Answer]:
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"expected one entry for each turn in all of {', '.join(_COLUMNS)}")
     lengths = _column(choice.get("acceptance_length", []), "acceptance_length", _whole, "whole numbers from 0 on")
-    # the acceptance lengths of all turns are one list; they are kept with the first
-    return [Answer(*of_turn, lengths if turn == 0 else []) for turn, of_turn in enumerate(zip(*columns, strict=True))]
+    turns = len(columns[0])
+    # the acceptance lengths of all turns are one list
+    rounds = choice.get("rounds", [len(lengths), *[0] * turns][:turns])
+    rounds = _column(rounds, "rounds", _whole, "whole numbers from 0 on")
+    if (len(rounds), sum(rounds)) != (turns, len(lengths)):
+        raise ValueError(f"rounds: expected {turns} numbers with the sum {len(lengths)}, found {reprlib.repr(rounds)}")
+    rest = iter(lengths)
+    accepted = [list(islice(rest, own)) for own in rounds]
+    return [Answer(*of_turn, own) for *of_turn, own in zip(*columns, accepted, strict=True)]
 
 
 def _column(value: Any, name: str, fits: Callable[[Any], bool], expected: str) -> list:

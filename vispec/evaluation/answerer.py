@@ -20,7 +20,7 @@ from vispec.evaluation.text import answer_text
 from vispec.methods import UNDRAFTED
 from vispec.model.shape import TreeShape
 from vispec.pictures import UnreadableImage
-from vispec.prompts import RefusedPrompt, build_inputs, load_processor
+from vispec.prompts import RefusedPrompt, Turn, build_inputs, load_processor
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -57,6 +57,10 @@ Outcome = dict[str, list[dict]] | LeftOut
 """By method the choices of a line, see `choice_of`; or none."""
 
 
+class TooLong(ValueError):
+    """A prompt does not fit the target's positions."""
+
+
 class Answerer:
     """A loaded target with its drafts, which answers in this process."""
 
@@ -89,29 +93,49 @@ class Answerer:
             return LeftOut(name, one_line(error), "unreadable")
         except RefusedPrompt as error:
             return LeftOut(name, one_line(error), "refused")
+        except TooLong as error:
+            return LeftOut(name, str(error), "too long")
         except Exception as error:  # whatever it is, the other questions are to be answered
             return LeftOut(name, f"{type(error).__name__}: {one_line(error)}", "failed")
 
     def _answer(self, ask: Ask) -> Outcome:
-        processor = self._processor(ask.benchmark)
-        inputs = build_inputs(processor, ask.question.turns)
-        length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
-        if length > positions:
-            reason = f"the prompt has {length} tokens, the target has {positions} positions"
-            return LeftOut(ask.question.question_id, reason, "too long")
+        inputs = self._inputs(ask, ask.question.turns)
         for method in ask.methods:
-            self._get_ready(ask, method, inputs, positions)
+            self._get_ready(ask, method, inputs)
         choices: dict[str, list[dict]] = {method: [] for method in ask.methods}
         for method, found in choices.items():
             for seed in range(ask.num_choices):
-                answer = self._measure(ask, method, inputs, seed)
-                text = answer_text(processor.tokenizer, answer.output_ids)
-                found.append(choice_of(answer, text, self._models[method], method))
+                answers, texts = zip(*self._converse(ask, method, inputs, seed), strict=True)
+                found.append(choice_of(answers, texts, self._models[method], method))
         return choices
 
-    def _get_ready(self, ask: Ask, method: str, inputs: "BatchFeature", positions: int) -> None:
+    def _converse(self, ask: Ask, method: str, inputs: "BatchFeature", seed: int = 0) -> Iterator[tuple[Answer, str]]:
+        """A method's answer to each of the user's turns, with its text; what it said before is in the context.
+
+        Args:
+            inputs: of the first turn.
+        """
+        tokenizer, turns = self._processor(ask.benchmark).tokenizer, ask.question.turns
+        answer = self._measure(ask, method, inputs, seed)
+        yield answer, (text := answer_text(tokenizer, answer.output_ids))
+        for turn in ask.question.further:
+            turns = (*turns, Turn("assistant", (text,)), turn)
+            inputs = self._inputs(ask, turns)
+            self._get_ready(ask, method, inputs)
+            answer = self._measure(ask, method, inputs, seed)
+            yield answer, (text := answer_text(tokenizer, answer.output_ids))
+
+    def _inputs(self, ask: Ask, turns: Sequence[Turn]) -> "BatchFeature":
+        """Raises TooLong where the target has too few positions for a conversation."""
+        inputs = build_inputs(self._processor(ask.benchmark), turns)
+        length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
+        if length > positions:
+            raise TooLong(f"the prompt has {length} tokens, the target has {positions} positions")
+        return inputs
+
+    def _get_ready(self, ask: Ask, method: str, inputs: "BatchFeature") -> None:
         """Choose kernels and capture steps for an answer of any length, if a prompt of this one has not come yet."""
-        length = inputs["input_ids"].shape[1]
+        length, positions = inputs["input_ids"].shape[1], self._models["baseline"].target.max_positions
         shortest, longest = self._ready.get(method, (length, length))
         if method not in self._ready or not shortest <= length <= longest:
             shortest, longest = min(shortest, length), max(longest, length)
@@ -148,9 +172,12 @@ class Answerer:
         return tuning.shape, list(prompts)
 
     def ids_of(self, ask: Ask) -> list[list[int]]:
-        """Output ids of each of the methods."""
-        inputs = build_inputs(self._processor(ask.benchmark), ask.question.turns)
-        return [self._measure(ask, method, inputs).output_ids for method in ask.methods]
+        """Output ids of each of the methods, those of all turns one behind the other."""
+        inputs = self._inputs(ask, ask.question.turns)
+        return [
+            [token for answer, _ in self._converse(ask, method, inputs) for token in answer.output_ids]
+            for method in ask.methods
+        ]
 
     def _measure(self, ask: Ask, method: str, inputs: "BatchFeature", seed: int = 0) -> Answer:
         arm = method if method in UNDRAFTED else "spec"

@@ -132,6 +132,13 @@ def add_tree_flags(parser: Parser, default: str) -> None:
     )
     add("--depth", type=int, help="expansions of the tree after its first level")
     add("--top-k", type=count, help="nodes expanded a level of the tree")
+    add(
+        "--skip-visual",
+        type=_mass,
+        metavar="R",
+        help="ViSkip: a plain step in place of a draft where the last layer's attention to the images is at least R; "
+        "published: 0.35 (default: never)",
+    )
 
 
 def asked_tree(args: argparse.Namespace, shape: TreeShape, default: TreeShape | str | None = None) -> TreeShape | str:
@@ -159,6 +166,17 @@ def asked_tree(args: argparse.Namespace, shape: TreeShape, default: TreeShape | 
 
 def _tree(text: str) -> TreeShape | str:
     return text if text in (AUTO, TUNE) else parse_tree(text)
+
+
+def _mass(text: str) -> float:
+    """A threshold for shares of attention: above 1 nothing is skipped."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, found {text!r}")
+    return value
 
 
 def _total_token(text: str) -> int:

@@ -29,6 +29,8 @@ class Models:
     gpus: int = 1
     tuned: Mapping[str, TreeShape] = field(default_factory=dict)
     """By method, what stands in place of TUNE because earlier answers have it."""
+    skip_visual: float | None = None
+    """See `vispec.model.gaze`; None skips no draft."""
     places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By method, revision and subfolder of its draft head where they were asked for."""
 
@@ -54,7 +56,7 @@ def load_model(
     gpus: int = 1,
     **options,
 ):
-    """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, num_q, spec_revision, spec_subfolder).
+    """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, skip_visual, num_q, …).
 
     Args:
         dtype: one of `vispec.cli.DTYPES`.
@@ -102,7 +104,7 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
             if draft.draft_vocab is not None:
                 draft.draft_vocab.check_tokenizer(models.base_model_path)
         tree = models.tree_of(method)
-        loaded[method] = SpecModel(target, draft, tree=None if tree == TUNE else tree)
+        loaded[method] = SpecModel(target, draft, tree=None if tree == TUNE else tree, skip_visual=models.skip_visual)
     return loaded
 
 

@@ -25,6 +25,7 @@ class Difference(NamedTuple):
 
     question_id: QuestionId
     choice: int
+    turn: int
     position: int
     """0-based index into the new tokens; the length of the shorter answer if it is the other's beginning."""
 
@@ -60,9 +61,14 @@ def check_lossless(task: Task, required: bool, rerun: Callable[[QuestionId], Seq
             )
         return True
     dtype = task.settings.get("dtype")
-    plain, ours = read_answers(baseline).answers, read_answers(task.path).answers
+    read = read_answers(task.path)
+    plain, ours = read_answers(baseline).answers, read.answers
     shared = [question for question in ours if question in plain]
-    differences = [found for question in shared if (found := _difference(question, plain[question], ours[question]))]
+    differences = [
+        found
+        for question in shared
+        if (found := _difference(question, len(read.lines[question]["choices"]), plain[question], ours[question]))
+    ]
     note = {"baseline": baseline.name, "questions": len(shared), "identical": len(shared) - len(differences)}
     same = _report(note, differences, baseline, dtype)
     if differences:
@@ -100,11 +106,13 @@ def first_position(ids: Sequence[int], others: Sequence[int]) -> int | None:
     return None if len(ids) == len(others) else min(len(ids), len(others))
 
 
-def _difference(question: QuestionId, baseline: Sequence[Answer], spec: Sequence[Answer]) -> Difference | None:
-    for choice, (plain, ours) in enumerate(zip(baseline, spec, strict=True)):
+def _difference(
+    question: QuestionId, choices: int, baseline: Sequence[Answer], spec: Sequence[Answer]
+) -> Difference | None:
+    for number, (plain, ours) in enumerate(zip(baseline, spec, strict=True)):
         position = first_position(plain.output_ids, ours.output_ids)
         if position is not None:
-            return Difference(question, choice, position)
+            return Difference(question, *divmod(number, len(spec) // choices), position)
     return None
 
 
@@ -119,7 +127,11 @@ def _report(note: Mapping, differences: Sequence[Difference], baseline: Path, dt
     if not differences:
         return True
     first = differences[0]
-    print(f"lossless: first difference in question {first.question_id}, at new token {first.position}, counted from 0")
+    turn = f", turn {first.turn + 1}" if first.turn else ""
+    print(
+        f"lossless: first difference in question {first.question_id}{turn}, at new token {first.position}, counted "
+        "from 0"
+    )
     if dtype == "float32":
         print("error: the arms differ in float32, where they must not", file=sys.stderr)
         return False

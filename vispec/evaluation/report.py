@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from vispec.evaluation.benchmarks.mmspec import MMSPEC
 from vispec.evaluation.comparison import DRAWS, MEASURES, PERCENTILES, SEED, TAU_CONVENTION, Estimate
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
@@ -37,8 +38,9 @@ def as_csv(results: Results) -> str:
 
     `accepted_<n>` is the number of rounds with n accepted draft tokens.
     """
-    longest = max((n for table in results.tables for row in table.rows for n in row.histogram), default=0)
     lines = [line for table in results.tables for line in _csv_lines(table)]
+    counted = {int(name.removeprefix("accepted_")) for line in lines for name in line if name.startswith("accepted_")}
+    longest = max(counted, default=0)
     names = dict.fromkeys(name for line in lines for name in line if not name.startswith("accepted_"))
     file = io.StringIO()
     writer = csv.DictWriter(file, [*names, *(f"accepted_{n}" for n in range(longest + 1))], lineterminator="\n")
@@ -92,7 +94,8 @@ def _section(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(heads, *ours, *behind, *theirs, strict=True)]
     parts = [f"## {table.target}, temperature {table.temperature:g}", about(table) + "."]
     parts += [f"{title(row.method)}: {_described(row)}." for row in table.rows if row.settings]
-    parts += [_markdown([heads, *ours], 2, widths)]
+    if any(table.baseline.values()) or any(row.benchmarks for row in table.rows) or not table.topics:
+        parts += [_markdown([heads, *ours], 2, widths)]
     if theirs:
         parts += ["Published, not measured here (arXiv 2509.15235, the authors' GPUs):"]
         parts += [_markdown([heads, *theirs], 2, widths)]
@@ -100,6 +103,8 @@ def _section(table: Table) -> str:
         parts += ["What is behind our numbers:", _markdown([heads, *behind], 2, widths)]
     if any(row.histogram for row in table.rows):
         parts += ["Share of rounds with so many draft tokens accepted, in %:", _histograms(table)]
+    if table.topics:
+        parts += ["MMSpec (arXiv 2603.14989) by topic, which no average above counts:", _by_topic(table)]
     return "\n\n".join([*parts, LEGEND])
 
 
@@ -114,6 +119,8 @@ def _described(row: Row) -> str:
         parts += [f"tree {tree}"]
     elif tree:
         parts += [f"tree {'/'.join(map(str, tree))} (total_token/depth/top_k)"]
+    skips = row.settings.get("skip_visual")
+    parts += [] if skips is None else [f"a plain step where attention to images is at least {skips:g}"]
     return ", ".join(parts) or "no draft head"
 
 
@@ -188,6 +195,21 @@ def _histograms(table: Table) -> str:
     return _markdown(lines, 1, [max(map(len, column)) for column in zip(*lines, strict=True)])
 
 
+def _by_topic(table: Table) -> str:
+    lines = [["", "topic", "items", "speedup", "95 %", "τ", "95 %", "plain steps", "identical"]]
+    for method, cells in table.topics.items():
+        name = title(method)
+        for topic, cell in cells.items():
+            found = cell.comparison
+            measures = [cell.estimates[measure] for measure in ("speedup", "tau")]
+            values = [text for one in measures for text in (_number(one.value), _interval(one))]
+            steps = _share(found.plain_steps, found.plain_steps + found.rounds) if found.plain_steps else HOLE
+            same = _share(found.identical_questions, found.questions) if is_greedy(table.temperature) else HOLE
+            lines.append([name, topic, str(found.questions), *values, steps, same])
+            name = ""
+    return _markdown(lines, 2, [max(map(len, column)) for column in zip(*lines, strict=True)])
+
+
 def _markdown(lines: Sequence[Sequence[str]], left: int, widths: Sequence[int]) -> str:
     """A table whose first line is its head and whose first `left` columns are aligned to the left."""
     columns = list(enumerate(widths))
@@ -248,6 +270,10 @@ def _csv_lines(table: Table) -> list[dict]:
         line = common | {"method": row.method, "benchmark": AVERAGE}
         line |= _flat({name: _json_value(value) for name, value in averages.items()})
         lines.append(line | _published_fields(theirs, row.method, AVERAGE))
+    for method, cells in table.topics.items():
+        for topic, cell in cells.items():
+            line = common | {"method": method, "benchmark": MMSPEC.name, "topic": topic}
+            lines.append(line | _flat(_json_cell(cell)))
     return lines
 
 
@@ -283,6 +309,9 @@ def _json_table(table: Table) -> dict:
         "baseline": {name: vars(speed) if speed else None for name, speed in table.baseline.items()},
         "methods": [_json_row(row) for row in table.rows],
         "published_not_measured_here": pairs or None,
+        MMSPEC.name: {
+            method: {topic: _json_cell(cell) for topic, cell in cells.items()} for method, cells in table.topics.items()
+        },
         "files": [
             {
                 "path": str(file.path),

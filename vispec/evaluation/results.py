@@ -5,7 +5,7 @@ answers is None, and a notice says which file would fill it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,12 +15,14 @@ from vispec.cli import UserError
 from vispec.embedded import TARGET
 from vispec.evaluation.answer_file import (
     AnswerFile,
+    QuestionId,
     condition_notices,
     left_out_notice,
     meta_path,
     read_answers,
     refuse_differences,
 )
+from vispec.evaluation.benchmarks.mmspec import MMSPEC, TOPICS
 from vispec.evaluation.comparison import (
     ArmSpeed,
     Comparison,
@@ -35,6 +37,7 @@ from vispec.evaluation.published import BENCHMARK_TITLES, METHOD_TITLES
 from vispec.evaluation.settings import ARMS, ROW, TABLE, shared_by
 from vispec.methods import method_of
 
+ALL_TOPICS = "all topics"
 NEEDED = ("benchmark", "method", "base_model", "temperature")
 
 
@@ -86,6 +89,8 @@ class Table:
     """By benchmark, over all questions that the baseline has answered."""
     rows: list[Row]
     files: list[AnswerFile]
+    topics: Mapping[str, Mapping[str, Cell]]
+    """MMSpec, which has no column: by method and topic, and at last over ALL_TOPICS."""
 
     @property
     def target(self) -> str:
@@ -154,7 +159,7 @@ def _find(folder: Path, notices: list[str]) -> list[AnswerFile]:
         missing = [name for name in NEEDED if name not in file.settings]
         if missing:
             raise UserError(f"{meta_path(path)}: expected settings with {', '.join(NEEDED)}; no {', '.join(missing)}")
-        if file.settings["benchmark"] not in BENCHMARK_TITLES:
+        if file.settings["benchmark"] not in (*BENCHMARK_TITLES, MMSPEC.name):
             notices.append(f"{path} is not counted: {file.settings['benchmark']} is none of the eight benchmarks")
         elif file.answers:
             notices += left_out_notice(file)
@@ -181,7 +186,8 @@ def _table(
     files = list(found.values())
     for one in files[1:]:
         refuse_differences(TABLE, files[0], one)
-    for method in ("baseline", *methods):
+    asked = any(benchmark in BENCHMARK_TITLES for _, benchmark in found)
+    for method in ("baseline", *methods) if asked else ():
         missing = [benchmark for benchmark in BENCHMARK_TITLES if (method, benchmark) not in found]
         if missing:
             names = missing[0] if len(missing) == 1 else "{" + ",".join(missing) + "}"
@@ -197,6 +203,7 @@ def _table(
         {name: arm_speed(list(arm.answers.values())) if arm else None for name, arm in baseline.items()},
         [_row(method, baseline, found, notices) for method in methods],
         files,
+        {method: cells for method in methods if (cells := _topics(method, found, notices))},
     )
 
 
@@ -206,7 +213,7 @@ def _row(
     found: Mapping[tuple[str, str], AnswerFile],
     notices: list[str],
 ) -> Row:
-    arms = {benchmark: found[method, benchmark] for benchmark in baseline if (method, benchmark) in found}
+    arms = {benchmark: file for (name, benchmark), file in found.items() if name == method}
     first, *others = arms.values() or [None]
     for other in others:
         refuse_differences(ROW, first, other)
@@ -220,6 +227,21 @@ def _row(
         cells[benchmark] = compare_files(plain, arms[benchmark], notices, stream)
     settings = {name: first.settings.get(name) for name in shared_by(ROW)} if first else {}
     return Row(method, settings, cells)
+
+
+def _topics(method: str, found: Mapping[tuple[str, str], AnswerFile], notices: list[str]) -> dict[str, Cell]:
+    """A method's cells of MMSpec; none where an arm has no answers to it."""
+    plain, ours = (found.get((arm, MMSPEC.name)) for arm in ("baseline", method))
+    if ours is not None and plain is None:
+        notices.append(f"{ours.path}: no baseline to compare with")
+    whole = compare_files(plain, ours, notices) if plain and ours else None
+    if whole is None:
+        return {}
+    questions = defaultdict(list)
+    for question in _shared(plain, ours):
+        questions[plain.lines[question].get("topic", "")].append(question)
+    order = [*(topic for topic in TOPICS if topic in questions), *sorted(questions.keys() - {*TOPICS})]
+    return {topic: _cell(plain, ours, questions[topic], stream=0) for topic in order} | {ALL_TOPICS: whole}
 
 
 def compare_files(baseline: AnswerFile, spec: AnswerFile, notices: list[str], stream: int = 0) -> Cell | None:
@@ -238,10 +260,16 @@ def compare_files(baseline: AnswerFile, spec: AnswerFile, notices: list[str], st
     only_one = len(baseline.answers.keys() ^ spec.answers.keys())
     if only_one:
         notices.append(f"{spec.path}: {only_one} question(s) that only one arm has answered are not counted")
-    shared = [question for question in baseline.answers if question in spec.answers]
-    if not shared:
-        return None
-    plain, ours = ([arm.answers[question] for question in shared] for arm in (baseline, spec))
+    shared = _shared(baseline, spec)
+    return _cell(baseline, spec, shared, stream) if shared else None
+
+
+def _shared(baseline: AnswerFile, spec: AnswerFile) -> list[QuestionId]:
+    return [question for question in baseline.answers if question in spec.answers]
+
+
+def _cell(baseline: AnswerFile, spec: AnswerFile, questions: Sequence[QuestionId], stream: int) -> Cell:
+    plain, ours = ([arm.answers[question] for question in questions] for arm in (baseline, spec))
     comparison = compare(plain, ours)
     return Cell(
         comparison,

@@ -25,6 +25,7 @@ from vispec.evaluation.flags import (
 from vispec.evaluation.loading import Models
 from vispec.evaluation.measure import Generation, is_greedy
 from vispec.evaluation.measured_trees import add_tune_on, keep_trees
+from vispec.evaluation.published import BENCHMARK_TITLES
 from vispec.evaluation.runner import Plan, run
 from vispec.methods import BASELINE, GENERATE, HEADS, LOOKUP, method_of
 
@@ -69,7 +70,13 @@ def _make_parser() -> Parser:
         choices=METHODS,
         help="the baseline always runs (default: also lookup and those with a --spec-model-path)",
     )
-    add("--benchmarks", nargs="+", choices=tuple(BENCHMARKS), default=list(BENCHMARKS), help="(default: all)")
+    add(
+        "--benchmarks",
+        nargs="+",
+        choices=tuple(BENCHMARKS),
+        default=list(BENCHMARK_TITLES),
+        help="(default: the paper's eight)",
+    )
     add("--temperatures", nargs="+", type=float, default=[0.0], metavar="T", help="0 is greedy (default: 0)")
     add("--out", type=Path, required=True, help="folder of the answer files")
     add("--data-root", type=Path, help="folder with the benchmarks' folders (default: each one's own; the hub)")
@@ -111,6 +118,7 @@ def _models(args: argparse.Namespace) -> Models:
         dtype=args.dtype,
         device_map=args.device_map,
         gpus=args.num_gpus_per_model,
+        skip_visual=args.skip_visual,
         places=asked_places(args, heads),
     )
 

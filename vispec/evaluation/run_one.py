@@ -103,7 +103,9 @@ def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
         return Models(args.base_model_path, **hardware)
     tree = asked_tree(args, Models.tree)
     places = {method: asked_place(args)}
-    return Models(args.base_model_path, {method: args.spec_model_path}, tree, args.num_q, places=places, **hardware)
+    drafts = {method: args.spec_model_path}
+    hardware["skip_visual"] = args.skip_visual
+    return Models(args.base_model_path, drafts, tree, args.num_q, places=places, **hardware)
 
 
 def _method(args: argparse.Namespace, arm: Kind) -> str:

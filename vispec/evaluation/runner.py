@@ -179,7 +179,7 @@ def _fill(plan: Plan, answerer: Answerer | Actors, found: Mapping, made_by: dict
             if isinstance(outcome, LeftOut):
                 tasks[method].leave_out(outcome.question_id, outcome.reason)
             else:
-                tasks[method].append(ask.question.question_id, outcome[method])
+                tasks[method].append(ask.question.question_id, outcome[method], ask.question.labels)
         if isinstance(outcome, LeftOut):
             left_out.append(outcome)
             tqdm.write(f"question {outcome.question_id} is left out: {outcome.reason}", file=sys.stderr)

@@ -58,6 +58,7 @@ SETTINGS = {
     "asked_tree": Setting((str, list)),
     "tree": Setting((str, list), (ROW,), loaded=True),
     "tuned_on": Setting((dict,)),
+    "skip_visual": Setting((int, float), (ROW,)),
 }
 LOADED = tuple(name for name, setting in SETTINGS.items() if setting.loaded)
 
@@ -94,6 +95,8 @@ def asked_settings(
     if models.dtype != "auto":
         settings["dtype"] = models.dtype
     if method in models.drafting:
+        if models.skip_visual is not None:
+            settings["skip_visual"] = models.skip_visual
         settings["asked_tree"] = as_noted(models.tree_of(method))  # what a draft can fill of it may be less
         draft = models.drafts[method]
         if draft is not None:

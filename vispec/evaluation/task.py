@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vispec.cli import UserError
-from vispec.evaluation.answer_file import FORMAT, AnswerFile, QuestionId, answer_line, meta_path
+from vispec.evaluation.answer_file import FORMAT, NO_LABELS, AnswerFile, QuestionId, answer_line, meta_path
+from vispec.evaluation.benchmarks.mmspec import MMSPEC, rows_path, write_rows
 from vispec.evaluation.settings import LOADED
 from vispec.files import json_bytes, remove_unfinished, write_bytes_atomic, write_json_atomic
 from vispec.locks import held
@@ -44,7 +45,8 @@ class Task(AnswerFile):
         lock = self.path.with_name(f".{self.path.name}.lock")
         refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
         with held(lock, refusal):
-            remove_unfinished(self.path.parent, rf"{re.escape(self.path.name)}(\.meta\.json)?")
+            rows = re.escape(rows_path(self.path).name)
+            remove_unfinished(self.path.parent, rf"{re.escape(self.path.name)}(\.meta\.json)?|{rows}")
             self.read()
             yield
 
@@ -86,9 +88,9 @@ class Task(AnswerFile):
             self.meta = {"format": FORMAT, "settings": settings, "provenance": provenance}
             self.note("left_out", [])
 
-    def append(self, question_id: QuestionId, choices: list[dict]) -> None:
-        """Add the answers to a question, each as `choice_of` gives it."""
-        line = answer_line(question_id, self.model_id, self.method, choices)
+    def append(self, question_id: QuestionId, choices: list[dict], labels: Mapping[str, str] = NO_LABELS) -> None:
+        """Add the answers to a question, each as `choice_of` gives it; `labels`: see `Question`."""
+        line = answer_line(question_id, self.model_id, self.method, choices, labels)
         with self.path.open("ab") as file:
             file.write(json_bytes(line) + b"\n")
             file.flush()
@@ -103,6 +105,8 @@ class Task(AnswerFile):
     def finish(self) -> None:
         """Sort the file by question; what has been answered by now is no longer left out."""
         self._rewrite()
+        if self.settings.get("benchmark") == MMSPEC.name:
+            write_rows(self.path, (self.lines[name] for name in sorted(self.lines, key=_order)))
         self.note("left_out", self.left_out)
 
     def note(self, name: str, value: Any) -> None:

@@ -109,6 +109,11 @@ class TreeCache(Cache):
         visible = buffer[..., : self._visible, :].unbind(1)
         return self.slots.to(home[0]), buffer.unbind(), visible[0].unbind(), visible[-1].unbind()
 
+    def keys(self, layer: int, slots: int) -> torch.Tensor:
+        """(B, heads, slots, D) keys of a layer that has been written, from the first slot on."""
+        home, place = self._homes[layer]
+        return self._buffers[home][place, 0, :, :, :slots]
+
     def mask(self, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Additive attention mask of the reserved pass.
 

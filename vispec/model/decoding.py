@@ -22,6 +22,7 @@ from torch import nn
 
 from vispec.model.adaptive import AdaptiveTree
 from vispec.model.drafts.base import Draft, Kept
+from vispec.model.gaze import Gaze
 from vispec.model.graphs import CAPTURED_USE
 from vispec.model.policies import Policy
 from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
@@ -54,13 +55,16 @@ class Decoder:
 
     Args:
         draft: None for plain decoding alone.
+        skip_visual: threshold of `vispec.model.gaze`; None: no draft is skipped.
     """
 
-    def __init__(self, target: Target, draft: Draft | None = None):
+    def __init__(self, target: Target, draft: Draft | None = None, skip_visual: float | None = None):
         self.target, self.draft = target, draft
         self.output = draft.output(target) if draft is not None else None
         self._layers = draft.aux_layers(target) if draft is not None else ()
         self._width = target.text_config.hidden_size * max(len(self._layers), 1)
+        self._gaze = None if skip_visual is None or draft is None else Gaze(target, self._layers, skip_visual)
+        self._watched = self._layers if self._gaze is None else self._gaze.watched
         self._bucket = BUCKET if target.can_capture else 1
         # where steps are captured, a seat waits for the next generation: its graphs know its tensors only
         self._idle: deque[Seat] = deque(maxlen=1)
@@ -80,25 +84,44 @@ class Decoder:
             yield step
             while answers:
                 self._make_room(seat, answers, policy)
-                rows, shape = seat.part(len(answers)), policy.shape()
+                rows, skipped = seat.part(len(answers)), all(answer.looks for answer in answers)
+                shape = None if skipped else policy.shape()
                 with seat.steps.alone:
-                    if shape is not None:
-                        outcome = self._round(seat, rows, answers, choice, shape)
-                    else:
-                        outcome = self._plain_step(seat, rows, answers, choice, bool(policy.shapes))
+                    outcome = self._step(seat, rows, answers, choice, shape, bool(policy.shapes))
                 levels = 0 if shape is None else seat.levels
                 # the only transfer of a round from the device
+                outcomes = outcome.tolist()
                 step = {
                     answer.row: answer.take(named[: accepted + 1], accepted, levels)
-                    for answer, (accepted, *named) in zip(answers, outcome.tolist(), strict=True)
+                    for answer, (accepted, *named) in zip(answers, outcomes, strict=True)
                 }
-                policy.learn(shape, step.values())
+                if self._gaze is not None and policy.shapes:
+                    for answer, (*_, looks) in zip(answers, outcomes, strict=True):
+                        answer.looks = bool(looks)
+                if not skipped:
+                    policy.learn(shape, step.values())
                 drop_ended(seat.rows, answers)
                 yield step
         finally:
             self.failed_captures += seat.steps.take_failures()
             if self.target.can_capture:
                 self._idle.append(seat)
+
+    @torch.inference_mode()
+    def _step(
+        self, seat: Seat, rows: Rows, answers: list[Answer], choice: Choice, shape: TreeShape | None, drafts: bool
+    ) -> torch.Tensor:
+        """A round, or a plain step: (B, 1 + tokens); behind a `Gaze` a last column says whether to skip the next."""
+        if shape is not None:
+            outcome = self._round(seat, rows, answers, choice, shape)
+        else:
+            outcome = self._plain_step(seat, rows, answers, choice, drafts)
+        if self._gaze is None or not drafts:
+            return outcome
+        bound = self._set_bounds(rows, answers)
+        slots = min(rows.cache.used + (1 if shape is None else shape.total_token), rows.cache.capacity)
+        looks = seat.steps.run(("look", len(answers), None, slots), bound, self._gaze.look, rows, slots)
+        return torch.cat([outcome, looks], dim=1)
 
     @torch.inference_mode()
     def _round(self, seat: Seat, rows: Rows, answers: list[Answer], choice: Choice, shape: TreeShape) -> torch.Tensor:
@@ -127,7 +150,8 @@ class Decoder:
 
     def _extend(self, rows: Rows, waiting: int) -> tuple[()]:
         kept = rows.kept
-        self.draft.extend(rows.memory, Kept(kept.features[:, :waiting], kept.tokens[:, :waiting], kept.counts))
+        features = kept.features[:, :waiting, : self._width]
+        self.draft.extend(rows.memory, Kept(features, kept.tokens[:, :waiting], kept.counts))
         return ()
 
     def _draft_by_rule(self, seat: Seat, rows: Rows, reset: Callable, shape: AdaptiveTree, waiting: int) -> Tree:
@@ -153,8 +177,11 @@ class Decoder:
         return self._verified(rows, tokens, rows.positions(tree.depths), tree.mask)
 
     def _verified(self, rows: Rows, *given) -> Verified:
-        hidden, features = self.target.forward(rows.cache, *given, self._layers)
-        return Verified(features, self.target.logits(hidden))
+        hidden, features = self.target.forward(rows.cache, *given, self._watched)
+        return Verified(self._to_keep(hidden, features), self.target.logits(hidden))
+
+    def _to_keep(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return features if self._gaze is None else self._gaze.kept(hidden, features)
 
     def _keep(
         self, rows: Rows, tree: Tree, features: torch.Tensor, chosen: torch.Tensor, shape: TreeShape
@@ -217,11 +244,11 @@ class Decoder:
         try:
             seat = self._idle.pop()
         except IndexError:
-            seat = Seat(self.target, *size, self._width)
+            seat = self._new_seat(*size)
         if not seat.fits(*size):
             larger = map(max, size, (seat.size, seat.capacity, seat.waiting))
             del seat  # its memory may be needed
-            seat = Seat(self.target, *larger, self._width)
+            seat = self._new_seat(*larger)
         if policy.shapes:
             if seat.rows.memory is None:
                 seat.give_memory(self.draft.memory(seat.size, seat.capacity, self.target))
@@ -234,6 +261,10 @@ class Decoder:
         for store in seat.rows.stores:
             store.clear()
         return seat
+
+    def _new_seat(self, rows: int, capacity: int, waiting: int) -> Seat:
+        width = self._width if self._gaze is None else self._gaze.states * self.target.text_config.hidden_size
+        return Seat(self.target, rows, capacity, waiting, width, looks=self._gaze is not None)
 
     def _read(
         self, seat: Seat, prompts: Prompts, stops: Sequence[Stop], choice: Choice
@@ -253,14 +284,16 @@ class Decoder:
     def _read_prompt(self, seat: Seat, row: Rows, input_ids, inputs, choice: Choice, answer: Answer) -> int:
         """Prefill; returns the first token, with which the last pair of the prompt waits for the draft."""
         row.cache.restart()  # an answer that ended with its first token may have been there
-        answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs, self._layers)
+        answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs, self._watched)
         with seat.steps.alone:
             row.root.copy_(choice.choose(prompt.logits[:, None], [answer])[:, 0])
         row.offset.copy_(0 if prompt.rope_delta is None else prompt.rope_delta)
-        row.kept.features[:, 0] = prompt.features[:, -1]
+        row.kept.features[:, 0] = self._to_keep(prompt.hidden[:, -1], prompt.features[:, -1])
         row.kept.tokens[:, 0] = row.root
         row.kept.counts.fill_(1)
         row.notes.zero_()
+        if self._gaze is not None:
+            answer.looks = self._gaze.read(row, prompt, self._width)
         return int(row.root)
 
     def _read_prompts(self, seat: Seat, rows: Rows, answers: list[Answer]) -> None:
@@ -283,7 +316,8 @@ class Decoder:
         """Let the draft read all that waits."""
         self._read_prompts(seat, rows, answers)
         self._set_bounds(rows, answers)
-        self.draft.extend(rows.memory, rows.kept)
+        kept = rows.kept
+        self.draft.extend(rows.memory, Kept(kept.features[..., : self._width], kept.tokens, kept.counts))
         rows.kept.counts.zero_()
         for answer in answers:
             answer.read += answer.waiting
@@ -359,10 +393,7 @@ class Decoder:
         for tensor in (rows.cache.lengths, rows.kept.counts):
             tensor.fill_(1)
         with seat.steps.alone:
-            if shape is None:
-                self._plain_step(seat, rows, answers, Choice(), drafts)
-            else:
-                self._round(seat, rows, answers, Choice(), shape)
+            self._step(seat, rows, answers, Choice(), shape, drafts or shape is not None)
 
     def free(self) -> None:
         """Give back the memory that waits for the next generation."""

@@ -1,9 +1,11 @@
 """What has to fit: a draft head its target, a tree its draft."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
+from vispec.methods import HEADS, LOOKUP
 from vispec.model.adaptive import AdaptiveTree
 from vispec.model.drafts import BaseHead, Draft
 from vispec.model.shape import AUTO, TreeShape
@@ -63,3 +65,13 @@ def check_pair(target: Target, draft: BaseHead) -> None:
             f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there by "
             "draft.to(device, dtype)"
         )
+
+
+def refuse_draft_options(method: str | None, path: str | None, place: Mapping[str, str | None]) -> None:
+    """ValueError where what is asked for is no draft: of an unknown method, or in a place without a path."""
+    if method not in (None, LOOKUP, *HEADS):
+        raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}, {LOOKUP}")
+    if method == LOOKUP and path is not None:
+        raise ValueError(f"spec_model_path {path}: method 'lookup' has no draft head, expected None")
+    if path is None and any(place.values()):
+        raise ValueError("spec_revision and spec_subfolder say where a draft head is, expected spec_model_path too")

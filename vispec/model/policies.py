@@ -14,6 +14,9 @@ from vispec.model.rows import Round
 from vispec.model.shape import TreeShape
 from vispec.timing import now
 
+MOST_WAITING = 128
+"""Plain steps after which the draft is told what it has missed."""
+
 
 class Policy(Protocol):
     """Chooses the rounds of one generation."""
@@ -31,11 +34,16 @@ class Policy(Protocol):
 
 
 class Always:
-    """The same tree in every round; None: plain decoding."""
+    """The same tree in every round; None: plain decoding.
 
-    def __init__(self, shape: TreeShape | None):
+    Args:
+        skipping: whether somebody else may put plain steps between the rounds.
+    """
+
+    def __init__(self, shape: TreeShape | None, skipping: bool = False):
         self.shapes = () if shape is None else (shape,)
-        self.waiting = 1 if shape is None else shape.levels + 1
+        usual = 1 if shape is None else shape.levels + 1
+        self.waiting = max(usual, MOST_WAITING) if skipping else usual
         self._shape = shape
 
     def shape(self) -> TreeShape | None:
@@ -47,8 +55,6 @@ class Always:
 
 SHAPES = (TreeShape(12, 3, 4), TreeShape(16, 7, 2), TreeShape(6, 2, 2), TreeShape(30, 3, 8))
 """Among which `Auto` chooses, in the order in which they are tried."""
-MOST_WAITING = 128
-"""Plain steps after which the draft is told what it has missed."""
 TRIAL = 3
 """Rounds, or plain steps, between two decisions, so of a trial too."""
 USELESS = 0.1

@@ -69,6 +69,8 @@ class Answer:
     new: int = 0
     """Tokens of the answer so far."""
     ended: bool = False
+    looks: bool = False
+    """Whether the target looks at its images so much that a draft is skipped, see `vispec.model.gaze`."""
 
     def take(self, tokens: list[int], accepted: int, levels: int) -> Round:
         """A round's tokens: those accepted of a tree of so many levels, and the next root."""
@@ -94,6 +96,8 @@ class Rows:
     """The draft's."""
     notes: torch.Tensor
     """(B, NOTES) what the rule of an adaptive tree remembers."""
+    shown: torch.Tensor | None = None
+    """(B, capacity) bool, which slots are of images; where somebody asks."""
 
     @property
     def stores(self) -> list[TreeCache | Memory]:
@@ -110,14 +114,17 @@ class Rows:
             Kept(kept.features[rows], kept.tokens[rows], kept.counts[rows]),
             None if self.memory is None else self.memory.part(start, stop),
             self.notes[rows],
+            None if self.shown is None else self.shown[rows],
         )
 
     def move(self, source: int, target: int) -> None:
         """Let a row take the place of another one."""
         for store in self.stores:
             store.move(source, target)
-        for tensor in (self.offset, self.root, self.kept.features, self.kept.tokens, self.kept.counts, self.notes):
-            tensor[target] = tensor[source]
+        kept = self.kept
+        for tensor in (self.offset, self.root, kept.features, kept.tokens, kept.counts, self.notes, self.shown):
+            if tensor is not None:
+                tensor[target] = tensor[source]
 
     def positions(self, depths: torch.Tensor) -> torch.Tensor:
         """(B, n) target positions of tokens at these depths under the root."""

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from vispec.model.adaptive import NOTES
 from vispec.model.drafts.base import Kept, Memory
@@ -14,14 +15,15 @@ from vispec.model.target import Target
 class Seat:
     """Room for one generation after the other, and the steps that were captured over it."""
 
-    def __init__(self, target: Target, rows: int, capacity: int, waiting: int, width: int):
+    def __init__(self, target: Target, rows: int, capacity: int, waiting: int, width: int, looks: bool):
         self.size, self.capacity, self.waiting = rows, capacity, waiting
         place = {"device": target.device}
         long = partial(torch.zeros, dtype=torch.long, **place)
         features = torch.zeros(rows, waiting, width, dtype=target.dtype, **place)
         kept = Kept(features, long(rows, waiting), long(rows))
-        notes = torch.zeros(rows, NOTES, **place)
-        self.rows = Rows(target.new_cache(rows, capacity), long(rows, 1), long(rows), kept, None, notes)
+        cache, notes = target.new_cache(rows, capacity), torch.zeros(rows, NOTES, **place)
+        shown = torch.zeros(rows, cache.capacity, dtype=torch.bool, **place) if looks else None
+        self.rows = Rows(cache, long(rows, 1), long(rows), kept, None, notes, shown)
         self.steps = Steps(target.device, target.can_capture)
         self.usual = 1
         """The most pairs that wait for the draft after a round."""
@@ -59,4 +61,6 @@ class Seat:
         self.rows.cache = self.rows.cache.enlarged(capacity)
         if self.rows.memory is not None:
             self.rows.memory = self.rows.memory.enlarged(capacity)
+        if self.rows.shown is not None:
+            self.rows.shown = F.pad(self.rows.shown, (0, self.rows.cache.capacity - self.rows.shown.shape[1]))
         self.steps = self.steps.fresh()

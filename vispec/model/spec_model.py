@@ -8,15 +8,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from vispec.methods import HEADS, LOOKUP
+from vispec.methods import LOOKUP
 from vispec.model.adaptive import parse_tree
-from vispec.model.arguments import of_kind, whole
+from vispec.model.arguments import number, of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import BaseHead, Draft, PromptLookup, load_draft
 from vispec.model.drafts.checkpoints import find_draft
-from vispec.model.fitting import check_branches, check_pair, fitted
+from vispec.model.fitting import check_branches, check_pair, fitted, refuse_draft_options
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
@@ -45,6 +45,7 @@ class SpecModel:
             "auto", which chooses before each round by what rounds cost and bring, plain steps among them; or "tune",
             which measures on the first prompt which tree is the fastest.
         fast: False decodes by transformers' own layers alone, see `Target`.
+        skip_visual: a draft is skipped where r of `vispec.model.gaze` is at least this; None: never.
 
     Raises:
         TypeError: target or draft is none.
@@ -60,6 +61,7 @@ class SpecModel:
         top_k: int = 8,
         tree: str | TreeShape | None = None,
         fast: bool = True,
+        skip_visual: float | None = None,
     ):
         if not (isinstance(target, Target) or (isinstance(target, torch.nn.Module) and hasattr(target, "config"))):
             found = type(target).__name__
@@ -70,6 +72,7 @@ class SpecModel:
         self.shape = TreeShape(total_token, depth, top_k)
         self.tree: str | None = None
         """AUTO or TUNE, while that is to choose; None: `shape` does."""
+        self.skip_visual = skip_visual if skip_visual is None else number("skip_visual", skip_visual)
         self._decoder = Decoder(self.target)
         self._auto: dict[int, Auto] = {}  # by the prompts of a batch, since their number changes what rounds cost
         self.set_tree(tree)
@@ -106,6 +109,7 @@ class SpecModel:
         fast: bool = True,
         spec_revision: str | None = None,
         spec_subfolder: str | None = None,
+        skip_visual: float | None = None,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
@@ -116,7 +120,7 @@ class SpecModel:
             spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
             method: one of vispec.methods.HEADS; read from the weights, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
-            total_token, depth, top_k, tree, fast: see the class.
+            total_token, depth, top_k, tree, fast, skip_visual: see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
             torch_dtype, device_map, kwargs: for the target; the draft head follows it. Of the kwargs token, cache_dir
                 and local_files_only hold for the download of both; revision and subfolder are the target's alone.
@@ -131,13 +135,8 @@ class SpecModel:
         TreeShape(total_token, depth, top_k)
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
             tree = parse_tree(tree)
-        if method not in (None, LOOKUP, *HEADS):
-            raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}, {LOOKUP}")
-        if method == LOOKUP and spec_model_path is not None:
-            raise ValueError(f"spec_model_path {spec_model_path}: method 'lookup' has no draft head, expected None")
         place = {"revision": spec_revision, "subfolder": spec_subfolder}
-        if spec_model_path is None and any(place.values()):
-            raise ValueError("spec_revision and spec_subfolder say where a draft head is, expected spec_model_path too")
+        refuse_draft_options(method, spec_model_path, place)
         hub = hub_options(kwargs, SHARED_HUB_OPTIONS) | place
         if spec_model_path is not None:
             find_draft(spec_model_path, **hub)
@@ -146,7 +145,7 @@ class SpecModel:
             target = load_target(base_model_path, dtype, device_map, **kwargs)
         elif dtype != "auto" or device_map is not None:
             raise ValueError("dtype and device_map load a target, found one that is loaded")
-        model = cls(target, None, total_token, depth, top_k, tree, fast)
+        model = cls(target, None, total_token, depth, top_k, tree, fast, skip_visual)
         if method == LOOKUP:
             model._attach(PromptLookup())
         elif spec_model_path is not None:
@@ -162,7 +161,7 @@ class SpecModel:
             check_pair(self.target, draft)
         if self.target.fast:
             draft.make_lean()
-        self._decoder = Decoder(self.target, draft)
+        self._decoder = Decoder(self.target, draft, self.skip_visual)
         self.draft, self._auto = draft, {}
         self.shape = fitted(self.shape, self.target, draft) if self.tree is None else self.fit(self.shape)
 
@@ -324,7 +323,10 @@ class SpecModel:
             ValueError: there is no draft head, or the answers are too short to measure anything.
         """
         self._require_draft()
-        tuning = tune(self, prompts, max_new_tokens)
+        drafting = copy.copy(self)
+        if self.skip_visual is not None:  # how good trees are shows in rounds with a draft
+            drafting.skip_visual, drafting._decoder = None, Decoder(self.target, self.draft)
+        tuning = tune(drafting, prompts, max_new_tokens)
         self.set_tree(tuning.shape)
         logger.info("%s", tuning.report())
         return tuning
@@ -373,9 +375,8 @@ class SpecModel:
     ) -> Iterator[dict[int, Round]]:
         """The rounds that answer a call of `specgenerate` or of its relatives."""
         if self._ignored:
-            logger.warning(
-                "%s of the target's generation config is not applied; generate() does", ", ".join(self._ignored)
-            )
+            ignored = ", ".join(self._ignored)
+            logger.warning("%s of the target's generation config is not applied; generate() does", ignored)
             self._ignored.clear()  # said once, also for those that share the target by `with_tree`
         sampling = Sampling(temperature, top_p, top_k)
         prompts = single_prompts(self.target.model, input_ids, inputs)
@@ -395,6 +396,5 @@ class SpecModel:
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
         if not speculate or self.tree != AUTO:
-            return Always(self.shape if speculate else None)
-        auto = self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))
-        return auto.answer()
+            return Always(self.shape if speculate else None, skipping=speculate and self.skip_visual is not None)
+        return (self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))).answer()

@@ -345,6 +345,15 @@ class Target:
             hidden = self._text(cache, embeds, self._place(positions), self._place(mask), watched).to(self.device)
         return States(hidden, self._features(hidden, watched))
 
+    def last_queries(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rotated and scaled queries of the last layer (B, query heads, D); the lean pass alone has them.
+
+        Args:
+            state: (B, H) what went into that layer at one token of each row.
+            positions: (B, 1) of these tokens.
+        """
+        return self._text.last_queries(state, positions)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, H) features -> (…, V); a head that is tied to the embeddings may sit on another device."""
         if self._products is None:

@@ -163,6 +163,11 @@ class LeanLayers:
         self._products.refresh()
         self._build()  # always: what is made of norms costs little, and a change of their data leaves no trace
 
+    def last_queries(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rotated and scaled queries of the last layer, of rows that come to it as x (R, H): (R, query heads, D)."""
+        qkv = self._before(x, *angles, self._parts[-1], self.heads)
+        return qkv[:, : self.heads.queries] * self.heads.scale
+
     def __call__(
         self,
         x: torch.Tensor,
@@ -327,15 +332,22 @@ class LeanDecoder:
         if torch.is_autocast_enabled(embeds.device.type):
             return self._stock(cache, embeds, positions, mask, watched)
         heads = self._layers.heads
-        angles = [
-            (angle[0] if angle.dim() == 4 else angle).reshape(-1, angle.shape[-1])
-            for angle in self._decoder.rotary_emb(embeds, self._stock.places(positions))
-        ]
         attend = partial(attend_cached, cache, heads, grouped(mask, heads))
-        out = self._layers(embeds.reshape(-1, embeds.shape[-1]), widened(*angles, heads), attend, watched)
+        angles = self._angles(embeds, positions)
+        out = self._layers(embeds.reshape(-1, embeds.shape[-1]), angles, attend, watched)
         for number, state in watched.items():
             watched[number] = state.view(embeds.shape)
         return self._norm(out).view(embeds.shape)
+
+    def last_queries(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """See `Target.last_queries`."""
+        return self._layers.last_queries(state, self._angles(state[:, None], positions))
+
+    def _angles(self, embeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `widened`; embeds (B, n, H), positions (B, n)."""
+        found = self._decoder.rotary_emb(embeds, self._stock.places(positions))
+        flat = [(angle[0] if angle.dim() == 4 else angle).reshape(-1, angle.shape[-1]) for angle in found]
+        return widened(*flat, self._layers.heads)
 
 
 @torch.inference_mode()  # as decoding is, or what is compiled here would serve this comparison alone

@@ -26,6 +26,10 @@ class Question:
 
     question_id: int | str
     turns: tuple[Turn, ...]
+    further: tuple[Turn, ...] = ()
+    """What the user goes on with: each turn follows a method's own answer to what was asked before."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What else the benchmark says of it; its answers' lines have it too."""
 
     def __post_init__(self):
         if isinstance(self.question_id, bool) or not isinstance(self.question_id, int | str):
