@@ -2,6 +2,10 @@
 
 HEADS = {"vispec": "ViSpec", "eagle2": "EAGLE-2", "eagle3": "EAGLE-3", "msd": "MSD", "medusa": "Medusa"}
 """Those that have draft heads."""
+VLM = "vlm"
+"""A smaller VLM."""
+MODELS = {**HEADS, VLM: "smaller VLM"}
+"""Those whose drafts are models of their own, in folders or on the hub."""
 LOOKUP = "lookup"
 """The one that drafts without a head."""
 BASELINE, GENERATE = "baseline", "generate"

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from vispec.model.adaptive import AdaptiveTree
-from vispec.model.drafts import BaseHead, Draft
+from vispec.model.drafts import BaseHead, Draft, VLMDraft
 from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
 
@@ -46,7 +46,15 @@ def check_branches(target: Target, shape: TreeShape) -> None:
         )
 
 
-def check_pair(target: Target, draft: BaseHead) -> None:
+def check_pair(target: Target, draft: Draft) -> None:
+    """Raises ValueError where a draft was made for another target."""
+    if isinstance(draft, BaseHead):
+        _check_head(target, draft)
+    elif isinstance(draft, VLMDraft):
+        draft.check(target)
+
+
+def _check_head(target: Target, draft: BaseHead) -> None:
     """A draft head reads the target's features and embeddings, so sizes have to agree."""
     vocabulary, hidden = target.embed_tokens.weight.shape
     found = draft.target_size, draft.config.vocab_size

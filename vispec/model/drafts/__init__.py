@@ -7,8 +7,9 @@ from vispec.model.drafts.lookup import PromptLookup
 from vispec.model.drafts.medusa import MedusaHead
 from vispec.model.drafts.msd import MSDHead
 from vispec.model.drafts.vispec import ViSpecHead
+from vispec.model.drafts.vlm import VLMDraft
 
 __all__ = [
-    "BaseHead", "Draft", "DraftHead", "Eagle3Head", "MSDHead", "MedusaHead", "PromptLookup", "ViSpecHead",
+    "BaseHead", "Draft", "DraftHead", "Eagle3Head", "MSDHead", "MedusaHead", "PromptLookup", "VLMDraft", "ViSpecHead",
     "build_head", "load_draft",
 ]  # fmt: skip
