@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from vispec.demo import batches, build_target, check_target, tower
 from vispec.demo.build_target import Recipe, Training
 from vispec.demo.check_target import Reply, precision_recall, prompt_for, text_figures, verdicts
 from vispec.demo.conversations import Conversation, full_turn, training_conversation
-from vispec.demo.families import FAMILIES, Sizes
+from vispec.demo.families import FAMILIES, SMALL, Sizes
 from vispec.demo.language import noun
 from vispec.demo.phrases import PLACES
 from vispec.demo.quiz_accuracy import quiz_accuracy
@@ -108,6 +109,17 @@ def test_a_checkpoint_of_another_family_is_refused(built, tmp_path):
     (tmp_path / "checkpoint.pt").symlink_to(whole / "checkpoint.pt")
     with pytest.raises(UserError, match=f"{name}.*{other}"):
         build(other, tmp_path)
+
+
+def test_a_small_one_has_the_tokenizer_of_the_target_that_it_drafts_for(built, tmp_path):
+    name, whole = built
+    family = FAMILIES[name](replace(SMALL, vocabulary=TINY.vocabulary))
+    training = Training(family, RECIPE, tmp_path, "cpu", print, whole / "model")
+    processor = transformers.AutoProcessor.from_pretrained(whole / "model")
+    assert training.processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert training.processor.tokenizer.get_vocab() != family.tokenizer(["another corpus"]).get_vocab()
+    model = training.model
+    assert model.get_input_embeddings().weight.shape == (len(processor.tokenizer), SMALL.width)
 
 
 def test_the_report_says_what_made_the_model(built):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from vispec import embedded, web
 from vispec.cli import Parser, UserError, count, one_line, run_cli, whole
 from vispec.evaluation.comparison import tau, wall_speed
-from vispec.evaluation.flags import add_place_flags, add_tree_flags, asked_place, asked_tree
+from vispec.evaluation.flags import add_image_rows, add_place_flags, add_tree_flags, asked_place, asked_tree
 from vispec.evaluation.loading import (
     Models,
     dtype_name,
@@ -33,7 +33,7 @@ from vispec.evaluation.measure import (
     warm_up,
 )
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
-from vispec.methods import HEADS, LOOKUP
+from vispec.methods import LOOKUP, MODELS
 from vispec.model.shape import AUTO, TUNE, TreeShape
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     processor = load_processor(base)
     inputs = build_inputs(processor, turns, args.system)
     options = {"method": args.method, "dtype": dtype, "device_map": args.device_map, "skip_visual": args.skip_visual}
+    options["draft_image_rows"] = args.draft_image_rows
     model = load_model(base, spec, tree=None if tree == TUNE else tree, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())
@@ -84,12 +85,13 @@ def _make_parser() -> Parser:
     add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
     add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
     add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
-    add("--spec-model-path", help="its draft head: a folder or a hub id")
+    add("--spec-model-path", help="its draft head, or a smaller VLM: a folder or a hub id")
     add_place_flags(parser)
+    add_image_rows(parser)
     add(
         "--method",
-        choices=(*HEADS, LOOKUP),
-        help="read from the weights; lookup drafts from the text",
+        choices=(*MODELS, LOOKUP),
+        help="read from the files; vlm: a whole smaller VLM; lookup drafts from the text",
     )
     add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
     add("--temperature", type=float, default=0.0, help="0 is greedy")

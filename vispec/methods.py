@@ -5,6 +5,10 @@ HEADS = {
     "medusa": "Medusa",
 }  # fmt: skip
 """Those that have draft heads."""
+VLM = "vlm"
+"""A smaller VLM."""
+MODELS = {**HEADS, VLM: "smaller VLM"}
+"""Those whose drafts are models of their own, in folders or on the hub."""
 LOOKUP = "lookup"
 """The one that drafts without a head."""
 BASELINE, GENERATE = "baseline", "generate"

@@ -1,6 +1,7 @@
-"""Train the embedded default's target from nothing.
+"""Train the embedded default's target from nothing, or a small VLM that drafts for it.
 
 python -m vispec.demo.build_target --out DIR [--family qwen]
+python -m vispec.demo.build_target --out DIR --size small --processor TARGET
 
 First come the tokenizer, from the corpus, and the vision tower, as a classifier (see `vispec.demo.tower`). Then the
 decoder is trained with the tower frozen: on bare lists of what lies where until it looks at the picture, then on
@@ -18,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ import transformers
 from vispec.cli import Parser, UserError, count, run_cli
 from vispec.demo.batches import IGNORED, Batch, Stream
 from vispec.demo.conversations import training_conversation
-from vispec.demo.families import FAMILIES, Family
+from vispec.demo.families import FAMILIES, SMALL, Family, Sizes
 from vispec.demo.quiz_accuracy import quiz_accuracy
 from vispec.demo.tower import fit_projector, train_tower
 from vispec.evaluation.loading import quiet_transformers
@@ -68,6 +69,12 @@ class Recipe:
         return next((layers for layers, until in self.stages if fraction < until), self.stages[-1][0])
 
 
+RECIPES: dict[str, tuple[Sizes, Recipe]] = {
+    "full": (Sizes(), Recipe()),
+    # a narrow tower needs more steps, and each takes less time
+    "small": (SMALL, Recipe(minutes=25.0, tower_steps=1600, stages=((2, 0.4), (4, 1.0)))),
+}
+
 @dataclass
 class Progress:
     """Where the training stands; `elapsed` and `tower_elapsed` are seconds of its own work."""
@@ -87,9 +94,17 @@ class Progress:
 class Training:
     """Model, optimizer and progress, and the way they are written down and read again."""
 
-    def __init__(self, family: Family, recipe: Recipe, out: Path, device: str, log: Callable[[str], None]):
+    def __init__(
+        self,
+        family: Family,
+        recipe: Recipe,
+        out: Path,
+        device: str,
+        log: Callable[[str], None],
+        processor: Path | None = None,
+    ):
         self.family, self.recipe, self.out, self.device, self.log = family, recipe, out, device, log
-        self.processor = self._processor()
+        self.processor = self._processor(processor)
         torch.manual_seed(0)
         path = out / CHECKPOINT
         saved = torch.load(path, map_location=device, weights_only=True) if path.exists() else None
@@ -113,9 +128,12 @@ class Training:
         self._train_decoder()
         self._publish()
 
-    def _processor(self):
+    def _processor(self, other: Path | None):
+        """The one of an earlier start, else that of another model, else one around a tokenizer of its own."""
         folder = self.out / PROCESSOR
-        if not folder.exists():
+        if not folder.exists() and other is not None:
+            write_folder(folder, transformers.AutoProcessor.from_pretrained(other).save_pretrained)
+        elif not folder.exists():
             conversations = (training_conversation("train", i) for i in range(self.recipe.corpus))
             texts = ("".join(text for text, _ in self.family.pieces(talk)) for talk in conversations)
             processor = self.family.processor(self.family.tokenizer(texts))
@@ -312,13 +330,15 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    defaults = Recipe()
     parser = Parser(prog="python -m vispec.demo.build_target", description="Train the demo's target from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and the final model/")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
-    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="wall time (default: %(default)g)")
+    parser.add_argument("--size", choices=tuple(RECIPES), default="full", help="small: one that drafts for a full one")
+    parser.add_argument("--processor", type=Path, help="folder of a model whose processor and tokenizer it gets")
+    minutes = ", ".join(f"{recipe.minutes:g} for {size}" for size, (_, recipe) in RECIPES.items())
+    parser.add_argument("--minutes", type=float, help=f"wall time (default: {minutes})")
     parser.add_argument("--steps", type=count, help="decoder steps instead of --minutes, for a repeatable run")
-    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default=defaults.dtype, help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default=Recipe.dtype, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -329,8 +349,10 @@ def main(argv: list[str] | None = None) -> int:
             file.write(line + "\n")
 
     quiet_transformers()
-    recipe = Recipe(minutes=args.minutes, steps=args.steps, dtype=args.dtype)
-    Training(FAMILIES[args.family](), recipe, args.out, args.device, log).run()
+    sizes, recipe = RECIPES[args.size]
+    minutes = recipe.minutes if args.minutes is None else args.minutes
+    recipe = replace(recipe, minutes=minutes, steps=args.steps, dtype=args.dtype)
+    Training(FAMILIES[args.family](sizes), recipe, args.out, args.device, log, args.processor).run()
     return 0
 
 

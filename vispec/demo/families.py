@@ -79,6 +79,10 @@ class Sizes:
     tower_heads: int = 4
 
 
+SMALL = Sizes(width=96, intermediate=192, heads=3, kv_heads=1, tower_width=48, tower_heads=3)
+"""Of one that drafts for the shipped target."""
+
+
 class Family(ABC):
     """What the recipe has to know about a family."""
 

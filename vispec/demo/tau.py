@@ -1,4 +1,4 @@
-"""τ of draft heads on unseen scenes: draft tokens accepted in a round, which no other load of the machine changes.
+"""τ of draft heads, or of smaller VLMs, on unseen scenes: accepted draft tokens, which no other load changes.
 
 python -m vispec.demo.tau --model TARGET --drafts HEAD … --json FILE
 
@@ -27,8 +27,8 @@ def measure_tau(model, draft, tree: TreeShape, inputs: Sequence[Mapping], max_ne
     """Answer all prompts by a head.
 
     Args:
-        model: a `SpecModel` of the target; its own head and tree are not used.
-        draft: the head to be measured.
+        model: a `SpecModel` of the target; its own draft and tree are not used.
+        draft: what is to be measured.
         inputs: what the processor returned for each prompt.
 
     Returns:
@@ -90,7 +90,7 @@ def _measured(args, missing: list[tuple[str, TreeShape]]):
     from tqdm import tqdm
 
     from vispec.demo.runner import MAX_NEW_TOKENS, questions
-    from vispec.model.drafts import load_draft
+    from vispec.model.drafts.loading import load_any_draft
     from vispec.prompts import build_inputs, load_processor, user_turn
 
     quiet_transformers()
@@ -98,8 +98,7 @@ def _measured(args, missing: list[tuple[str, TreeShape]]):
     processor = load_processor(args.model)
     inputs = [build_inputs(processor, [user_turn(asked.text, asked.image)]) for asked in questions(args.questions)]
     for folder, tree in tqdm(missing, unit="head"):
-        draft = load_draft(folder, dtype=model.target.dtype, embedding=model.target.embed_tokens.weight)
-        yield folder, tree, measure_tau(model, draft.to(model.device), tree, inputs, MAX_NEW_TOKENS)
+        yield folder, tree, measure_tau(model, load_any_draft(folder, model.target), tree, inputs, MAX_NEW_TOKENS)
 
 
 def _begun(path: Path | None, settings: dict) -> dict:

@@ -98,6 +98,26 @@ def value_of(args: argparse.Namespace, flag: str):
     return getattr(args, flag.strip("-").replace("-", "_"))
 
 
+def add_image_rows(parser: Parser) -> None:
+    parser.add_argument(
+        "--draft-image-rows",
+        type=_share,
+        metavar="SHARE",
+        help="of a smaller VLM as the draft: the share of each image's rows that it keeps, such as 0.2 (default: all)",
+    )
+
+
+def _share(text: str) -> float:
+    """A number above 0, up to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1, found {text!r}")
+    return share
+
+
 # --- which trees are drafted ---
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vispec.methods import BASELINE, GENERATE, LOOKUP, UNDRAFTED, method_of
+from vispec.methods import BASELINE, GENERATE, LOOKUP, UNDRAFTED, VLM, method_of
 from vispec.model.shape import TUNE, TreeShape
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Models:
     """See `vispec.model.gaze`; None skips no draft."""
     places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By method, revision and subfolder of its draft head where they were asked for."""
+    draft_image_rows: float | None = None
+    """Share of image rows that a smaller VLM as the draft keeps; None keeps all."""
 
     @property
     def drafting(self) -> list[str]:
@@ -56,7 +58,7 @@ def load_model(
     gpus: int = 1,
     **options,
 ):
-    """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, skip_visual, num_q, …).
+    """A `SpecModel`; `options` go to its `from_pretrained` (method, tree, skip_visual, draft_image_rows, num_q, …).
 
     Args:
         dtype: one of `vispec.cli.DTYPES`.
@@ -82,12 +84,12 @@ def load_model(
 def load_models(models: Models) -> dict[str, "SpecModel"]:
     """The baseline and every method of `models`, over one target."""
     from vispec import SpecModel
-    from vispec.model.drafts import PromptLookup, load_draft
-    from vispec.model.drafts.checkpoints import find_draft
+    from vispec.model.drafts import PromptLookup
+    from vispec.model.drafts.loading import find_any_draft, load_any_draft
 
     for method, path in models.drafts.items():
         if path is not None:  # what is wrong is said before minutes of loading
-            find_draft(path, **models.place_of(method))
+            find_any_draft(path, method_of(method), **models.place_of(method))
     plain = load_model(models.base_model_path, None, dtype=models.dtype, device_map=models.device_map, gpus=models.gpus)
     target = plain.target
     loaded = {BASELINE: plain}
@@ -98,11 +100,10 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
         if method == LOOKUP:
             draft = PromptLookup()
         else:
-            embedding, place = target.embed_tokens.weight, models.place_of(method)
             kind = method_of(method)
-            draft = load_draft(path, kind, models.num_q, target.dtype, embedding, **place).to(target.device)
-            if draft.draft_vocab is not None:
-                draft.draft_vocab.check_tokenizer(models.base_model_path)
+            image_rows = models.draft_image_rows if kind == VLM else None
+            asked = {"num_q": models.num_q, "image_rows": image_rows, **models.place_of(method)}
+            draft = load_any_draft(path, target, kind, **asked)
         tree = models.tree_of(method)
         loaded[method] = SpecModel(target, draft, tree=None if tree == TUNE else tree, skip_visual=models.skip_visual)
     return loaded

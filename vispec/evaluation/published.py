@@ -6,7 +6,7 @@ A pair is (speedup, τ); τ counts draft tokens only, as here. Averages are over
 from collections.abc import Mapping
 from pathlib import Path
 
-from vispec.methods import BASELINE, GENERATE, HEADS, LOOKUP
+from vispec.methods import BASELINE, GENERATE, LOOKUP, MODELS
 
 BENCHMARK_TITLES = {
     "sqa": "SQA",
@@ -21,7 +21,7 @@ BENCHMARK_TITLES = {
 """The columns of the paper's tables, in its order."""
 
 METHOD_TITLES = {
-    BASELINE: "baseline", GENERATE: "transformers' generate", LOOKUP: "prompt lookup", **dict(reversed(HEADS.items())),
+    BASELINE: "baseline", GENERATE: "transformers' generate", LOOKUP: "prompt lookup", **dict(reversed(MODELS.items())),
 }  # fmt: skip
 """In the order of the rows."""
 

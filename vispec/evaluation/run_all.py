@@ -16,6 +16,7 @@ from vispec.cli import DONE, ERROR, Parser, UserError, run_cli
 from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
 from vispec.evaluation.flags import (
     add_common_flags,
+    add_image_rows,
     add_place_flags,
     add_tree_flags,
     asked_part,
@@ -27,9 +28,9 @@ from vispec.evaluation.measure import Generation, is_greedy
 from vispec.evaluation.measured_trees import add_tune_on, keep_trees
 from vispec.evaluation.published import BENCHMARK_TITLES
 from vispec.evaluation.runner import Plan, run
-from vispec.methods import BASELINE, GENERATE, HEADS, LOOKUP, method_of
+from vispec.methods import BASELINE, GENERATE, LOOKUP, MODELS, VLM, method_of
 
-METHODS = (BASELINE, GENERATE, *HEADS, LOOKUP)
+METHODS = (BASELINE, GENERATE, *MODELS, LOOKUP)
 LABEL = re.compile(r"\w[\w.]*", re.ASCII)
 """Tells two heads of a method apart, in names of files too."""
 
@@ -61,9 +62,10 @@ def _make_parser() -> Parser:
         type=_head,
         default=[],
         metavar="METHOD[-LABEL]=PATH",
-        help=f"draft heads: folders or hub ids, for {', '.join(HEADS)}; a label tells two of one method apart",
+        help=f"draft heads: folders or hub ids, for {', '.join(MODELS)}; a label tells two of one method apart",
     )
     add_place_flags(parser, nargs="+", type=_head, metavar="METHOD=VALUE")
+    add_image_rows(parser)
     add(
         "--methods",
         nargs="+",
@@ -91,8 +93,8 @@ def _head(text: str) -> tuple[str, str]:
     """METHOD=PATH or METHOD-LABEL=PATH, or another value for that head."""
     name, found, path = text.partition("=")
     _, labelled, label = name.partition("-")
-    if method_of(name) not in HEADS or not found or not path:
-        raise argparse.ArgumentTypeError(f"expected METHOD=… with a method of {', '.join(HEADS)}, found {text!r}")
+    if method_of(name) not in MODELS or not found or not path:
+        raise argparse.ArgumentTypeError(f"expected METHOD=… with a method of {', '.join(MODELS)}, found {text!r}")
     if labelled and not LABEL.fullmatch(label):
         raise argparse.ArgumentTypeError(f"expected letters, digits, _ and . in a METHOD-LABEL, found {name!r}")
     return name, path
@@ -104,13 +106,15 @@ def _models(args: argparse.Namespace) -> Models:
     if len(heads) < len(args.spec_model_path):
         raise UserError("--spec-model-path: found two heads of one method, expected one")
     asked = args.methods or (LOOKUP, *heads)
-    lacking = [method for method in HEADS if method in asked and method not in map(method_of, heads)]
+    lacking = [method for method in MODELS if method in asked and method not in map(method_of, heads)]
     if lacking:
         raise UserError(f"--methods {lacking[0]}: its draft head is missing, give --spec-model-path {lacking[0]}=PATH")
     if GENERATE in asked and not all(map(is_greedy, args.temperatures)):
         raise UserError(f"--methods {GENERATE} is greedy, found --temperatures {' '.join(map(str, args.temperatures))}")
     names = [name for name in (GENERATE, *heads, LOOKUP) if {name, method_of(name)} & {*asked}]
     names.sort(key=lambda name: METHODS.index(method_of(name)))
+    if args.draft_image_rows is not None and VLM not in map(method_of, names):
+        raise UserError(f"--draft-image-rows is of {VLM}, which is not among the methods")
     return Models(
         args.base_model_path,
         {name: heads.get(name) for name in names},
@@ -120,6 +124,7 @@ def _models(args: argparse.Namespace) -> Models:
         gpus=args.num_gpus_per_model,
         skip_visual=args.skip_visual,
         places=asked_places(args, heads),
+        draft_image_rows=args.draft_image_rows,
     )
 
 

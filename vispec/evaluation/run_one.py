@@ -9,6 +9,7 @@ from vispec.evaluation.benchmarks import BENCHMARKS, Benchmark
 from vispec.evaluation.flags import (
     PLACES,
     add_common_flags,
+    add_image_rows,
     add_place_flags,
     add_tree_flags,
     asked_part,
@@ -21,7 +22,7 @@ from vispec.evaluation.lossless import wants_check
 from vispec.evaluation.measure import Generation, Kind
 from vispec.evaluation.measured_trees import add_tune_on
 from vispec.evaluation.runner import Plan, run
-from vispec.methods import HEADS, LOOKUP
+from vispec.methods import LOOKUP, MODELS, VLM
 
 METHOD_FLAGS = {"--use-ours": "vispec", "--use-medusa": "medusa"}
 """And what `--method` calls them."""
@@ -67,11 +68,13 @@ def make_parser(benchmark: Benchmark, arm: Kind) -> Parser:
         add_tree_flags(parser, str(Models.tree))
         add_tune_on(parser)
         add_place_flags(parser)
+        add_image_rows(parser)
         add("--num-q", type=count, help="queries of the vision adaptor; read from the weights, checked when given")
         add(
             "--method",
-            choices=(*HEADS, LOOKUP),
-            help="whose draft head it is (default: eagle2); lookup drafts from the text so far, without one",
+            choices=(*MODELS, LOOKUP),
+            help="whose draft head it is (default: eagle2); vlm: a whole smaller VLM; lookup drafts from the text so "
+            "far, without one",
         )
         parser.add_bool("--use-ours", "another word for --method vispec")
         parser.add_bool("--use-medusa", "another word for --method medusa; --depth is not used")
@@ -102,10 +105,9 @@ def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
     if arm == "baseline":
         return Models(args.base_model_path, **hardware)
     tree = asked_tree(args, Models.tree)
-    places = {method: asked_place(args)}
+    draft = {"places": {method: asked_place(args)}, "draft_image_rows": args.draft_image_rows}
     drafts = {method: args.spec_model_path}
-    hardware["skip_visual"] = args.skip_visual
-    return Models(args.base_model_path, drafts, tree, args.num_q, places=places, **hardware)
+    return Models(args.base_model_path, drafts, tree, args.num_q, skip_visual=args.skip_visual, **draft, **hardware)
 
 
 def _method(args: argparse.Namespace, arm: Kind) -> str:
@@ -114,6 +116,8 @@ def _method(args: argparse.Namespace, arm: Kind) -> str:
     heads = [flag for flag in METHOD_FLAGS if value_of(args, flag)]
     if len(heads) > 1:
         raise UserError(f"{'=True and '.join(heads)}=True: found both, expected at most one of them")
+    if args.draft_image_rows is not None and args.method != VLM:
+        raise UserError(f"--draft-image-rows is of --method {VLM}, found {args.method or 'none'}")
     if args.method == LOOKUP:
         heads += [flag for flag in ("--spec-model-path", *PLACES, "--num-q") if value_of(args, flag)]
         if heads:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vispec.cli import device_name
 from vispec.evaluation.loading import Models, dtype_name
 from vispec.evaluation.measure import Generation
-from vispec.methods import GENERATE
+from vispec.methods import GENERATE, VLM, method_of
 from vispec.model.adaptive import parse_tree
 from vispec.model.shape import AUTO, TreeShape
 from vispec.weights_digest import file_sha256, target_revision
@@ -55,6 +55,7 @@ SETTINGS = {
     "spec_subfolder": Setting((str,)),
     "spec_model_sha256": Setting((str, NoneType), (ROW,), loaded=True),
     "draft_vocab": Setting((str, NoneType), (ROW,), loaded=True),
+    "draft_image_rows": Setting((int, float), (ROW,)),
     "asked_tree": Setting((str, list)),
     "tree": Setting((str, list), (ROW,), loaded=True),
     "tuned_on": Setting((dict,)),
@@ -103,6 +104,8 @@ def asked_settings(
             place = models.place_of(method)
             settings["spec_model"] = _absolute(draft)
             settings |= {f"spec_{name}": value for name, value in place.items()}
+            if method_of(method) == VLM and models.draft_image_rows is not None:
+                settings["draft_image_rows"] = models.draft_image_rows
             if Path(draft).is_dir():  # a retrained head as well
                 settings["spec_model_sha256"] = _head_sha256(draft, place)
     return settings
@@ -147,11 +150,13 @@ def noted_tree(noted: list[int] | str) -> TreeShape:
 
 
 def _head_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None:
-    """Tells a draft head from a retrained one under the same name; None where there are no weights."""
+    """Tells a draft from a retrained one under the same name; None where it is on the hub in several files."""
     from vispec.model.drafts.checkpoints import PICKLED, SAFETENSORS, find_file
 
     file = find_file(spec_model_path, SAFETENSORS, **place) or find_file(spec_model_path, PICKLED, **place)
-    return None if file is None else file_sha256(file)
+    if file is None:
+        return target_revision(str(Path(spec_model_path, place.get("subfolder", ""))))
+    return file_sha256(file)
 
 
 def _described(token_ids) -> str:

@@ -143,12 +143,13 @@ class TreeCache(Cache):
         A tree's nodes lie in slots side by side, whatever their depth.
 
         Args:
-            ancestors: (B, n, n), see `mask`, which has been called before.
+            ancestors: (B, m, m), which of all provisional tokens each of them sees; `mask` has been called before.
         """
         depths = ancestors.sum(2) - 1
         behind = self._numbers[: self._visible] - self.lengths[:, None]
         inside = depths.gather(1, behind.clamp(0, depths.shape[1] - 1))
-        return self.lengths[:, None] + depths, self.lengths[:, None] + torch.where(behind < 0, behind, inside)
+        seeing = depths[:, -self.slots.shape[1] :]
+        return self.lengths[:, None] + seeing, self.lengths[:, None] + torch.where(behind < 0, behind, inside)
 
     def committed_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """(B, 1, visible) additive mask of the reserved passes: 0 at committed tokens, all else is hidden."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 import torch
 
-from vispec.methods import HEADS, LOOKUP
+from vispec.methods import LOOKUP, MODELS, VLM
 from vispec.model.adaptive import AdaptiveTree
-from vispec.model.drafts import BaseHead, Draft
+from vispec.model.drafts import BaseHead, Draft, VLMDraft
 from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
 
@@ -48,7 +48,15 @@ def check_branches(target: Target, shape: TreeShape) -> None:
         )
 
 
-def check_pair(target: Target, draft: BaseHead) -> None:
+def check_pair(target: Target, draft: Draft) -> None:
+    """Raises ValueError where a draft was made for another target."""
+    if isinstance(draft, BaseHead):
+        _check_head(target, draft)
+    elif isinstance(draft, VLMDraft):
+        draft.check(target)
+
+
+def _check_head(target: Target, draft: BaseHead) -> None:
     """A draft head reads the target's features and embeddings, so sizes have to agree."""
     vocabulary, hidden = target.embed_tokens.weight.shape
     found = draft.target_size, draft.config.vocab_size
@@ -67,11 +75,15 @@ def check_pair(target: Target, draft: BaseHead) -> None:
         )
 
 
-def refuse_draft_options(method: str | None, path: str | None, place: Mapping[str, str | None]) -> None:
-    """ValueError where what is asked for is no draft: of an unknown method, or in a place without a path."""
-    if method not in (None, LOOKUP, *HEADS):
-        raise ValueError(f"method {method!r} is not one of {', '.join(HEADS)}, {LOOKUP}")
+def refuse_draft_options(
+    method: str | None, path: str | None, place: Mapping[str, str | None], image_rows: float | None
+) -> None:
+    """ValueError where what is asked for is no draft: of an unknown method, or options of one without a path."""
+    if method not in (None, LOOKUP, *MODELS):
+        raise ValueError(f"method {method!r} is not one of {', '.join(MODELS)}, {LOOKUP}")
     if method == LOOKUP and path is not None:
         raise ValueError(f"spec_model_path {path}: method 'lookup' has no draft head, expected None")
     if path is None and any(place.values()):
         raise ValueError("spec_revision and spec_subfolder say where a draft head is, expected spec_model_path too")
+    if path is None and image_rows is not None:
+        raise ValueError(f"draft_image_rows is of method {VLM!r}, which takes a spec_model_path")

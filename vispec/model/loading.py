@@ -166,14 +166,22 @@ def _as_saved(values: Mapping) -> str | torch.dtype:
     return one_dtype(values["dtype"].removeprefix("torch."), None) if isinstance(values.get("dtype"), str) else "auto"
 
 
-def _refuse_parts(values: Mapping) -> None:
-    """What a config's file leaves out or misspells, and transformers would go on without or at its full default size.
+def has_parts(values: Mapping) -> bool:
+    """Whether values of a config file are those of a VLM; the config of a published draft head says that it is one."""
+    return any(part in values for part in _parts(values))
 
-    The config of a published draft head says that it is a VLM.
-    """
-    kind = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
-    parts = sorted(getattr(kind, "sub_configs", ()))
-    if parts and not any(part in values for part in parts):
+
+def _parts(values: Mapping) -> list[str]:
+    """The parts that configs of this kind have."""
+    name = values.get("model_type")
+    kind = CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else None
+    return sorted(getattr(kind, "sub_configs", ()))
+
+
+def _refuse_parts(values: Mapping) -> None:
+    """What a config's file leaves out or misspells, and transformers would go on without or at full default size."""
+    parts = _parts(values)
+    if parts and not has_parts(values):
         raise ValueError(f"its config has none of {', '.join(parts)}; is it a draft head?")
     for part in (*parts, "quantization_config"):
         if not isinstance(values.get(part, {}), dict):

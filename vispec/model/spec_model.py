@@ -14,8 +14,8 @@ from vispec.model.arguments import number, of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
 from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
-from vispec.model.drafts import BaseHead, Draft, PromptLookup, load_draft
-from vispec.model.drafts.checkpoints import find_draft
+from vispec.model.drafts import Draft, PromptLookup
+from vispec.model.drafts.loading import find_any_draft, load_any_draft
 from vispec.model.fitting import check_branches, check_pair, fitted, refuse_draft_options
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
@@ -36,8 +36,8 @@ class SpecModel:
 
     Args:
         target: a vision-language model of transformers, or the `Target` of another SpecModel, to share it.
-        draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`;
-            None for a model that only runs the baseline.
+        draft: its draft head, in the target's dtype and on the device of the target's last layer, or a `PromptLookup`,
+            or a `VLMDraft`; None for a model that only runs the baseline.
         total_token: nodes of the tree, root included. Where the target follows chains alone, `depth` says how long.
         depth: expansions after the first level, so at most depth + 1 tokens are accepted in a round; Medusa's is fixed.
         top_k: nodes expanded a level.
@@ -110,6 +110,7 @@ class SpecModel:
         spec_revision: str | None = None,
         spec_subfolder: str | None = None,
         skip_visual: float | None = None,
+        draft_image_rows: float | None = None,
         **kwargs,
     ) -> "SpecModel":
         """Load a target and its draft head from folders or hub ids.
@@ -117,8 +118,8 @@ class SpecModel:
         Args:
             base_model_path: the target, anything that transformers' AutoModelForImageTextToText loads; or one that is
                 loaded.
-            spec_model_path: the draft head; None loads the target alone, for `baseline_generate`.
-            method: one of vispec.methods.HEADS; read from the weights, and checked against them when given. "lookup"
+            spec_model_path: the draft head, or a whole smaller VLM; None loads the target alone.
+            method: one of vispec.methods.MODELS; read from the files, and checked against them when given. "lookup"
                 drafts from the text so far and takes no spec_model_path.
             total_token, depth, top_k, tree, fast, skip_visual: see the class.
             num_q: queries of the vision adaptor; read from the weights, and checked against them when given.
@@ -126,6 +127,7 @@ class SpecModel:
                 and local_files_only hold for the download of both; revision and subfolder are the target's alone.
             spec_revision, spec_subfolder: the head's: of its hub repository, or the subfolder of its folder.
             draft_vocab: False lets the head propose all tokens, though a draft vocabulary lies beside it.
+            draft_image_rows: share of image rows that a VLM as the draft keeps, see `VLMDraft`.
             dtype: torch_dtype by its name in transformers 5.
 
         Raises:
@@ -136,10 +138,10 @@ class SpecModel:
         if isinstance(tree, str) and tree not in (AUTO, TUNE):
             tree = parse_tree(tree)
         place = {"revision": spec_revision, "subfolder": spec_subfolder}
-        refuse_draft_options(method, spec_model_path, place)
+        refuse_draft_options(method, spec_model_path, place, draft_image_rows)
         hub = hub_options(kwargs, SHARED_HUB_OPTIONS) | place
         if spec_model_path is not None:
-            find_draft(spec_model_path, **hub)
+            find_any_draft(spec_model_path, method, **hub)
         target, dtype = base_model_path, one_dtype(torch_dtype, dtype)
         if not isinstance(target, PreTrainedModel):
             target = load_target(base_model_path, dtype, device_map, **kwargs)
@@ -149,16 +151,12 @@ class SpecModel:
         if method == LOOKUP:
             model._attach(PromptLookup())
         elif spec_model_path is not None:
-            embedding = model.target.embed_tokens.weight
-            draft = load_draft(spec_model_path, method, num_q, model.target.dtype, embedding, draft_vocab, **hub)
-            if draft.draft_vocab is not None:
-                draft.draft_vocab.check_tokenizer(target.name_or_path, **hub_options(kwargs))
-            model._attach(draft.to(model.target.device))
+            asked = method, num_q, draft_vocab, draft_image_rows
+            model._attach(load_any_draft(spec_model_path, model.target, *asked, hub_options(kwargs), **hub))
         return model
 
     def _attach(self, draft: Draft) -> None:
-        if isinstance(draft, BaseHead):
-            check_pair(self.target, draft)
+        check_pair(self.target, draft)
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft, self.skip_visual)

@@ -163,9 +163,14 @@ class Target:
         """Whether decoding goes by the lean pass."""
         return self._text is not self._stock
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a state of the text."""
+        return bool(self._recurrent)
+
     def fit(self, shape: TreeShape) -> TreeShape:
         """The tree of this depth that the target can follow: a chain, where some layers keep a state of the text."""
-        return shape.chain if self._recurrent else shape
+        return shape.chain if self.recurrent else shape
 
     def expect(self, rows: Iterable[int]) -> None:
         """Choose kernels for passes over so many tokens, those of all rows of a batch together."""
@@ -327,19 +332,21 @@ class Target:
         Args:
             tokens: (B, n).
             positions: (B, n), rope deltas added.
-            ancestors: (B, n, n) bool, which of the new tokens each of them sees; None where nothing is to be hidden:
-                n = 1 and a single row whose length the host knows exactly, so that `cache.used` is that length.
+            ancestors: (B, m, m) bool, which of the provisional tokens each of them sees: those of passes before, which
+                are still provisional, then the n new ones. None where nothing is to be hidden: n = m = 1 and a single
+                row whose length the host knows exactly, so that `cache.used` is that length.
             layers: numbers of those whose inputs are to be the features, ascending; none: what the output head reads.
         """
-        cache.reserve(tokens.shape[1])
+        n = tokens.shape[1]
         if ancestors is None and self._windows:
             ancestors = torch.ones_like(tokens, dtype=torch.bool)[:, None]
-        mask = None if ancestors is None else cache.mask(ancestors, self.dtype)
+        cache.reserve(n, offset=0 if ancestors is None else ancestors.shape[2] - n)
+        mask = None if ancestors is None else cache.mask(ancestors[:, -n:], self.dtype)
         tokens = self._place(tokens)
         if self._embedded is not None:
             tokens = self._embedded[tokens]
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
-        heard = self._recurrent.watch(cache) if self._recurrent and tokens.shape[1] > 1 else nullcontext()
+        heard = self._recurrent.watch(cache) if self._recurrent and n > 1 else nullcontext()
         watched: Watched = dict.fromkeys(layers)
         with heard, self._windows.set(cache, ancestors, mask) if self._windows else nullcontext():
             hidden = self._text(cache, embeds, self._place(positions), self._place(mask), watched).to(self.device)

@@ -67,7 +67,7 @@ class Windows:
 
         Args:
             cache: with the pass reserved.
-            ancestors: (B, n, n), see `Target.forward`.
+            ancestors: see `Target.forward`.
             mask: (B, 1, n, m) of the layers without a window, made for this pass.
         """
         seeing, seen = cache.places(ancestors)

@@ -8,8 +8,9 @@ from vispec.model.drafts.medusa import MedusaHead
 from vispec.model.drafts.msd import MSDHead
 from vispec.model.drafts.specvlm import SpecVLMHead
 from vispec.model.drafts.vispec import ViSpecHead
+from vispec.model.drafts.vlm import VLMDraft
 
 __all__ = [
-    "BaseHead", "Draft", "DraftHead", "Eagle3Head", "MSDHead", "MedusaHead", "PromptLookup",
-    "SpecVLMHead", "ViSpecHead", "build_head", "load_draft",
+    "BaseHead", "Draft", "DraftHead", "Eagle3Head", "MSDHead", "MedusaHead", "PromptLookup", "SpecVLMHead", "VLMDraft",
+    "ViSpecHead", "build_head", "load_draft",
 ]  # fmt: skip

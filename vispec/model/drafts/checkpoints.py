@@ -73,11 +73,8 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     Raises:
         ValueError: one of them is missing, or the config is wrong; or a revision of a folder was asked for.
     """
-    of_kind("spec_model_path", path, str, PathLike)
-    of_kind("spec_subfolder", hub.get("subfolder"), str)
+    check_place(path, **hub)
     local = Path(path).is_dir()
-    if local and hub.get("revision"):
-        raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
     place = "there" if local else "in that hub repository"
     place += "".join(f", {name} {hub[name]}" for name in ("revision", "subfolder") if hub.get(name))
     config = find_file(path, CONFIG, **hub)
@@ -87,6 +84,14 @@ def find_draft(path: str, **hub) -> tuple[DraftConfig, Path]:
     if weights is None:
         raise ValueError(f"{path}: neither {SAFETENSORS} nor {PICKLED} {place}")
     return read_config(config), weights
+
+
+def check_place(path: str, **hub) -> None:
+    """Raises TypeError or ValueError where `find_draft` is asked for no place that a draft can be in."""
+    of_kind("spec_model_path", path, str, PathLike)
+    of_kind("spec_subfolder", hub.get("subfolder"), str)
+    if Path(path).is_dir() and hub.get("revision"):
+        raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
 
 
 def find_file(

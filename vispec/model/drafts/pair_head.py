@@ -7,7 +7,7 @@ Shapes: B rows, L tokens, F numbers of a feature, H hidden size, R pairs of one 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -27,6 +27,7 @@ from vispec.model.decoder_layer import (
 from vispec.model.drafts.base import BaseHead, Kept
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.layer import rotary_angles
+from vispec.model.drafts.memory import CachedMemory
 from vispec.model.pairs import PairLayout, Span, plan_pairs
 from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
@@ -35,43 +36,11 @@ from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 
 
 @dataclass
-class DraftMemory:
-    """What a head of this kind remembers of the texts of a generation."""
+class DraftMemory(CachedMemory):
+    """The same of a head of this kind: its next pair's position is how many tokens there are before the root."""
 
-    cache: TreeCache
-    position: torch.Tensor
-    """(B,) position of the next pair: how many tokens there are before the root."""
-    estimate: torch.Tensor
-    """(B, H) the head's output at the last pair: its estimate of the root's feature."""
     global_feature: torch.Tensor
     """(B, H) g of the last image, zeros without an image; EAGLE-2 does not read it."""
-
-    @property
-    def used(self) -> int:
-        return self.cache.used
-
-    @used.setter
-    def used(self, places: int) -> None:
-        self.cache.used = places
-
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.position, self.estimate, self.global_feature
-
-    def part(self, start: int, stop: int) -> "DraftMemory":
-        return DraftMemory(self.cache.part(start, stop), *(tensor[start:stop] for tensor in self._tensors()))
-
-    def move(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
-        for tensor in self._tensors():
-            tensor[target] = tensor[source]
-
-    def clear(self) -> None:
-        self.cache.clear()
-        for tensor in self._tensors():
-            tensor.zero_()
-
-    def enlarged(self, capacity: int) -> "DraftMemory":
-        return replace(self, cache=self.cache.enlarged(capacity))
 
 
 class PairHead(BaseHead):
@@ -252,9 +221,7 @@ class PairHead(BaseHead):
         attend = partial(attend_cached, memory.cache, self.heads, grouped(mask, self.heads))
         x = self.fuse(self.embed(kept.tokens), self.project(kept.features), memory.global_feature)
         out = self.layers_over(x, self.angles(memory.position[:, None] + steps, x.dtype), attend)
-        memory.estimate.copy_(out.gather(1, (kept.counts - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0])
-        memory.cache.commit(kept.counts)
-        memory.position += kept.counts
+        memory.take_last(out, kept.counts)
 
     def candidates(
         self,
