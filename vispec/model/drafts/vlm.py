@@ -32,7 +32,7 @@ from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
 from vispec.model.shape import TreeShape
 from vispec.model.target import Prompt, Target
-from vispec.model.tree import Candidates, DraftOutput, expand_levels
+from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 
 logger = logging.getLogger("vispec")
 
@@ -56,6 +56,7 @@ class VLMDraft(nn.Module):
 
     method = VLM
     draft_vocab = None
+    by_level = True
 
     def __init__(self, model: PreTrainedModel | Target, image_rows: float = 1.0):
         super().__init__()
@@ -182,8 +183,15 @@ class VLMDraft(nn.Module):
         out = self._forward(memory, tokens, memory.position[:, None] + steps, earlier)
         memory.take_last(out, kept.counts)
 
-    def candidates(self, memory: CachedMemory, root: torch.Tensor, shape: TreeShape, output: DraftOutput) -> Candidates:
-        return expand_levels(memory.estimate[:, None], _Levels(self, memory, shape), root, shape, output)
+    def candidates(
+        self,
+        memory: CachedMemory,
+        root: torch.Tensor,
+        shape: TreeShape,
+        output: DraftOutput,
+        growth: Growth | None = None,
+    ) -> Candidates:
+        return expand_levels(memory.estimate[:, None], _Levels(self, memory, shape), root, shape, output, growth)
 
     def _forward(self, memory: CachedMemory, tokens, positions, ancestors) -> torch.Tensor:
         """(B, n, H); a text that has outgrown the draft's positions stays at the last one: it drafts worse there."""
@@ -209,17 +217,22 @@ class _Levels:
     def __init__(self, draft: VLMDraft, memory: CachedMemory, shape: TreeShape):
         self._draft, self._memory, self._k, self._level = draft, memory, shape.top_k, 0
         nodes, device = shape.depth * shape.top_k, memory.position.device
-        self._seen = torch.eye(nodes, dtype=torch.bool, device=device).repeat(len(memory.position), 1, 1)
+        self.sees = torch.eye(nodes, dtype=torch.bool, device=device).repeat(len(memory.position), 1, 1)
         """(B, m, m) which nodes each of them sees."""
+
+    def resume(self, level: int, sees: torch.Tensor | None) -> None:
+        self._level = level
+        if sees is not None:
+            self.sees = sees.clone()
 
     def __call__(self, hidden: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
         start, stop = self._level * self._k, (self._level + 1) * self._k
         if parents is not None:  # a node sees what its parent sees, and itself
-            above = self._seen[:, start - self._k : start]
-            self._seen[:, start:stop] |= above.gather(1, parents[..., None].expand(-1, -1, above.shape[2]))
+            above = self.sees[:, start - self._k : start]
+            self.sees[:, start:stop] |= above.gather(1, parents[..., None].expand(-1, -1, above.shape[2]))
         positions = (self._memory.position + self._level)[:, None].expand(-1, self._k)
         self._level += 1
-        return self._draft._forward(self._memory, tokens, positions, self._seen[:, :stop, :stop])
+        return self._draft._forward(self._memory, tokens, positions, self.sees[:, :stop, :stop])
 
 
 def kept_places(images: Sequence[Span], length: int, share: float) -> list[int]:
