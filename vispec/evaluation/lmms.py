@@ -148,8 +148,12 @@ class ViSpec(lmms):
                     answers[place] = GenerationResult(_until(self._text(ids), until), counts)
                 bar.update(len(batch))
         tokens = sum(answer.token_counts.output_tokens for answer in answers.values())
-        drafted = {"tau": fmean(accepted)} if accepted else {}
-        log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, {"rank": self.rank, **drafted})
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={"tau": fmean(accepted)} if accepted else None,
+        )
         if len(answers) < len(requests):
             logger.error(f"{len(requests) - len(answers)} of {len(requests)} requests have an empty answer, see above")
         return [answers.get(place, GenerationResult("")) for place in range(len(requests))]
@@ -224,8 +228,9 @@ def _decoding(asked: Mapping) -> tuple[dict, list[str]]:
     until = options.pop("until", None) or []
     until = [until] if isinstance(until, str) else until
     temperature = options.get("temperature")
-    if temperature == 0 or not options.get("do_sample", temperature is not None):
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options["do_sample"] = temperature != 0 and bool(options.get("do_sample", temperature is not None))
+    if not options["do_sample"]:
+        options |= {"temperature": None, "top_p": None, "top_k": None}
     return options, [stop for stop in until if stop and stop != UNNAMED_STOP]
 
 
