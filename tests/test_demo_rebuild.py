@@ -1,12 +1,15 @@
-"""rebuild.sh with a stand-in for Python: what it goes on after, and what it takes for whole."""
+"""rebuild.sh and compare.sh with a stand-in for Python: what they go on after, and what they take for whole."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from vispec import demo
+from vispec.evaluation import run_all
+from vispec.methods import HEADS, MODELS, method_of
 
 SCRIPT = Path(demo.__file__).with_name("rebuild.sh")
 STAND_IN = """#!/bin/sh
@@ -23,7 +26,8 @@ def rebuild(tmp_path):
     """Runs the script in an empty folder; returns its exit code and the modules that it has called."""
     (tmp_path / "python").write_text(STAND_IN)
     (tmp_path / "python").chmod(0o755)
-    (tmp_path / "out" / "rebuild" / "target" / "model").mkdir(parents=True)
+    for size in ("target", "small"):
+        (tmp_path / "out" / "rebuild" / size / "model").mkdir(parents=True)
     state = tmp_path / "out" / "rebuild" / "stage2" / "state_8"
     state.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
@@ -46,7 +50,7 @@ def test_a_missed_threshold_ends_nothing_and_an_error_all(rebuild, tmp_path):
         ended, calls = rebuild(CHECK=str(code))
         assert ended == 0 and "ge_data.allocation_llava_shargpt" in calls
     weights = tmp_path / "vispec" / "demo" / "weights"
-    assert (weights / "target").is_dir() and (weights / "draft" / "model.safetensors").is_file()
+    assert all((weights / name).exists() for name in ("target", "small", "draft/model.safetensors"))
 
 
 def test_half_made_data_are_made_again(rebuild, tmp_path):
@@ -58,3 +62,27 @@ def test_half_made_data_are_made_again(rebuild, tmp_path):
     assert [path.name for path in (tmp_path / "out" / "rebuild").glob("data*")] == ["data"]
     assert (tmp_path / "out" / "rebuild" / "data" / "whole").is_file()
     assert "demo.make_data" not in rebuild()[1]
+
+
+def test_every_head_that_is_compared_was_trained(tmp_path):
+    """compare.sh measures the last state of each training, by the flags of run_all."""
+    made = '[ "$2" != vispec.demo.make_benchmarks ] || mkdir -p "$4"'
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$*" >> calls\n{made}\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(SCRIPT.with_name("compare.sh"))], cwd=tmp_path, env={**os.environ, "PYTHON": "./python"}, timeout=60
+    )
+    assert done.returncode == 0
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    trained = set()
+    for call in calls:
+        if "accelerate.commands.launch" in call:
+            value = dict(zip(call, call[1:], strict=False))
+            assert value.get("--loadpath", "out/rebuild/stage1/state_6") in {"out/rebuild/stage1/state_6", *trained}
+            assert value["--save-every"] == value["--num-epochs"]
+            trained.add(f"{value['--cpdir']}/state_{value['--num-epochs']}")
+    (measured,) = [call[2:] for call in calls if call[1] == "vispec.evaluation.run_all"]
+    args = run_all._make_parser().parse_args(measured)
+    heads = dict(args.spec_model_path)
+    assert heads.pop("vlm") == "out/rebuild/small/model" and set(heads.values()) <= trained
+    assert {method_of(name) for name in heads} == HEADS.keys() and set(args.methods) >= {*MODELS, "lookup", "generate"}

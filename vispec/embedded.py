@@ -1,4 +1,4 @@
-"""The embedded default: the tiny VLM and its draft head that are shipped with the package, and questions for them."""
+"""The embedded default: the tiny VLM, its draft head, a smaller VLM, and questions, shipped with the package."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ from vispec.files import read_json
 
 WEIGHTS = Path(__file__).parent / "demo" / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
+SMALL = WEIGHTS / "small"
+"""A smaller VLM with the target's tokenizer, which can draft for it too."""
 QUESTIONS = WEIGHTS / "questions"
 
 TREE = {"total_token": 16, "depth": 7, "top_k": 2}

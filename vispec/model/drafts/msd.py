@@ -44,6 +44,6 @@ class MSDHead(DraftHead):
     def plan(self, lengths: list[int], images: list[list[Span]]) -> PairLayout:
         return plan_pairs(lengths, images, compressed=None)
 
-    def _joined(self, layout, hidden, embeds, next_embeds):
-        text, none = super()._joined(layout, hidden, embeds, next_embeds)
+    def join(self, layout, hidden, embeds, next_embeds):
+        text, none = super().join(layout, hidden, embeds, next_embeds)
         return torch.where((layout.compressed >= 0)[..., None], next_embeds, text), none

@@ -115,9 +115,12 @@ class PairHead(BaseHead):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Layer inputs (B, R, H) of the pairs of `layout`, and g (B, H) of each row's last image."""
         index = layout.positions[..., None].expand(-1, -1, hidden.shape[2])
-        return self._joined(layout, hidden.gather(1, index), embeds, next_embeds.gather(1, index))
+        return self.join(layout, hidden.gather(1, index), embeds, next_embeds.gather(1, index))
 
-    def _joined(self, layout, hidden, embeds, next_embeds):
+    def join(
+        self, layout: PairLayout, hidden: torch.Tensor, embeds: torch.Tensor, next_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, of `hidden` and `next_embeds` (B, R, H) that are those of the pairs; `embeds` are of all tokens."""
         return self.fuse(next_embeds, hidden), hidden.new_zeros(hidden.shape[0], hidden.shape[2])
 
     def fuse(

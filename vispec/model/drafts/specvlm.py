@@ -263,7 +263,7 @@ class SpecVLMHead(DraftHead):
         weights = self.weights(prompt.features, prompt.images, [prompt.features.shape[1]])
         return self.plan([pairs], prompt.images, weights)
 
-    def _joined(self, layout, hidden, embeds, next_embeds):
-        text, none = super()._joined(layout, hidden, embeds, next_embeds)
+    def join(self, layout, hidden, embeds, next_embeds):
+        text, none = super().join(layout, hidden, embeds, next_embeds)
         rows = [self.compressor(embeds[row, start:end], layout.mixes[row]) for row, (start, end) in layout.images]
         return (layout.with_images(text, torch.cat(rows)) if rows else text), none

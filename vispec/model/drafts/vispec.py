@@ -98,7 +98,7 @@ class ViSpecHead(DraftHead):
             global_feature = global_feature[:, None].expand_as(hidden)
         return super().fuse(next_embeds, self.linear(self.img_fc, torch.cat([hidden, global_feature], dim=-1)))
 
-    def _joined(self, layout, hidden, embeds, next_embeds):
+    def join(self, layout, hidden, embeds, next_embeds):
         size = hidden.shape[2]
         none = hidden.new_zeros(1, size)  # row 0 stands for "no image"
         adapted = [self.imadpt(embeds[row, start:end]) for row, (start, end) in layout.images]
