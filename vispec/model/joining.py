@@ -3,7 +3,7 @@
 B rows, N nodes of a tree, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +96,6 @@ class OpenBatch:
         seed: int | None = None,
         processors: Sequence[LogitsProcessor] = (),
         keeps_logits: bool = False,
-        asked: Callable[[int], bool] | None = None,
         **inputs,
     ) -> Joining:
         """Check a prompt and what is asked of its answer.
@@ -107,7 +106,6 @@ class OpenBatch:
             sampling: None is greedy.
             seed: None: drawn from torch's default generator.
             processors: see `SpecModel.generate`; they come before temperature, top_k and top_p.
-            asked: see `Stop`.
             inputs: what else the processor returned.
 
         Raises:
@@ -123,7 +121,7 @@ class OpenBatch:
             asks = f"{length} in the prompt, {wanted} in the answer"
             raise TooLong(f"there is room for {self.tokens} tokens, found {length + wanted}: {asks}")
         [limit] = new_token_limits([length], length, target.max_positions, wanted, None)
-        stop = Stop(limit, frozenset(target.eos_token_ids), asked)
+        stop = Stop(limit, frozenset(target.eos_token_ids))
         choice = _choice(target, prompt[0], limit, sampling, seed, processors, keeps_logits)
         return Joining(prompt, stop, choice)
 

@@ -1,0 +1,94 @@
+"""What the server counts, in Prometheus' text format."""
+
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vispec.serve.engine import Ask
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the histograms' buckets."""
+
+
+class Histogram:
+    """Seconds, by how many of them are below each bound."""
+
+    def __init__(self):
+        self._counts, self._sum = [0] * (len(SECONDS) + 1), 0.0
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def lines(self, name: str, what: str) -> list[str]:
+        below = list(accumulate(self._counts))
+        bounds = [*map(str, SECONDS), "+Inf"]
+        buckets = [f'{name}_bucket{{le="{bound}"}} {count}' for bound, count in zip(bounds, below, strict=True)]
+        head = _head(name, "histogram", what)
+        return [*head, *buckets, f"{name}_sum {self._sum:.6f}", f"{name}_count {below[-1]}"]
+
+
+class Metrics:
+    """Of one server; told by several threads."""
+
+    def __init__(self, levels: int):
+        """`levels`: of the draft trees, the most draft tokens that a round may accept."""
+        self._lock = threading.Lock()
+        self._levels = levels
+        self._requests: Counter[int] = Counter()
+        self._tokens = self._prompt_tokens = self._rounds = self._accepted = 0
+        self._waiting = self._running = 0
+        self._first, self._between = Histogram(), Histogram()
+
+    def answered(self, status: int) -> None:
+        """A request has been answered, with this HTTP status."""
+        with self._lock:
+            self._requests[status] += 1
+
+    def told(self, ask: "Ask", tokens: int, accepted: int | None) -> None:
+        """An answer has grown by so many tokens; `accepted` of a draft, None: there was none."""
+        now = time.monotonic()
+        with self._lock:
+            self._tokens += tokens
+            if accepted is not None:
+                self._rounds += 1
+                self._accepted += accepted
+            if ask.told_at is None:
+                self._prompt_tokens += ask.joining.length
+                self._first.add(now - ask.asked_at)
+            else:
+                for _ in range(tokens):  # those of one round come together
+                    self._between.add((now - ask.told_at) / tokens)
+
+    def show(self, waiting: int, running: int) -> None:
+        """Answers in the queue, and those that are being made."""
+        self._waiting, self._running = waiting, running
+
+    def text(self) -> str:
+        with self._lock:
+            tau = self._accepted / self._rounds if self._rounds else 0.0
+            share = tau / self._levels if self._levels else 0.0
+            lines = _head("vispec_requests_total", "counter", "requests by HTTP status")
+            lines += [f'vispec_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._requests.items())]
+            for name, kind, what, value in (
+                ("prompt_tokens_total", "counter", "tokens of prompts that were read", self._prompt_tokens),
+                ("tokens_total", "counter", "tokens of answers", self._tokens),
+                ("rounds_total", "counter", "rounds with a draft, of each answer", self._rounds),
+                ("accepted_tokens_total", "counter", "draft tokens that were accepted", self._accepted),
+                ("tau", "gauge", "accepted draft tokens a round", f"{tau:.6g}"),
+                ("accepted_share", "gauge", "accepted draft tokens by levels of the trees", f"{share:.6g}"),
+                ("waiting_answers", "gauge", "answers in the queue", self._waiting),
+                ("running_answers", "gauge", "answers that are being made", self._running),
+            ):
+                lines += [*_head(f"vispec_{name}", kind, what), f"vispec_{name} {value}"]
+            lines += self._first.lines("vispec_first_token_seconds", "from the request to its first token")
+            lines += self._between.lines("vispec_between_tokens_seconds", "from one token to the next")
+            return "\n".join([*lines, ""])
+
+
+def _head(name: str, kind: str, what: str) -> list[str]:
+    return [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
