@@ -89,9 +89,7 @@ def _make_parser() -> Parser:
     add("--served-model-name", metavar="NAME", help="what clients call the model (default: the target's name)")
     parser.add_bool("--plain", "decode without the draft, to compare with")
     add("--api-key", metavar="KEY", help=f"what clients have to send (default: {API_KEY}, or none)")
-    add(
-        "--allow-url", nargs="+", default=[], metavar="HOST", help="from which images are fetched (default: none)"
-    )
+    add("--allow-url", nargs="+", default=[], metavar="HOST", help="from which images are fetched (default: none)")
     add("--max-batch", type=count, default=8, help="answers that are made together (default: %(default)s)")
     add("--max-tokens-total", type=count, help="tokens of all of them, prompts too (default: 4096 for each)")
     add("--max-queue", type=count, default=64, help="answers that may wait (default: %(default)s)")

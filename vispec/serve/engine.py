@@ -207,8 +207,11 @@ class Engine:
             ask.rounds += 1
             ask.accepted += one.accepted
         logits = ask.joining.take_logits(len(tokens)) if ask.wants_logits else []
-        self._metrics.told(ask, len(tokens), one.accepted if one.drafted else None)
-        ask.told_at = time.monotonic()
+        now, began = time.monotonic(), ask.told_at is None
+        seconds = now - (ask.asked_at if began else ask.told_at)
+        accepted = one.accepted if one.drafted else None
+        self._metrics.told(len(tokens), accepted, seconds, ask.joining.length if began else None)
+        ask.told_at = now
         ask.tell(Told(pieces, tokens, logits, finish))
         return finish is not None
 

@@ -1,14 +1,9 @@
 """What the server counts, in Prometheus' text format."""
 
 import threading
-import time
 from bisect import bisect_left
 from collections import Counter
 from itertools import accumulate
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vispec.serve.engine import Ask
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets."""
@@ -49,20 +44,26 @@ class Metrics:
         with self._lock:
             self._requests[status] += 1
 
-    def told(self, ask: "Ask", tokens: int, accepted: int | None) -> None:
-        """An answer has grown by so many tokens; `accepted` of a draft, None: there was none."""
-        now = time.monotonic()
+    def told(self, tokens: int, accepted: int | None, seconds: float, prompt: int | None) -> None:
+        """An answer has grown.
+
+        Args:
+            tokens: by so many.
+            accepted: of a draft; None: there was none.
+            seconds: since it grew last, or since it was asked for.
+            prompt: tokens of its prompt, where it has begun with them.
+        """
         with self._lock:
             self._tokens += tokens
             if accepted is not None:
                 self._rounds += 1
                 self._accepted += accepted
-            if ask.told_at is None:
-                self._prompt_tokens += ask.joining.length
-                self._first.add(now - ask.asked_at)
+            if prompt is not None:
+                self._prompt_tokens += prompt
+                self._first.add(seconds)
             else:
                 for _ in range(tokens):  # those of one round come together
-                    self._between.add((now - ask.told_at) / tokens)
+                    self._between.add(seconds / tokens)
 
     def show(self, waiting: int, running: int) -> None:
         """Answers in the queue, and those that are being made."""
