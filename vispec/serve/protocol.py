@@ -149,14 +149,16 @@ def _check_together(request: ChatRequest) -> None:
 
 
 def _api_error(error) -> ApiError:
-    """The first of pydantic's errors, as one line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = [
-        str(part) for part in first["loc"] if part not in ("str", "list[Part]") and not str(part).startswith("list[")
-    ]
-    name = ".".join(place)
-    if first["type"] == "extra_forbidden":
+    """One of pydantic's errors, as one line: what looks most like something has come furthest."""
+    furthest = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    # of a union, the kinds that were tried stand among the names
+    place = [str(part) for part in furthest["loc"] if part != "str" and "[" not in str(part)]
+    for tag in ("text", "image_url"):
+        if tag in place[:-1] and place[place.index(tag) - 1].isdigit():
+            place.remove(tag)
+    name, reason = ".".join(place), furthest["msg"].removeprefix("Value error, ")
+    if furthest["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {name}", name, "unknown_parameter")
-    if first["type"] == "missing":
+    if furthest["type"] == "missing":
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
-    return ApiError(400, f"{name}: {first['msg']}", name, "invalid_value")
+    return ApiError(400, f"{name}: {reason}", name, "invalid_value")
