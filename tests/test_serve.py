@@ -2,6 +2,9 @@
 
 import base64
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +103,7 @@ def expected(model, processor, image, text, new: int = 40) -> str:
 def post(served, **body) -> httpx.Response:
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"model": NAME, "messages": [{"role": "user", "content": "What?"}], "max_tokens": 5} | body
-    return httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{served.url}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
 
 
 def test_greedy_answers_together_are_generates(client, model, processor):
@@ -188,18 +191,13 @@ def test_openais_penalties():
     assert scores.tolist() == [[0, -4.5, 0, -2.5, 0]]
 
 
-def test_json_is_json(client):
-    schema = {
-        "type": "object",
-        "properties": {"n": {"type": "integer"}},
-        "required": ["n"],
-        "additionalProperties": False,
-    }
-    wanted = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
-    answer = ask(client, "A number.", response_format=wanted, max_tokens=60)
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(answer.choices[0].message.content)["n"], int)
-    assert answer.choices[0].message.content.startswith("{")
+def test_json_follows_its_schema(client):
+    names = {"open": {"type": "boolean"}}
+    schema = {"type": "object", "properties": names, "required": ["open"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "state", "schema": schema}}
+    [choice] = ask(client, "Is it open?", response_format=wanted, max_tokens=80).choices
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.message.content) in ({"open": True}, {"open": False})
 
 
 @pytest.mark.parametrize(
@@ -293,3 +291,16 @@ def test_metrics(served, client):
     assert float(values['vispec_requests_total{status="200"}']) >= 1
     assert 0 < float(values["vispec_tau"]) and 0 < float(values["vispec_accepted_share"]) < 1
     assert values["vispec_first_token_seconds_count"] == values['vispec_first_token_seconds_bucket{le="+Inf"}']
+
+
+def test_the_command_serves_the_embedded_pair_until_it_is_told_to_end():
+    command = [sys.executable, "-m", "vispec.serve", "--port", "0", "--max-batch", "1", "--tree", embedded.TREE_NAME]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        running = next(line for line in process.stderr if "running on" in line)
+        url = running.split("running on ")[1].split()[0]
+        body = {"model": "target", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 3}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] <= 3
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode in (0, -signal.SIGTERM)

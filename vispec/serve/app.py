@@ -30,6 +30,7 @@ def make_app(service: Service, limits: HttpLimits) -> Guard:
         yield
         await asyncio.to_thread(service.engine.stop)
 
+    preparing = asyncio.Semaphore(service.limits.waiting)
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_address)
@@ -39,7 +40,10 @@ def make_app(service: Service, limits: HttpLimits) -> Guard:
     async def chat(request: Request) -> Response:
         asked = parse_request(_json(await request.body()))
         told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
-        asks = await asyncio.to_thread(service.prepare, asked, _telling(asyncio.get_running_loop(), told))
+        if preparing.locked():  # so many wait for their turn to become a prompt
+            raise _queue_is_full()
+        async with preparing:
+            asks = await asyncio.to_thread(service.prepare, asked, _telling(asyncio.get_running_loop(), told))
         _submit(service, asks)
         answers = Answers(asked, asks, _logprobs(service, asked, asks))
         if asked.stream:
@@ -105,9 +109,13 @@ def _submit(service: Service, asks: list[Ask]) -> None:
     try:
         service.engine.submit(asks)
     except QueueFull:
-        raise ApiError(429, "as many answers wait as may; try again later", code="rate_limit_exceeded") from None
+        raise _queue_is_full() from None
     except Stopping:
         raise ApiError(503, "the server is stopping") from None
+
+
+def _queue_is_full() -> ApiError:
+    return ApiError(429, "as many answers wait as may; try again later", code="rate_limit_exceeded")
 
 
 def _logprobs(service: Service, asked: ChatRequest, asks: list[Ask]) -> TokenLogprobs | None:

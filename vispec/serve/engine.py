@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vispec.cli import one_line
 from vispec.serve.metrics import Metrics
 from vispec.serve.text import Piece, StoppedText
 
@@ -161,6 +162,9 @@ class Engine:
             self._waiting.remove(ask)
         try:
             number, first = batch.join(ask.joining)
+        except ValueError as error:  # the target cannot read the prompt
+            _fail(ask, one_line(error), 400)
+            return
         except Exception as error:
             self._report(error, [ask])
             return
