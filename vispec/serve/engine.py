@@ -198,7 +198,7 @@ class Engine:
         tokens, pieces = [], []
         for place, token in enumerate(one.tokens):
             tokens.append(token)
-            pieces += ask.text.push(token, one.drafted and place < one.accepted)
+            pieces += ask.text.push(token, place < one.accepted)
             if ask.text.stopped:
                 break
         finish = None
@@ -207,14 +207,12 @@ class Engine:
             by_itself = ask.text.stopped or tokens[-1] in ask.joining.stop.eos_token_ids
             finish = "stop" if by_itself else "length"
         ask.tokens += len(tokens)
-        if one.drafted:
-            ask.rounds += 1
-            ask.accepted += one.accepted
+        ask.rounds += one.drafted
+        ask.accepted += one.accepted
         logits = ask.joining.take_logits(len(tokens)) if ask.wants_logits else []
         now, began = time.monotonic(), ask.told_at is None
         seconds = now - (ask.asked_at if began else ask.told_at)
-        accepted = one.accepted if one.drafted else None
-        self._metrics.told(len(tokens), accepted, seconds, ask.joining.length if began else None)
+        self._metrics.told(len(tokens), one.levels, one.accepted, seconds, ask.joining.length if began else None)
         ask.told_at = now
         ask.tell(Told(pieces, tokens, logits, finish))
         return finish is not None

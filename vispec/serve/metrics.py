@@ -30,12 +30,10 @@ class Histogram:
 class Metrics:
     """Of one server; told by several threads."""
 
-    def __init__(self, levels: int):
-        """`levels`: of the draft trees, the most draft tokens that a round may accept."""
+    def __init__(self):
         self._lock = threading.Lock()
-        self._levels = levels
         self._requests: Counter[int] = Counter()
-        self._tokens = self._prompt_tokens = self._rounds = self._accepted = 0
+        self._tokens = self._prompt_tokens = self._rounds = self._levels = self._accepted = 0
         self._waiting = self._running = 0
         self._first, self._between = Histogram(), Histogram()
 
@@ -44,20 +42,21 @@ class Metrics:
         with self._lock:
             self._requests[status] += 1
 
-    def told(self, tokens: int, accepted: int | None, seconds: float, prompt: int | None) -> None:
+    def told(self, tokens: int, levels: int, accepted: int, seconds: float, prompt: int | None) -> None:
         """An answer has grown.
 
         Args:
             tokens: by so many.
-            accepted: of a draft; None: there was none.
+            levels: of the draft's tree, the most tokens of it that may be accepted; 0: there was none.
+            accepted: of the draft.
             seconds: since it grew last, or since it was asked for.
             prompt: tokens of its prompt, where it has begun with them.
         """
         with self._lock:
             self._tokens += tokens
-            if accepted is not None:
-                self._rounds += 1
-                self._accepted += accepted
+            self._rounds += levels > 0
+            self._levels += levels
+            self._accepted += accepted
             if prompt is not None:
                 self._prompt_tokens += prompt
                 self._first.add(seconds)
@@ -72,7 +71,7 @@ class Metrics:
     def text(self) -> str:
         with self._lock:
             tau = self._accepted / self._rounds if self._rounds else 0.0
-            share = tau / self._levels if self._levels else 0.0
+            share = self._accepted / self._levels if self._levels else 0.0
             lines = _head("vispec_requests_total", "counter", "requests by HTTP status")
             lines += [f'vispec_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._requests.items())]
             for name, kind, what, value in (

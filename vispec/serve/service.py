@@ -59,7 +59,7 @@ class Service:
         self._batches = {drafts: model.open_batch(limits.batch, each, drafts)}
         if drafts:
             self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
-        self.metrics = Metrics(model.shape.levels if drafts else 0)
+        self.metrics = Metrics()
         self.engine = Engine(self._batches, limits.waiting, self.metrics)
 
     def prepare(self, request: ChatRequest, tell: Callable[[int, Told], None]) -> list[Ask]:
