@@ -215,7 +215,7 @@ def test_json_follows_its_schema(client):
         ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"stop": ["a", ""]}, 400, "stop"),
         ({"messages": [{"role": "user", "content": "<image> what?"}]}, 400, "messages"),
-        ({"\ud800": 1}, 400, "\ud800"),
+        ({"\ud800": 1}, 400, None),
     ],
 )
 def test_what_is_refused_is_named(served, body, status, param):

@@ -161,4 +161,4 @@ def _api_error(error) -> ApiError:
         return ApiError(400, f"unknown parameter: {name}", name, "unknown_parameter")
     if furthest["type"] == "missing":
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
-    return ApiError(400, f"{name}: {reason}", name, "invalid_value")
+    return ApiError(400, f"{name or 'the body'}: {reason}", name or None, "invalid_value")
