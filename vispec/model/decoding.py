@@ -16,7 +16,6 @@ vocabulary.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from vispec.model.drafts.base import Draft, Kept
 from vispec.model.gaze import Gaze
 from vispec.model.graphs import CAPTURED_USE
 from vispec.model.policies import Policy
-from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
+from vispec.model.rows import Answer, Round, Rows, Stop, Verified, drop_ended
 from vispec.model.sampling import Choice, accept
 from vispec.model.seats import Batch, Seat
 from vispec.model.shape import TreeShape
@@ -38,15 +37,6 @@ CAPACITY_AHEAD = 2048
 """New tokens for which a row has slots at first; where an answer needs more, its slots are doubled."""
 BUCKET = 128
 """Lengths are rounded up to a multiple of so many where steps are captured; a graph serves all lengths of a bucket."""
-
-
-class Verified(NamedTuple):
-    """The target's pass over a tree."""
-
-    features: torch.Tensor
-    """(B, N, F) what the draft reads."""
-    logits: torch.Tensor
-    """(B, N, V)."""
 
 
 class Decoder:
@@ -130,12 +120,6 @@ class Decoder:
             policy.learn(shape, step.values())
         drop_ended(seat.rows, answers)
         return step
-
-    def leave(self, batch: Batch, number: int) -> None:
-        """End an answer before its time."""
-        for answer in batch.answers:
-            answer.ended |= answer.row == number
-        drop_ended(batch.seat.rows, batch.answers)
 
     def close(self, batch: Batch) -> None:
         self.failed_captures += batch.seat.steps.take_failures()

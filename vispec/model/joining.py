@@ -151,7 +151,7 @@ class OpenBatch:
 
     def leave(self, number: int) -> None:
         """End an answer before its time."""
-        self._decoder.leave(self._batch, number)
+        self._batch.leave(number)
         self._forget([number])
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from vispec.model.adaptive import NOTES
 from vispec.model.drafts.base import Kept, Memory
 from vispec.model.graphs import Steps
 from vispec.model.policies import Policy
-from vispec.model.rows import Answer, Rows
+from vispec.model.rows import Answer, Rows, drop_ended
 from vispec.model.sampling import Choice
 from vispec.model.target import Target
 
@@ -79,3 +79,9 @@ class Batch:
     """May be replaced between two rounds by one of the same shapes."""
     answers: list[Answer] = field(default_factory=list)
     """In the order of the seat's rows."""
+
+    def leave(self, number: int) -> None:
+        """End an answer before its time."""
+        for answer in self.answers:
+            answer.ended |= answer.row == number
+        drop_ended(self.seat.rows, self.answers)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from vispec.cli import Parser, UserError, count, limit, run_cli
-from vispec.evaluation.flags import add_place_flags, add_tree_flags, asked_place
+from vispec.evaluation.flags import add_tree_flags, asked_place
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
 from vispec.model.shape import AUTO, TUNE
@@ -58,7 +58,8 @@ def _service(args: argparse.Namespace, limits: ServiceLimits) -> Service:
         model = load_model(base, None, **options)
     else:
         tree = None if (tunes := tree == TUNE) else tree
-        model = load_model(base, spec, tree=tree, method=args.method, **options, **place)
+        options |= {"method": args.method, "skip_visual": args.skip_visual, "draft_image_rows": args.draft_image_rows}
+        model = load_model(base, spec, tree=tree, **options, **place)
         if tunes:
             model.tune([build_inputs(processor, [user_turn(QUESTION)], "")])
     name = args.served_model_name or Path(base).name
@@ -85,7 +86,6 @@ def _make_parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add_pair_flags(parser)
-    add_place_flags(parser)
     add("--served-model-name", metavar="NAME", help="what clients call the model (default: the target's name)")
     parser.add_bool("--plain", "decode without the draft, to compare with")
     add("--api-key", metavar="KEY", help=f"what clients have to send (default: {API_KEY}, or none)")
