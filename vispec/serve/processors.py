@@ -1,12 +1,14 @@
 """Logits processors for what OpenAI's requests ask, where transformers has none of the kind."""
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from vispec.cli import one_line
+from vispec.evaluation.text import INCOMPLETE
 from vispec.serve.protocol import ApiError, ChatRequest, ResponseFormat
 
 if TYPE_CHECKING:
@@ -46,13 +48,13 @@ class Grammars:
             ApiError: the package is not there, or does not take the schema.
         """
         try:
-            from lmformatenforcer import JsonSchemaParser, TokenEnforcer
-            from lmformatenforcer.integrations.transformers import build_token_enforcer_tokenizer_data
+            from lmformatenforcer import JsonSchemaParser, TokenEnforcer, TokenEnforcerTokenizerData
         except ImportError:
             reason = "response_format needs lm-format-enforcer on the server (pip install 'vispec[grammar]')"
             raise ApiError(400, reason, "response_format", "unsupported_parameter") from None
         with self._lock:
-            self._data = self._data or build_token_enforcer_tokenizer_data(self._tokenizer)
+            if self._data is None:
+                self._data = TokenEnforcerTokenizerData(*self._vocabulary(), False, len(self._tokenizer))
         schema = wanted.json_schema.schema_ if wanted.json_schema else {"type": "object"}
         try:
             enforcer = TokenEnforcer(self._data, JsonSchemaParser(schema))
@@ -63,6 +65,18 @@ class Grammars:
         return PrefixConstrainedLogitsProcessor(
             lambda row, text: enforcer.get_allowed_tokens(text.tolist()).allowed_tokens, num_beams=1
         )
+
+    def _vocabulary(self) -> tuple[list[tuple[int, str, bool]], Callable[[list[int]], str], int]:
+        """Tokens with their texts behind another one, and whether they begin a word; how to decode; the end token.
+
+        The package's own function for this does not know transformers 5.
+        """
+        tokenizer, found = self._tokenizer, []
+        [*_, before] = tokenizer.encode("0")
+        for token in sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)):
+            text = tokenizer.decode([before, token])[1:]
+            found.append((token, text, len(text) > len(tokenizer.decode([token]))))
+        return found, lambda tokens: tokenizer.decode(tokens).rstrip(INCOMPLETE), tokenizer.eos_token_id
 
 
 def processors_of(request: ChatRequest, prompt: int, grammars: Grammars) -> list[LogitsProcessor]:
