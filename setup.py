@@ -24,16 +24,20 @@ setup(
         "numpy>=1.26",
         "tqdm>=4.66",
         "fschat>=0.2.36",
+        "fastapi>=0.110",
+        "pydantic>=2.6",
+        "uvicorn>=0.29",
     ],
     entry_points={"lmms_eval.models": ["vispec = vispec.evaluation.lmms:manifest"]},
     extras_require={
         "demo": ["matplotlib>=3.8"],
         "lmms": ["lmms-eval>=0.7", "filelock<4"],  # lmms-eval 0.7 reaches into files of filelock that 4 has no more
+        "grammar": ["lm-format-enforcer>=0.10.9"],  # JSON of `vispec.serve`
         "qwen": ["torchvision>=0.21"],  # the processors of Qwen's models, under transformers 5
         "ray": ["ray>=2.10"],
         "train": ["tensorboard>=2.16"],
         "test": ["import-linter>=2.15", "pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8", "ray>=2.10"]
-        + ["av>=12.0"],
+        + ["av>=12.0", "httpx>=0.27", "lm-format-enforcer>=0.10.9", "openai>=1.40"],
         "video": ["av>=12.0"],  # video files, for `vispec.generate --video`
     },
 )

@@ -10,8 +10,8 @@ from test_batches import batch_of, model_of
 from test_rounds import ARMS, STEPS, answers
 from tiny_models import image_prompt, random_target, text_prompt
 
-from vispec.model.decoding import Seat
 from vispec.model.policies import MOST_WAITING
+from vispec.model.seats import Seat
 
 
 @pytest.fixture

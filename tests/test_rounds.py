@@ -18,10 +18,11 @@ from transformers import BitsAndBytesConfig
 from vispec import SpecModel
 from vispec.model import decoding, graphs
 from vispec.model.cache import TreeCache
-from vispec.model.decoding import Decoder, Seat
+from vispec.model.decoding import Decoder
 from vispec.model.drafts import lookup
 from vispec.model.graphs import Steps
 from vispec.model.sampling import Choice
+from vispec.model.seats import Seat
 from vispec.model.target import Target
 
 ARMS = ("specgenerate", "baseline_generate")

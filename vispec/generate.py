@@ -12,12 +12,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vispec import embedded, web
+from vispec import web
 from vispec.cli import Parser, UserError, count, one_line, run_cli, whole
 from vispec.evaluation.comparison import tau, wall_speed
-from vispec.evaluation.flags import add_image_rows, add_place_flags, add_tree_flags, asked_place, asked_tree
+from vispec.evaluation.flags import add_tree_flags, asked_place
 from vispec.evaluation.loading import (
-    Models,
     dtype_name,
     load_model,
     quiet_transformers,
@@ -32,9 +31,9 @@ from vispec.evaluation.measure import (
     stream_question,
     warm_up,
 )
+from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
-from vispec.methods import LOOKUP, MODELS
-from vispec.model.shape import AUTO, TUNE, TreeShape
+from vispec.model.shape import AUTO, TUNE
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
 from vispec.video import read_video
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
-    base, spec, tree, dtype = _pair(args)
+    base, spec, tree, dtype = asked_pair(args)
     place = {f"spec_{name}": value for name, value in asked_place(args).items()}
     turns = [user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))]
     # what is wrong is said before minutes of loading
@@ -84,15 +83,7 @@ def _make_parser() -> Parser:
     add("--video", action="append", default=[], type=Path, metavar="FILE", help="a video: some frames are shown")
     add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
     add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
-    add("--base-model-path", help="the target: a folder or a hub id (default: the embedded one)")
-    add("--spec-model-path", help="its draft head, or a smaller VLM: a folder or a hub id")
-    add_place_flags(parser)
-    add_image_rows(parser)
-    add(
-        "--method",
-        choices=(*MODELS, LOOKUP),
-        help="read from the files; vlm: a whole smaller VLM; lookup drafts from the text",
-    )
+    add_pair_flags(parser)
     add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=0.0, help="when sampling; 0 is off")
@@ -104,22 +95,6 @@ def _make_parser() -> Parser:
     add_tree_flags(parser, AUTO)
     parser.add_hardware(dtype=None)
     return parser
-
-
-def _pair(args: argparse.Namespace) -> tuple[str, str | None, TreeShape | str, str]:
-    """Paths of target and draft head (none for lookup), the tree, and the dtype."""
-    base, spec = args.base_model_path, args.spec_model_path
-    if args.method == LOOKUP:
-        if spec is not None:
-            raise UserError(f"--spec-model-path {spec}: --method lookup has no draft head")
-    elif (base is None) != (spec is None):
-        raise UserError("--base-model-path and --spec-model-path belong together, found only one of them")
-    dtype, shape = args.dtype or "auto", Models.tree
-    if base is None:
-        base, spec = embedded.require_weights()
-        spec = None if args.method == LOOKUP else spec
-        dtype, shape = args.dtype or embedded.DTYPE, TreeShape(**embedded.TREE)
-    return base, spec, asked_tree(args, shape, AUTO), dtype
 
 
 def _read_image(place: str) -> "Image.Image":

@@ -43,22 +43,23 @@ def picture_path(folder: Path, name: str, allow_outside: bool = False) -> Path:
     return folder / name
 
 
-def read_picture(file: str | Path | BinaryIO, on_white: bool = True) -> Image.Image:
+def read_picture(file: str | Path | BinaryIO, on_white: bool = True, most: int | None = None) -> Image.Image:
     """The picture in a file, in RGB, turned as its EXIF says.
 
     Args:
         on_white: what is transparent becomes white; False keeps whatever colour lies below, as `convert("RGB")` does.
+        most: pixels; None: as VISPEC_MAX_PIXELS says.
 
     Raises:
         UnreadableImage: it cannot be read.
         UserError: the limit of its pixels is no number.
     """
-    most = _most_pixels()
+    most, limit = (_most_pixels(), f" ({MOST_PIXELS} sets the limit)") if most is None else (most, "")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings of a size above which we refuse, and of broken notes
             with Image.open(file, formats=_known_formats()) as image:
-                _check_size(image, most)
+                _check_size(image, most, limit)
                 image.load()
                 return in_rgb(_turned(image), on_white)
     except (UnreadableImage, MemoryError):
@@ -108,10 +109,10 @@ def _most_pixels() -> int:
         raise UserError(f"{MOST_PIXELS} must be a whole number, found {given!r}") from None
 
 
-def _check_size(image: Image.Image, most: int) -> None:
+def _check_size(image: Image.Image, most: int, limit: str) -> None:
     width, height = image.size
     if width * height > most:
-        raise UnreadableImage(f"{width} x {height} pixels are more than {most} ({MOST_PIXELS} sets the limit)")
+        raise UnreadableImage(f"{width} x {height} pixels are more than {most}{limit}")
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -2,7 +2,8 @@
 
 All prompts are read, one by one and without padding, into rows of one cache; then, while rows are left, a tree is
 drafted, the target verifies it, a path is accepted and kept, and the rows' tokens go out. Plain decoding is the same
-loop with a tree of one node. A row whose answer has ended leaves: the last row takes its place.
+loop with a tree of one node. A row whose answer has ended leaves: the last row takes its place. A prompt may join
+between any two rounds.
 
 What is on the device is in `Rows`, what the host knows of an answer in `Answer`. A round has one transfer from the
 device. All that the host tells a step is a bound of the lengths; where steps are captured it is rounded up, so that
@@ -13,21 +14,21 @@ vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from vispec.model.adaptive import AdaptiveTree
+from vispec.model.batches import SinglePrompt
 from vispec.model.drafts.base import Draft, Kept
 from vispec.model.gaze import Gaze
 from vispec.model.graphs import CAPTURED_USE
 from vispec.model.policies import Policy
-from vispec.model.rows import Answer, Round, Rows, Stop, drop_ended
+from vispec.model.rows import Answer, Round, Rows, Stop, Verified, drop_ended
 from vispec.model.sampling import Choice, accept
-from vispec.model.seats import Seat
+from vispec.model.seats import Batch, Seat
 from vispec.model.shape import TreeShape
 from vispec.model.target import Target
 from vispec.model.tree import Growth, Tree, grow
@@ -36,18 +37,6 @@ CAPACITY_AHEAD = 2048
 """New tokens for which a row has slots at first; where an answer needs more, its slots are doubled."""
 BUCKET = 128
 """Lengths are rounded up to a multiple of so many where steps are captured; a graph serves all lengths of a bucket."""
-
-Prompts = Sequence[tuple[torch.Tensor, Mapping]]
-"""For each row input_ids (1, L) without padding and the processor's other outputs."""
-
-
-class Verified(NamedTuple):
-    """The target's pass over a tree."""
-
-    features: torch.Tensor
-    """(B, N, F) what the draft reads."""
-    logits: torch.Tensor
-    """(B, N, V)."""
 
 
 class Decoder:
@@ -71,41 +60,71 @@ class Decoder:
         self.failed_captures = 0
 
     def rounds(
-        self, prompts: Prompts, stops: Sequence[Stop], choice: Choice, policy: Policy
+        self, prompts: Sequence[SinglePrompt], stops: Sequence[Stop], choice: Choice, policy: Policy
     ) -> Iterator[dict[int, Round]]:
         """Answer prompts; each item has the rows, counted as in `prompts`, that had not ended yet.
 
         The first item is what the prompts' own passes give, each further one is a round.
         """
-        seat = self._take_seat(prompts, stops, policy)
+        longest = max(
+            ids.shape[1] + min(stop.max_new_tokens, CAPACITY_AHEAD)
+            for (ids, _), stop in zip(prompts, stops, strict=True)
+        )
+        batch = self.open(len(prompts), longest, choice, policy)
         try:
-            answers, step = self._read(seat, prompts, stops, choice)
-            self._follow(seat)
-            yield step
-            while answers:
-                self._make_room(seat, answers, policy)
-                rows, skipped = seat.part(len(answers)), all(answer.looks for answer in answers)
-                shape = None if skipped else policy.shape()
-                with seat.steps.alone:
-                    outcome = self._step(seat, rows, answers, choice, shape, bool(policy.shapes))
-                levels = 0 if shape is None else seat.levels
-                # the only transfer of a round from the device
-                outcomes = outcome.tolist()
-                step = {
-                    answer.row: answer.take(named[: accepted + 1], accepted, levels)
-                    for answer, (accepted, *named) in zip(answers, outcomes, strict=True)
-                }
-                if self._gaze is not None and policy.shapes:
-                    for answer, (*_, looks) in zip(answers, outcomes, strict=True):
-                        answer.looks = bool(looks)
-                if not skipped:
-                    policy.learn(shape, step.values())
-                drop_ended(seat.rows, answers)
-                yield step
+            asked = enumerate(zip(prompts, stops, strict=True))
+            yield {number: self.join(batch, number, prompt, stop) for number, (prompt, stop) in asked}
+            while batch.answers:
+                yield self.round(batch)
         finally:
-            self.failed_captures += seat.steps.take_failures()
-            if self.target.can_capture:
-                self._idle.append(seat)
+            self.close(batch)
+
+    def open(self, rows: int, tokens: int, choice: Choice, policy: Policy) -> Batch:
+        """Room for so many answers at a time, of so many tokens with their prompts; more tokens are made room for."""
+        with torch.inference_mode():
+            return Batch(self._seat(rows, self._rounded(tokens) + self._reach(policy), policy), choice, policy)
+
+    def join(self, batch: Batch, number: int, prompt: SinglePrompt, stop: Stop) -> Round:
+        """Read a prompt; an answer that ends with its first token does not become a row.
+
+        Args:
+            number: what the answer is called from now on.
+        """
+        answer = Answer(number, stop, committed=prompt[0].shape[1] - 1, prompt=None)
+        token = self._read_prompt(batch.seat, len(batch.answers), *prompt, batch.choice, answer)
+        first = answer.take([token], accepted=0, levels=0)
+        if not answer.ended:
+            batch.answers.append(answer)
+        self._follow(batch.seat)
+        return first
+
+    def round(self, batch: Batch) -> dict[int, Round]:
+        """Go on with all answers, by one round or plain step; those that end leave."""
+        seat, answers, choice, policy = batch.seat, batch.answers, batch.choice, batch.policy
+        self._make_room(seat, answers, policy)
+        rows, skipped = seat.part(len(answers)), all(answer.looks for answer in answers)
+        shape = None if skipped else policy.shape()
+        with seat.steps.alone:
+            outcome = self._step(seat, rows, answers, choice, shape, bool(policy.shapes))
+        levels = 0 if shape is None else seat.levels
+        # the only transfer of a round from the device
+        outcomes = outcome.tolist()
+        step = {
+            answer.row: answer.take(named[: accepted + 1], accepted, levels)
+            for answer, (accepted, *named) in zip(answers, outcomes, strict=True)
+        }
+        if self._gaze is not None and policy.shapes:
+            for answer, (*_, looks) in zip(answers, outcomes, strict=True):
+                answer.looks = bool(looks)
+        if not skipped:
+            policy.learn(shape, step.values())
+        drop_ended(seat.rows, answers)
+        return step
+
+    def close(self, batch: Batch) -> None:
+        self.failed_captures += batch.seat.steps.take_failures()
+        if self.target.can_capture:
+            self._idle.append(batch.seat)
 
     @torch.inference_mode()
     def _step(
@@ -230,15 +249,6 @@ class Decoder:
 
     # --- before the first round ---
 
-    @torch.inference_mode()
-    def _take_seat(self, prompts: Prompts, stops: Sequence[Stop], policy: Policy) -> Seat:
-        """A seat with room for the prompts and their answers; a waiting one if it is large enough."""
-        longest = max(
-            ids.shape[1] + min(stop.max_new_tokens, CAPACITY_AHEAD)
-            for (ids, _), stop in zip(prompts, stops, strict=True)
-        )
-        return self._seat(len(prompts), self._rounded(longest) + self._reach(policy), policy)
-
     def _seat(self, rows: int, capacity: int, policy: Policy) -> Seat:
         size = rows, capacity, policy.waiting
         try:
@@ -258,32 +268,18 @@ class Decoder:
                 self.output.expect([rows, rows * shape.top_k])
         nodes = [1, *(shape.total_token for shape in policy.shapes)]
         self.target.expect(rows * n for n in nodes)
-        for store in seat.rows.stores:
-            store.clear()
         return seat
 
     def _new_seat(self, rows: int, capacity: int, waiting: int) -> Seat:
         width = self._width if self._gaze is None else self._gaze.states * self.target.text_config.hidden_size
         return Seat(self.target, rows, capacity, waiting, width, looks=self._gaze is not None)
 
-    def _read(
-        self, seat: Seat, prompts: Prompts, stops: Sequence[Stop], choice: Choice
-    ) -> tuple[list[Answer], dict[int, Round]]:
-        """Read all prompts; answers that end with their first token do not become rows."""
-        answers, step = [], {}
-        for number, ((input_ids, inputs), stop) in enumerate(zip(prompts, stops, strict=True)):
-            place = len(answers)
-            answer = Answer(number, stop, committed=input_ids.shape[1] - 1, prompt=None)
-            token = self._read_prompt(seat, seat.rows.part(place, place + 1), input_ids, inputs, choice, answer)
-            step[number] = answer.take([token], accepted=0, levels=0)
-            if not answer.ended:
-                answers.append(answer)
-        return answers, step
-
     @torch.inference_mode()
-    def _read_prompt(self, seat: Seat, row: Rows, input_ids, inputs, choice: Choice, answer: Answer) -> int:
+    def _read_prompt(self, seat: Seat, place: int, input_ids, inputs, choice: Choice, answer: Answer) -> int:
         """Prefill; returns the first token, with which the last pair of the prompt waits for the draft."""
-        row.cache.restart()  # an answer that ended with its first token may have been there
+        row = seat.rows.part(place, place + 1)
+        for store in row.stores:
+            store.clear()
         answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs, self._watched)
         with seat.steps.alone:
             row.root.copy_(choice.choose(prompt.logits[:, None], [answer])[:, 0])
@@ -300,7 +296,9 @@ class Decoder:
         """Let the draft read the prompts that it has not read."""
         unread = [place for place, answer in enumerate(answers) if answer.prompt is not None]
         for place in unread:
-            answers[place].read = self.draft.read(rows.memory.part(place, place + 1), answers[place].prompt)
+            memory = rows.memory.part(place, place + 1)
+            memory.used = 0  # the other rows' bound is none of this one
+            answers[place].read = self.draft.read(memory, answers[place].prompt)
             answers[place].prompt = None
         if unread:
             self._follow(seat)

@@ -5,6 +5,7 @@ B rows, P pairs that the draft has not read, H hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -129,6 +130,15 @@ class Rows:
     def positions(self, depths: torch.Tensor) -> torch.Tensor:
         """(B, n) target positions of tokens at these depths under the root."""
         return self.cache.lengths[:, None] + depths + self.offset
+
+
+class Verified(NamedTuple):
+    """The target's pass over a tree of N nodes."""
+
+    features: torch.Tensor
+    """(B, N, F) what the draft reads."""
+    logits: torch.Tensor
+    """(B, N, V)."""
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Room for generations, which begin and end; what is allocated and captured stays."""
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from vispec.model.adaptive import NOTES
 from vispec.model.drafts.base import Kept, Memory
 from vispec.model.graphs import Steps
-from vispec.model.rows import Rows
+from vispec.model.policies import Policy
+from vispec.model.rows import Answer, Rows, drop_ended
+from vispec.model.sampling import Choice
 from vispec.model.target import Target
 
 
@@ -64,3 +67,21 @@ class Seat:
         if self.rows.shown is not None:
             self.rows.shown = F.pad(self.rows.shown, (0, self.rows.cache.capacity - self.rows.shown.shape[1]))
         self.steps = self.steps.fresh()
+
+
+@dataclass
+class Batch:
+    """Answers that are decoded together."""
+
+    seat: Seat
+    choice: Choice
+    policy: Policy
+    """May be replaced between two rounds by one of the same shapes."""
+    answers: list[Answer] = field(default_factory=list)
+    """In the order of the seat's rows."""
+
+    def leave(self, number: int) -> None:
+        """End an answer before its time."""
+        for answer in self.answers:
+            answer.ended |= answer.row == number
+        drop_ended(self.seat.rows, self.answers)

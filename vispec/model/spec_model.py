@@ -19,6 +19,7 @@ from vispec.model.drafts.loading import find_any_draft, load_any_draft
 from vispec.model.fitting import check_branches, check_pair, fitted, refuse_draft_options
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
+from vispec.model.joining import OpenBatch
 from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
 from vispec.model.processors import text_options
@@ -195,8 +196,8 @@ class SpecModel:
                 text before each token of an answer, rows of a batch in groups of equal length.
 
         Returns:
-            What generate() returns: (B, L + new) ids, padded behind answers that are shorter than the longest, or
-            with `return_dict_in_generate` a `SpecOutput`.
+            What generate() returns: (B, L + new) ids, padded behind shorter answers, or with
+            `return_dict_in_generate` a `SpecOutput`.
 
         Raises:
             TypeError: an argument is neither an option nor a processor's output that the target takes.
@@ -210,9 +211,8 @@ class SpecModel:
     def generate_with(self) -> Callable:
         """For `target.generate(**inputs, custom_generate=spec_model.generate_with)`, from transformers 4.56 on.
 
-        There `generate` does all but the decoding, and this decodes; `seed` and `speculate` may be given to it too. It
-        does not hand over `streamer` and `tokenizer` in this case (seen in 5.23): a streamer gets the prompt alone, and
-        stop_strings are refused. `SpecModel.generate` has both.
+        There `generate` does all but the decoding; `seed` and `speculate` may be given to it too. It does not hand over
+        `streamer` and `tokenizer` (seen in 5.23), which `SpecModel.generate` has.
         """
         return decoding_method(self.target, self._rounds)
 
@@ -308,10 +308,12 @@ class SpecModel:
         rounds = self._asked(input_ids, inputs, temperature, top_p, top_k, max_new_tokens, max_length, speculate)
         return streamed(rounds)
 
-    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
-        """Measure which draft tree brings the most tokens a second here, log why, and use it from now on.
+    def open_batch(self, rows: int, tokens: int, speculate: bool = True) -> OpenBatch:
+        """Room for so many answers that begin and end at any time, of so many tokens with their prompts."""
+        return OpenBatch(self._decoder, tokens, [self._policy(speculate, 1 + more) for more in range(rows)])
 
-        Takes as long as some dozens of answers; see `vispec.model.tune`.
+    def tune(self, prompts: Sequence[Mapping], max_new_tokens: int = TOKENS) -> Tuning:
+        """Measure by some dozens of answers which tree is the fastest here, log why, and use it from now on.
 
         Args:
             prompts: what the processor returned for each of a few typical prompts, input_ids included.
@@ -339,9 +341,7 @@ class SpecModel:
         return model
 
     def warmup(self, prompt_tokens: int, max_new_tokens: int, rows: int = 1) -> None:
-        """Get ready for answers of this size, in both arms: choose kernels and, on a GPU, capture all steps.
-
-        Without it, or beyond it, that happens when it comes up.
+        """Do now what else comes up in answers of this size, in both arms: choose kernels, capture steps on a GPU.
 
         Args:
             prompt_tokens: of the shortest prompt; up to it plus `max_new_tokens` steps of all lengths are captured.
@@ -386,13 +386,14 @@ class SpecModel:
     def _rounds(
         self, prompts: list[SinglePrompt], stops: list[Stop], choice: Choice, speculate: bool
     ) -> Iterator[dict[int, Round]]:
-        if speculate:
-            self._require_draft()
-            if self.tree == TUNE:
-                self.tune([{"input_ids": ids, **rest} for ids, rest in prompts[:1]])
+        if speculate and self.tree == TUNE:
+            self.tune([{"input_ids": ids, **rest} for ids, rest in prompts[:1]])
         return self._decoder.rounds(prompts, stops, choice, self._policy(speculate, len(prompts)))
 
     def _policy(self, speculate: bool, rows: int) -> Policy:
-        if not speculate or self.tree != AUTO:
-            return Always(self.shape if speculate else None, skipping=speculate and self.skip_visual is not None)
+        if not speculate:
+            return Always(None)
+        self._require_draft()
+        if self.tree != AUTO:
+            return Always(self.shape, skipping=self.skip_visual is not None)
         return (self._auto.get(rows) or self._auto.setdefault(rows, Auto(self.fit))).answer()

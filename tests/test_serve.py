@@ -1,0 +1,306 @@
+"""The server as its clients see it: OpenAI's own client, and plain requests, of a server on a free port."""
+
+import base64
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from vispec import embedded
+from vispec.evaluation.loading import load_model
+from vispec.prompts import build_inputs, load_processor, user_turn
+from vispec.serve.app import make_app
+from vispec.serve.guard import HeaderTimeout, HttpLimits
+from vispec.serve.processors import OpenAIPenalties
+from vispec.serve.service import Service, ServiceLimits
+
+NAME, KEY = "tiny", "secret"
+
+
+class Served:
+    """A server in a thread."""
+
+    def __init__(self, service: Service, limits: HttpLimits):
+        config = uvicorn.Config(make_app(service, limits), port=0, http=HeaderTimeout, log_config=None)
+        self.service, self._server = service, uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(str(embedded.TARGET))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(*embedded.require_weights(), dtype="float32", tree=embedded.TREE_NAME)
+
+
+@pytest.fixture(scope="module")
+def served(model, processor):
+    limits = ServiceLimits(batch=2, tokens=2 * 400, waiting=8)
+    served = Served(Service(model, processor, NAME, limits), HttpLimits(body_bytes=2**20, api_key=KEY))
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+
+
+def questions(n: int) -> list[tuple[Image.Image, str]]:
+    return [(Image.open(file).convert("RGB"), text) for file, text in embedded.questions()[:n]]
+
+
+def data_url(image: Image.Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def message(*items: str | Image.Image) -> dict:
+    parts = [
+        {"type": "text", "text": item}
+        if isinstance(item, str)
+        else {"type": "image_url", "image_url": {"url": data_url(item)}}
+        for item in items
+    ]
+    return {"role": "user", "content": parts}
+
+
+def ask(client, *items, **options):
+    options = {"model": NAME, "max_tokens": 40, "temperature": 0} | options
+    return client.chat.completions.create(messages=[message(*items)], **options)
+
+
+def expected(model, processor, image, text, new: int = 40) -> str:
+    """By transformers' generate()."""
+    inputs = build_inputs(processor, [user_turn(image, text)], "")
+    ids = model.target.model.generate(**inputs, do_sample=False, max_new_tokens=new)
+    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).lstrip()
+
+
+def post(served, **body) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"model": NAME, "messages": [{"role": "user", "content": "What?"}], "max_tokens": 5} | body
+    return httpx.post(f"{served.url}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
+
+
+def test_greedy_answers_together_are_generates(client, model, processor):
+    asked = questions(4)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda one: ask(client, *one), asked))
+    for (image, text), answer in zip(asked, answers, strict=True):
+        assert answer.choices[0].message.content == expected(model, processor, image, text)
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        assert answer.usage.rounds + answer.usage.accepted_draft_tokens + 1 >= answer.usage.completion_tokens
+
+
+def test_a_stream_says_the_same(client):
+    [(image, text)] = questions(1)
+    whole = ask(client, image, text)
+    chunks = list(ask(client, image, text, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(one.choices[0].delta.content or "" for one in chunks if one.choices) == (
+        whole.choices[0].message.content
+    )
+    pieces = [piece for one in chunks if one.choices for piece in getattr(one.choices[0], "pieces", [])]
+    assert "".join(text for text, _ in pieces) == whole.choices[0].message.content
+    assert {drafted for _, drafted in pieces} == {True, False}
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+def test_without_a_draft_the_answer_is_the_same(client):
+    [(image, text)] = questions(1)
+    plain = ask(client, image, text, extra_body={"speculate": False})
+    assert plain.usage.rounds == 0
+    assert plain.choices[0].message.content == ask(client, image, text).choices[0].message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_end_the_text_before_them(client, stream):
+    [(image, text)] = questions(1)
+    whole = ask(client, image, text).choices[0].message.content
+    stop = whole[8:12]
+    found = ask(client, image, text, stop=[stop, "never said"], stream=stream)
+    if stream:
+        found = [one.choices[0] for one in found]
+        said = "".join(one.delta.content or "" for one in found)
+    else:
+        found = [found.choices[0]]
+        said = found[0].message.content
+    assert said == whole[: whole.find(stop)]
+    assert found[-1].finish_reason == "stop"
+
+
+def test_seeds_and_several_answers(client):
+    options = {"temperature": 1.5, "seed": 3, "top_p": 0.95}
+    two = ask(client, "Tell me a story.", n=2, **options)
+    again = ask(client, "Tell me a story.", **options | {"seed": 4})
+    assert [choice.index for choice in two.choices] == [0, 1]
+    assert two.choices[1].message.content == again.choices[0].message.content != two.choices[0].message.content
+
+
+def test_logprobs_are_the_targets(client):
+    answer = ask(client, "What is there?", logprobs=True, top_logprobs=2, max_tokens=6, temperature=1.5, seed=1)
+    entries = answer.choices[0].logprobs.content
+    assert 0 < len(entries) <= 6
+    for entry in entries:
+        assert len(entry.top_logprobs) == 2
+        assert entry.logprob <= entry.top_logprobs[0].logprob <= 0
+    greedy = ask(client, "What is there?", logprobs=True, top_logprobs=1, max_tokens=6)
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in greedy.choices[0].logprobs.content)
+
+
+def test_penalties_are_generates_and_openais(client, model, processor):
+    [(image, text)] = questions(1)
+    inputs = build_inputs(processor, [user_turn(image, text)], "")
+    length = inputs["input_ids"].shape[1]
+    for asked, options in (
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"presence_penalty": 1.5, "frequency_penalty": 2}, {"logits_processor": [OpenAIPenalties(1.5, 2, length)]}),
+    ):
+        ids = model.target.model.generate(**inputs, do_sample=False, max_new_tokens=30, **options)
+        told = processor.tokenizer.decode(ids[0, length:], skip_special_tokens=True).lstrip()
+        assert ask(client, image, text, max_tokens=30, extra_body=asked).choices[0].message.content == told
+
+
+def test_openais_penalties():
+    scores = OpenAIPenalties(0.5, 2, 2)(torch.tensor([[0, 0, 1, 3, 1]]), torch.zeros(1, 5))
+    assert scores.tolist() == [[0, -4.5, 0, -2.5, 0]]
+
+
+def test_json_follows_its_schema(client):
+    names = {"open": {"type": "boolean"}}
+    schema = {"type": "object", "properties": names, "required": ["open"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "state", "schema": schema}}
+    [choice] = ask(client, "Is it open?", response_format=wanted, max_tokens=80).choices
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.message.content) in ({"open": True}, {"open": False})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"temprature": 1}, 400, "temprature"),
+        ({"temperature": 3}, 400, "temperature"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 4000}, 400, "messages"),
+        ({"model": "another"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "messages"),
+        ({"messages": [{"role": "tool", "content": "Hi"}]}, 400, "messages.0.role"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"stop": ["a", ""]}, 400, "stop"),
+        ({"messages": [{"role": "user", "content": "<image> what?"}]}, 400, "messages"),
+        ({"\ud800": 1}, 400, None),
+    ],
+)
+def test_what_is_refused_is_named(served, body, status, param):
+    answer = post(served, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param)
+    assert "\n" not in error["message"]
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("data:image/png;base64,aGVsbG8=", "no picture"),
+        ("data:image/png;base64,%%%", "base64"),
+        ("file:///etc/passwd", "expected data:"),
+        ("/etc/passwd", "expected data:"),
+        ("http://127.0.0.1/x.png", "are not fetched"),
+        (data_url(Image.new("RGB", (5000, 4000))), "pixels are more than"),
+    ],
+)
+def test_broken_pictures_are_refused_in_one_line(served, url, reason):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    answer = post(served, messages=[{"role": "user", "content": content}])
+    assert answer.status_code == 400
+    assert reason in answer.json()["error"]["message"]
+
+
+def test_keys_sizes_and_addresses(served):
+    url = f"{served.url}/v1/chat/completions"
+    assert httpx.post(url, json={}).status_code == 401
+    assert post(served, messages=[{"role": "user", "content": "a" * 2**20}]).status_code == 413
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(url, content=b"{", headers=key).status_code == 400
+    assert httpx.get(f"{served.url}/v1/none", headers=key).json()["error"]["message"].startswith("GET /v1/none")
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{served.url}/v1/models", headers=key).json()["data"][0]["id"] == NAME
+
+
+def test_who_hangs_up_frees_a_row(served, client):
+    stream = ask(client, "Tell me a story.", max_tokens=300, stream=True, temperature=2, seed=1)
+    next(iter(stream))
+    stream.close()
+    with httpx.Client(timeout=0.3) as http:
+        body = {"model": NAME, "messages": [message("Tell me.")], "max_tokens": 300, "temperature": 2}
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(f"{served.url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    deadline = time.monotonic() + 5
+    while served.service.engine._rows and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not served.service.engine._rows
+
+
+def test_a_full_queue_and_a_deadline(model, processor):
+    limits = ServiceLimits(batch=1, tokens=400, waiting=1, seconds=0.5)
+    served = Served(Service(model, processor, NAME, limits), HttpLimits(api_key=KEY))
+    try:
+        body = {"max_tokens": 350, "temperature": 2.0, "seed": 1, "stop": ["\0"]}
+        with ThreadPoolExecutor(5) as pool:
+            answers = list(pool.map(lambda _: post(served, **body), range(5)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and all(answer.headers["retry-after"] for answer in refused)
+        assert {answer.status_code for answer in answers} <= {200, 429, 504}
+    finally:
+        served.close()
+    assert not served.service.engine.alive
+
+
+def test_metrics(served, client):
+    ask(client, "What?", max_tokens=8)
+    text = httpx.get(f"{served.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['vispec_requests_total{status="200"}']) >= 1
+    assert 0 < float(values["vispec_tau"]) and 0 < float(values["vispec_accepted_share"]) < 1
+    assert values["vispec_first_token_seconds_count"] == values['vispec_first_token_seconds_bucket{le="+Inf"}']
+
+
+def test_the_command_serves_the_embedded_pair_until_it_is_told_to_end():
+    command = [sys.executable, "-m", "vispec.serve", "--port", "0", "--max-batch", "1", "--tree", embedded.TREE_NAME]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        running = next(line for line in process.stderr if "running on" in line)
+        url = running.split("running on ")[1].split()[0]
+        body = {"model": "target", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 3}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] <= 3
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode in (0, -signal.SIGTERM)

@@ -1,0 +1,134 @@
+"""Parts of the server that need no model: held text, and pictures of the web."""
+
+import http.server
+import socket
+import threading
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from vispec.serve import pictures
+from vispec.serve.pictures import PictureLimits, picture_of, public_address
+from vispec.serve.protocol import ApiError, parse_request
+from vispec.serve.text import StoppedText
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids, **options) -> str:
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("abcabd", ["abd"]),
+        ("aab", ["ab"]),
+        ("abc", []),
+        ("xyz", ["q"]),
+    ],
+)
+def test_text_is_held_back_while_a_stop_string_may_form(text, stops):
+    stopped = StoppedText(Letters(), stops)
+    found = []
+    for letter in text:
+        found.append("".join(piece for piece, _ in stopped.push(ord(letter), False)))
+        if stopped.stopped:
+            break
+    said = "".join(found) + "".join(piece for piece, _ in stopped.finish())
+    ends = [text.find(stop) for stop in stops if stop in text]
+    assert said == text[: min(ends, default=len(text))]
+    for place in range(len(found)):  # nothing is told of what turned out to be a stop string
+        assert said.startswith("".join(found[: place + 1]))
+
+
+def test_what_was_held_for_nothing_is_told_at_the_end():
+    stopped = StoppedText(Letters(), ["abc"])
+    assert [piece for letter in "xab" for piece in stopped.push(ord(letter), True)] == [("x", True)]
+    assert stopped.finish() == [("a", True), ("b", True)]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/picture":
+            file = BytesIO()
+            Image.new("RGB", (4, 5)).save(file, "PNG")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(file.getvalue())
+            return
+        self.send_response(302)
+        self.send_header(
+            "Location", {"/near": "/picture", "/far": "http://other.test/picture"}.get(self.path, self.path)
+        )
+        self.end_headers()
+
+    def log_message(self, *args):
+        """Nothing."""
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """The URL of a server whose host counts as a public one."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(pictures, "public_address", lambda host, port: "127.0.0.1")
+    yield f"http://pictures.test:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+LIMITS = PictureLimits(pixels=100, images=1, hosts=frozenset({"pictures.test"}))
+
+
+@pytest.mark.parametrize("path", ["/picture", "/near"])
+def test_pictures_of_hosts_that_are_allowed(web, path):
+    assert picture_of(web + path, LIMITS, "x").size == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/far", "other.test are not fetched"), ("/loop", "more than 3 redirects")]
+)
+def test_redirects_are_held_to_the_same_rules(web, path, reason):
+    with pytest.raises(ApiError, match=reason):
+        picture_of(web + path, LIMITS, "x")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "10.1.2.3",
+        "169.254.169.254",
+        "::1",
+        "::ffff:127.0.0.1",
+        "fd00::1",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+    ],
+)
+def test_addresses_that_are_not_public(monkeypatch, address):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    found = [(family, socket.SOCK_STREAM, 0, "", (known, 80)) for known in ("93.184.216.34", address)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    with pytest.raises(OSError, match="not public"):
+        public_address("pictures.test", 80)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ({"type": "text", "txt": "a"}, "messages.0.content.0.text"),
+        ({"type": "image_url", "image_url": {"uri": "a"}}, "messages.0.content.0.image_url.url"),
+        ({"type": "input_audio"}, "messages.0.content.0"),
+    ],
+)
+def test_the_part_that_is_wrong_is_named(part, name):
+    with pytest.raises(ApiError) as refused:
+        parse_request({"model": "m", "messages": [{"role": "user", "content": [part]}]})
+    assert refused.value.param == name

@@ -1,0 +1,106 @@
+"""Serve a target with its draft as OpenAI's API: `python -m vispec.serve --base-model-path … --spec-model-path …`."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from vispec.cli import Parser, UserError, count, limit, run_cli
+from vispec.evaluation.flags import add_tree_flags, asked_place
+from vispec.evaluation.loading import load_model, quiet_transformers
+from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
+from vispec.model.shape import AUTO, TUNE
+from vispec.prompts import build_inputs, load_processor, user_turn
+from vispec.serve.guard import HeaderTimeout, HttpLimits
+from vispec.serve.pictures import PictureLimits
+from vispec.serve.service import Service, ServiceLimits
+
+API_KEY = "VISPEC_API_KEY"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _make_parser().parse_args(argv)
+    limits, http_limits = _limits(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(_service(args, limits), http_limits, args.host, args.port)
+    return 0
+
+
+def serve(service: Service, limits: HttpLimits, host: str, port: int) -> None:
+    """Answer requests until the process is told to end; then those that are being answered have some seconds."""
+    import uvicorn
+
+    from vispec.serve.app import make_app
+
+    uvicorn.run(
+        make_app(service, limits),
+        host=host,
+        port=port,
+        http=HeaderTimeout,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+
+
+GRACE = 30
+"""Seconds."""
+
+
+def _service(args: argparse.Namespace, limits: ServiceLimits) -> Service:
+    base, spec, tree, dtype = asked_pair(args)
+    quiet_transformers()
+    processor = load_processor(base)
+    place = {f"spec_{name}": value for name, value in asked_place(args).items()}
+    options = {"dtype": dtype, "device_map": args.device_map}
+    if args.plain:
+        model = load_model(base, None, **options)
+    else:
+        tree = None if (tunes := tree == TUNE) else tree
+        options |= {"method": args.method, "skip_visual": args.skip_visual, "draft_image_rows": args.draft_image_rows}
+        model = load_model(base, spec, tree=tree, **options, **place)
+        if tunes:
+            model.tune([build_inputs(processor, [user_turn(QUESTION)], "")])
+    name = args.served_model_name or Path(base).name
+    return Service(model, processor, name, limits)
+
+
+QUESTION = "Describe a street on a rainy day."
+"""What --tree tune is measured on."""
+
+
+def _limits(args: argparse.Namespace) -> tuple[ServiceLimits, HttpLimits]:
+    total = args.max_tokens_total or 4096 * args.max_batch
+    if total < 2 * args.max_batch:
+        raise UserError(f"--max-tokens-total {total}: --max-batch {args.max_batch} needs two tokens for each row")
+    pictures = PictureLimits(args.max_pixels, args.max_images, frozenset(host.lower() for host in args.allow_url))
+    service = ServiceLimits(args.max_batch, total, args.max_queue, args.timeout, pictures)
+    key = args.api_key or os.environ.get(API_KEY) or None
+    return service, HttpLimits(body_bytes=args.max_body_mb * 2**20, api_key=key)
+
+
+def _make_parser() -> Parser:
+    parser = Parser(prog="python -m vispec.serve", description="Serve a target with its draft as OpenAI's API.")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add_pair_flags(parser)
+    add("--served-model-name", metavar="NAME", help="what clients call the model (default: the target's name)")
+    parser.add_bool("--plain", "decode without the draft, to compare with")
+    add("--api-key", metavar="KEY", help=f"what clients have to send (default: {API_KEY}, or none)")
+    add("--allow-url", nargs="+", default=[], metavar="HOST", help="from which images are fetched (default: none)")
+    add("--max-batch", type=count, default=8, help="answers that are made together (default: %(default)s)")
+    add("--max-tokens-total", type=count, help="tokens of all of them, prompts too (default: 4096 for each)")
+    add("--max-queue", type=count, default=64, help="answers that may wait (default: %(default)s)")
+    add("--timeout", type=limit, default=600.0, help="seconds for an answer (default: %(default)g)")
+    add("--max-images", type=count, default=16, help="of a request (default: %(default)s)")
+    add("--max-pixels", type=count, default=16_000_000, help="of an image (default: %(default)s)")
+    add("--max-body-mb", type=count, default=32, help="MiB of a request (default: %(default)s)")
+    add_tree_flags(parser, AUTO)
+    parser.add_hardware(dtype=None)
+    return parser
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,142 @@
+"""Answers as OpenAI's clients read them, whole and in chunks."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vispec.serve.engine import Ask, Told
+from vispec.serve.protocol import ChatRequest
+
+if TYPE_CHECKING:
+    import torch
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(content: dict) -> str:
+    """One of server-sent events."""
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def usage(asks: Sequence[Ask]) -> dict:
+    """Of all answers to a request; `accepted_draft_tokens` and `rounds` are ours."""
+    prompt, new = asks[0].joining.length, sum(ask.tokens for ask in asks)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "accepted_draft_tokens": sum(ask.accepted for ask in asks),
+        "rounds": sum(ask.rounds for ask in asks),
+    }
+
+
+class TokenLogprobs:
+    """Log-probabilities of tokens by the target's own distribution.
+
+    Args:
+        tops: how many of the likeliest tokens are named beside each one.
+        left_out: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer, tops: int, left_out: frozenset[int]):
+        self._tokenizer, self._tops, self._left_out = tokenizer, tops, left_out
+
+    def of(self, tokens: Sequence[int], logits: "Sequence[torch.Tensor]") -> list[dict]:
+        found = []
+        for token, own in zip(tokens, logits, strict=True):
+            if token in self._left_out:
+                continue
+            logprobs = own.log_softmax(-1)
+            best = logprobs.topk(self._tops)
+            tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            top_logprobs = [self._entry(*top) for top in tops]
+            found.append({**self._entry(token, float(logprobs[token])), "top_logprobs": top_logprobs})
+        return found
+
+    def _entry(self, token: int, logprob: float) -> dict:
+        text = self._tokenizer.decode([token])
+        # JSON has no infinity
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+@dataclass
+class _Choice:
+    text: str = ""
+    logprobs: list[dict] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Answers:
+    """All answers to a request.
+
+    Args:
+        logprobs: None where they were not asked for.
+    """
+
+    def __init__(self, request: ChatRequest, asks: Sequence[Ask], logprobs: TokenLogprobs | None):
+        self._asks, self._logprobs, self._model = asks, logprobs, request.model
+        self._created, self._id = int(time.time()), f"chatcmpl-{uuid.uuid4().hex}"
+        self._choices = [_Choice() for _ in asks]
+        options = request.stream_options
+        self._tells_usage = options is not None and options.include_usage
+
+    @property
+    def done(self) -> bool:
+        return all(choice.finish for choice in self._choices)
+
+    def add(self, number: int, told: Told) -> tuple[str, list[dict] | None]:
+        """What an answer has grown by: its text, and the logprobs of its tokens."""
+        choice, text = self._choices[number], "".join(text for text, _ in told.pieces)
+        entries = None if self._logprobs is None else self._logprobs.of(told.tokens, told.logits)
+        choice.text += text
+        choice.logprobs += entries or []
+        choice.finish = told.finish
+        return text, entries
+
+    def whole(self) -> dict:
+        """A chat.completion."""
+        return {
+            **self._head("chat.completion"),
+            "choices": [
+                {
+                    "index": number,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": None if self._logprobs is None else {"content": choice.logprobs, "refusal": None},
+                    "finish_reason": choice.finish,
+                }
+                for number, choice in enumerate(self._choices)
+            ],
+            "usage": usage(self._asks),
+        }
+
+    def first_chunks(self) -> str:
+        """Events that say whose answers they are."""
+        role = {"role": "assistant", "content": "", "refusal": None}
+        return "".join(self._chunk(number, role) for number in range(len(self._asks)))
+
+    def chunks(self, number: int, told: Told) -> str:
+        """Events of what an answer has grown by."""
+        text, entries = self.add(number, told)
+        events = ""
+        if text or entries:
+            logprobs = None if entries is None else {"content": entries, "refusal": None}
+            events += self._chunk(number, {"content": text}, logprobs, pieces=told.pieces)
+        if told.finish:
+            events += self._chunk(number, {}, finish=told.finish)
+        return events
+
+    def last_chunks(self) -> str:
+        counted = {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(self._asks)}
+        return (event(counted) if self._tells_usage else "") + DONE
+
+    def _chunk(self, number: int, delta: dict, logprobs: dict | None = None, finish: str | None = None, **ours) -> str:
+        """`ours`: pieces, the text as [text, whether the draft had it right]."""
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish, **ours}
+        content = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        return event(content | {"usage": None} if self._tells_usage else content)
+
+    def _head(self, kind: str) -> dict:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

@@ -1,0 +1,112 @@
+"""What stands between HTTP and the engine: from a request to answers that are being made."""
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vispec.cli import one_line
+from vispec.prompts import build_inputs
+from vispec.serve.conversation import conversation
+from vispec.serve.engine import Ask, Engine, Told
+from vispec.serve.metrics import Metrics
+from vispec.serve.pictures import PictureLimits
+from vispec.serve.processors import Grammars, processors_of
+from vispec.serve.protocol import ApiError, ChatRequest
+from vispec.serve.text import StoppedText
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from vispec.model.spec_model import SpecModel
+
+PLAIN_ROWS = 1
+"""Of the batch without a draft, where there is one with a draft: it is there to be compared with."""
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """What is taken at a time."""
+
+    batch: int = 8
+    """Answers that are made together."""
+    tokens: int = 8 * 4096
+    """Of all rows of the batch together, prompts included."""
+    waiting: int = 64
+    """Answers in the queue."""
+    seconds: float = 600.0
+    """For an answer, from the request on."""
+    pictures: PictureLimits = PictureLimits(pixels=16_000_000, images=16)
+
+
+class Service:
+    """A model that answers requests.
+
+    Args:
+        name: by which clients call it.
+    """
+
+    def __init__(self, model: "SpecModel", processor: "ProcessorMixin", name: str, limits: ServiceLimits):
+        self.name, self.limits, self.created = name, limits, int(time.time())
+        self._processor, self._reading = processor, threading.Lock()
+        # tokenizers are not made for several threads: what decodes has a copy of its own
+        self.tokenizer = copy.deepcopy(processor.tokenizer)
+        self._grammars = Grammars(copy.deepcopy(processor.tokenizer))
+        each = limits.tokens // limits.batch
+        drafts = model.draft is not None
+        self._batches = {drafts: model.open_batch(limits.batch, each, drafts)}
+        if drafts:
+            self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
+        self.metrics = Metrics()
+        self.engine = Engine(self._batches, limits.waiting, self.metrics)
+
+    def prepare(self, request: ChatRequest, tell: Callable[[int, Told], None]) -> list[Ask]:
+        """Read the request's pictures and build its prompt; takes its time, and may run in several threads.
+
+        Args:
+            tell: called in the engine's thread with the number of an answer and what has been added to it.
+
+        Raises:
+            ApiError: the request cannot be answered.
+        """
+        if request.model != self.name:
+            raise ApiError(
+                404, f"the model {request.model!r} is not here, found {self.name!r}", "model", "model_not_found"
+            )
+        answers = request.n or 1
+        if answers > self.limits.waiting:
+            raise ApiError(400, f"n: {answers} answers are more than the queue's {self.limits.waiting}", "n")
+        asked_at = time.monotonic()
+        turns, system = conversation(request.messages, self.limits.pictures)
+        try:
+            with self._reading:
+                inputs = build_inputs(self._processor, turns, system)
+            return [self._ask(request, inputs, number, asked_at, tell) for number in range(answers)]
+        except ValueError as error:
+            raise self._refused(error) from None
+
+    def _ask(self, request: ChatRequest, inputs, number: int, asked_at: float, tell: Callable) -> Ask:
+        from vispec.model.sampling import Sampling
+
+        speculate = request.speculate and True in self._batches
+        keeps = bool(request.logprobs)
+        temperature = 1.0 if request.temperature is None else request.temperature
+        joining = self._batches[speculate].prepare(
+            **inputs,
+            max_new_tokens=request.max_completion_tokens or request.max_tokens,
+            sampling=Sampling(temperature, request.top_p or 0.0, request.top_k or 0),
+            seed=None if request.seed is None else request.seed + number,
+            processors=processors_of(request, inputs["input_ids"].shape[1], self._grammars),
+            keeps_logits=keeps,
+        )
+        text = StoppedText(self.tokenizer, request.stops)
+        deadline = asked_at + self.limits.seconds
+        return Ask(joining, text, lambda told: tell(number, told), deadline, speculate, keeps, asked_at)
+
+    def _refused(self, error: ValueError) -> ApiError:
+        from vispec.model.joining import TooLong
+
+        code = "context_length_exceeded" if isinstance(error, TooLong) else "invalid_value"
+        return ApiError(400, one_line(error), "messages", code)
