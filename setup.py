@@ -13,7 +13,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vispec", "vispec.*"]),
-    package_data={"vispec": ["py.typed"], "vispec.train": ["*.json"], "vispec.demo": ["weights/**/*", "*.sh"]},
+    package_data={
+        "vispec": ["py.typed"],
+        "vispec.train": ["*.json"],
+        "vispec.demo": ["weights/**/*", "*.sh"],
+        "vispec.serve": ["page.html"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=4.51.3,<6",

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from vispec.serve.answers import Answers, TokenLogprobs, event
 from vispec.serve.engine import Ask, QueueFull, Stopping, Told
 from vispec.serve.guard import Guard, HttpLimits, json_response
+from vispec.serve.page import page
 from vispec.serve.protocol import ApiError, ChatRequest, parse_request
 from vispec.serve.service import Service
 
@@ -59,6 +60,8 @@ def make_app(service: Service, limits: HttpLimits) -> Guard:
         if name != service.name:
             raise ApiError(404, f"the model {name!r} is not here, found {service.name!r}", "model", "model_not_found")
         return json_response(_model(service))
+
+    app.add_api_route("/", page)
 
     @app.get("/health")
     async def health() -> Response:
