@@ -14,7 +14,8 @@ from pathlib import Path
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--headless=new", "--disable-gpu", "--no-first-run", "--disable-extensions", "--disable-background-networking",
-    "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe",
+    "--disable-component-update", "--hide-scrollbars",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe",
 ]  # fmt: skip
 LONGEST = 60.0
 """Seconds for which anything is waited for."""
@@ -28,19 +29,16 @@ class Browser:
 
     def __init__(self):
         self._profile = tempfile.mkdtemp(prefix="vispec-chromium-")
-        to_child, self._out = os.pipe()
-        self._in, from_child = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4
-        command = ["sh", "-c", f'exec "$@" 3<&{to_child} 4>&{from_child}', "sh", CHROMIUM, *FLAGS]
+        command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 0</dev/null 1>/dev/null', "sh", CHROMIUM, *FLAGS]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={self._profile}", "about:blank"],
-            pass_fds=(to_child, from_child),
-            stdout=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        os.close(to_child), os.close(from_child)
         self._rest, self._numbers, self._session, self.errors = b"", count(1), None, []
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(one["targetId"] for one in targets if one["type"] == "page")
@@ -52,16 +50,17 @@ class Browser:
         return self
 
     def __exit__(self, *exception) -> None:
-        os.close(self._out), os.close(self._in)
         os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.communicate()
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def call(self, method: str, **params) -> dict:
         """A command of the protocol, and its result."""
         number = next(self._numbers)
         session = {} if self._session is None else {"sessionId": self._session}
-        os.write(self._out, json.dumps({"id": number, "method": method, "params": params, **session}).encode() + b"\0")
+        command = json.dumps({"id": number, "method": method, "params": params, **session})
+        self._process.stdin.write(command.encode() + b"\0")
+        self._process.stdin.flush()
         while (message := self._read()).get("id") != number:
             if message.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(message["params"]["exceptionDetails"])
@@ -73,7 +72,7 @@ class Browser:
 
     def _read(self) -> dict:
         while b"\0" not in self._rest:
-            part = os.read(self._in, 2**16)
+            part = self._process.stdout.read1()
             if not part:
                 raise RuntimeError("Chromium has ended")
             self._rest += part

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -14,35 +13,15 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from PIL import Image
+from served import KEY, NAME, Served, expected, questions
 
 from vispec import embedded
 from vispec.evaluation.loading import load_model
 from vispec.prompts import build_inputs, load_processor, user_turn
-from vispec.serve.app import make_app
-from vispec.serve.guard import HeaderTimeout, HttpLimits
+from vispec.serve.guard import HttpLimits
 from vispec.serve.processors import OpenAIPenalties
 from vispec.serve.service import Service, ServiceLimits
-
-NAME, KEY = "tiny", "secret"
-
-
-class Served:
-    """A server in a thread."""
-
-    def __init__(self, service: Service, limits: HttpLimits):
-        config = uvicorn.Config(make_app(service, limits), port=0, http=HeaderTimeout, log_config=None)
-        self.service, self._server = service, uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +47,6 @@ def client(served):
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
 
 
-def questions(n: int) -> list[tuple[Image.Image, str]]:
-    return [(Image.open(file).convert("RGB"), text) for file, text in embedded.questions()[:n]]
-
-
 def data_url(image: Image.Image) -> str:
     file = BytesIO()
     image.save(file, "PNG")
@@ -93,13 +68,6 @@ def ask(client, *items, **options):
     return client.chat.completions.create(messages=[message(*items)], **options)
 
 
-def expected(model, processor, image, text, new: int = 40) -> str:
-    """By transformers' generate()."""
-    inputs = build_inputs(processor, [user_turn(image, text)], "")
-    ids = model.target.model.generate(**inputs, do_sample=False, max_new_tokens=new)
-    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).lstrip()
-
-
 def post(served, **body) -> httpx.Response:
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"model": NAME, "messages": [{"role": "user", "content": "What?"}], "max_tokens": 5} | body
@@ -111,7 +79,7 @@ def test_greedy_answers_together_are_generates(client, model, processor):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda one: ask(client, *one), asked))
     for (image, text), answer in zip(asked, answers, strict=True):
-        assert answer.choices[0].message.content == expected(model, processor, image, text)
+        assert answer.choices[0].message.content == expected(model, processor, user_turn(image, text))
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         assert answer.usage.rounds + answer.usage.accepted_draft_tokens + 1 >= answer.usage.completion_tokens
 
