@@ -178,4 +178,6 @@ def _cancel(service: Service, asks: list[Ask]) -> None:
 
 
 def _model(service: Service) -> dict:
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "vispec"}
+    """`drafts` is ours: whether there is a draft to compare plain decoding with."""
+    ours = {"drafts": service.drafts}
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "vispec"} | ours

@@ -55,9 +55,9 @@ class Service:
         self.tokenizer = copy.deepcopy(processor.tokenizer)
         self._grammars = Grammars(copy.deepcopy(processor.tokenizer))
         each = limits.tokens // limits.batch
-        drafts = model.draft is not None
-        self._batches = {drafts: model.open_batch(limits.batch, each, drafts)}
-        if drafts:
+        self.drafts = model.draft is not None
+        self._batches = {self.drafts: model.open_batch(limits.batch, each, self.drafts)}
+        if self.drafts:
             self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
         self.metrics = Metrics()
         self.engine = Engine(self._batches, limits.waiting, self.metrics)
@@ -90,7 +90,7 @@ class Service:
     def _ask(self, request: ChatRequest, inputs, number: int, asked_at: float, tell: Callable) -> Ask:
         from vispec.model.sampling import Sampling
 
-        speculate = request.speculate and True in self._batches
+        speculate = request.speculate and self.drafts
         keeps = bool(request.logprobs)
         temperature = 1.0 if request.temperature is None else request.temperature
         joining = self._batches[speculate].prepare(
