@@ -12,7 +12,7 @@ from vispec.evaluation.comparison import DRAWS, MEASURES, PERCENTILES, SEED, TAU
 from vispec.evaluation.measure import is_greedy
 from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES, METHOD_TITLES, published
 from vispec.evaluation.results import Cell, Results, Row, Table
-from vispec.methods import method_of
+from vispec.methods import GENERATE, method_of
 from vispec.model.shape import AUTO
 
 HOLE = "—"
@@ -155,7 +155,7 @@ def _behind(table: Table) -> list[list[str]]:
         lines += _left_out(table, row.method)
         lines.append(["", "decode-only", *map(_number, [*decode, average.value])])
         lines.append(["", "round in steps", *map(_number, rounds), ""])
-        lines += _plain_steps(cells)
+        lines += [] if row.method == GENERATE else _plain_steps(cells)
         if is_greedy(table.temperature):
             identical = [cell.comparison.identical_questions if cell else None for cell in cells]
             lines.append(["", "identical", *map(_share, identical, map(_questions, cells)), ""])

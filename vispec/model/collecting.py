@@ -1,4 +1,4 @@
-"""From rounds to what `specgenerate`, `baseline_generate` and `stream` return."""
+"""From rounds to what `generate`, `specgenerate`, `baseline_generate` and `stream` return."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -72,3 +72,47 @@ def _padded(answers: list[list[int]], target: Target) -> torch.Tensor:
         padding = (target.eos_token_ids or [0])[0]
     longest = max(map(len, answers))
     return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])
+
+
+class Columns:
+    """The answers of all rows, token by token: what generate() would have after each of its steps.
+
+    Args:
+        ends: its `longest` says where all rows end together; None: each where it does.
+        padding: token behind an answer.
+        streamer: is given each column once it is there; None: nobody is.
+    """
+
+    def __init__(self, rows: int, ends, padding: int, streamer):
+        self.answers: list[list[int]] = [[] for _ in range(rows)]
+        self._going = set(range(rows))
+        self._ends, self._padding, self._streamer = ends, padding, streamer
+        self._shown = 0
+
+    def add(self, step: dict[int, Round]) -> None:
+        for row, one in step.items():
+            self.answers[row] += one.tokens
+            if one.ended:
+                self._going.discard(row)
+        if self._streamer is None:
+            return
+        lengths = [len(self.answers[row]) for row in self._going]
+        ready = min([self._longest(), *lengths])
+        for place in range(self._shown, ready):
+            self._streamer.put(torch.tensor(self._column(place)))
+        self._shown = max(self._shown, ready)
+
+    def tensor(self) -> torch.Tensor:
+        """(B, new)."""
+        columns = [self._column(place) for place in range(self._longest())]
+        return torch.tensor(columns).T
+
+    def lengths(self) -> list[int]:
+        return [min(len(tokens), self._longest()) for tokens in self.answers]
+
+    def _longest(self) -> int:
+        together = self._ends.longest
+        return max(map(len, self.answers)) if together is None else together
+
+    def _column(self, place: int) -> list[int]:
+        return [tokens[place] if place < len(tokens) else self._padding for tokens in self.answers]

@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vispec.model.arguments import number, of_kind, whole
 from vispec.model.batches import SinglePrompt, new_token_limits, single_prompts
-from vispec.model.collecting import StreamedTokens, streamed
+from vispec.model.collecting import Columns, StreamedTokens, streamed
 from vispec.model.inputs import PER_TOKEN, forward_parameters, prompt_inputs
 from vispec.model.processors import TextChoice, looks_at_text, refuse_processors
 from vispec.model.rows import Round, Stop
@@ -321,7 +321,8 @@ def _answered(
 ) -> torch.Tensor | SpecOutput:
     """Run the rounds of a request; returns what generate() returns."""
     rows = range(len(request.stops))
-    columns = _Columns(request, streamer)
+    padding = request.config._pad_token_tensor
+    columns = Columns(len(rows), request.ends, 0 if padding is None else int(padding), streamer)
     columns.add(next(rounds))
     start, number = now(device), 0
     lengths: list[list[int]] = [[] for _ in rows]
@@ -334,7 +335,7 @@ def _answered(
     seconds = now(device) - start
     if streamer is not None:
         streamer.end()
-    sequences = torch.cat([request.input_ids, columns.tensor()], dim=1)
+    sequences = torch.cat([request.input_ids, columns.tensor().to(request.input_ids)], dim=1)
     if not request.config.return_dict_in_generate:
         return sequences
     logits = scores = None
@@ -352,47 +353,6 @@ def _answered(
         seconds=seconds,
         new_tokens=columns.lengths(),
     )
-
-
-class _Columns:
-    """The answers of all rows, token by token: what generate() would have after each of its steps."""
-
-    def __init__(self, request: Request, streamer):
-        self.answers: list[list[int]] = [[] for _ in request.stops]
-        self._going = set(range(len(request.stops)))
-        self._ends, self._streamer = request.ends, streamer
-        padding = request.config._pad_token_tensor
-        self._padding = 0 if padding is None else int(padding)
-        self._like = request.input_ids
-        self._shown = 0
-
-    def add(self, step: dict[int, Round]) -> None:
-        for row, one in step.items():
-            self.answers[row] += one.tokens
-            if one.ended:
-                self._going.discard(row)
-        if self._streamer is None:
-            return
-        lengths = [len(self.answers[row]) for row in self._going]
-        ready = min([self._longest(), *lengths])
-        for place in range(self._shown, ready):
-            self._streamer.put(torch.tensor(self._column(place)))
-        self._shown = max(self._shown, ready)
-
-    def tensor(self) -> torch.Tensor:
-        """(B, new)."""
-        columns = [self._column(place) for place in range(self._longest())]
-        return torch.tensor(columns).T.to(self._like)
-
-    def lengths(self) -> list[int]:
-        return [min(len(tokens), self._longest()) for tokens in self.answers]
-
-    def _longest(self) -> int:
-        together = self._ends.longest
-        return max(map(len, self.answers)) if together is None else together
-
-    def _column(self, place: int) -> list[int]:
-        return [tokens[place] if place < len(tokens) else self._padding for tokens in self.answers]
 
 
 def _stacked(kept: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]], place: int, which: int) -> torch.Tensor:
