@@ -38,16 +38,8 @@ def coco(tmp_path_factory) -> Path:
 
 
 def run_baseline(coco: Path, out: Path, *more: str) -> Path:
-    flags = [
-        "--base-model-path",
-        TARGET,
-        "--data-folder",
-        str(coco),
-        "--answer-dir",
-        str(out),
-        "--model-id",
-        "tiny-plain",
-    ]
+    flags = ["--base-model-path", TARGET, "--data-folder", str(coco), "--answer-dir", str(out)]
+    flags += ["--model-id", "tiny-plain"]
     baseline_command.main([*flags, "--temperature", "0", "--max-new-token", "12", *more])
     return out / "coco_caption" / "tiny-plain-temperature-0.0.jsonl"
 
