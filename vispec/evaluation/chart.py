@@ -8,13 +8,18 @@ from vispec.evaluation.published import AVERAGE, BENCHMARK_TITLES
 from vispec.evaluation.report import about, title
 from vispec.evaluation.results import Results, Row, Table
 from vispec.files import write_atomic
+from vispec.methods import method_of
 
 INK, FAINT, LINE = "#1f2328", "#6e7781", "#d0d7de"
 COLOURS: Mapping[str, str] = {
-    "vispec": "#2da44e", "eagle2": "#54a3d8", "eagle3": "#2f6fab", "msd": "#c2577a",
-    "specvlm": "#8c6bb1", "medusa": "#e3a34f", "lookup": "#b6bcc4",
+    "vispec": "#2da44e", "eagle2": "#54a3d8", "eagle3": "#2f6fab", "msd": "#c2577a", "specvlm": "#8c6bb1",
+    "vlm": "#7a5c3e", "medusa": "#e3a34f", "lookup": "#b6bcc4", "generate": "#57606a",
 }  # fmt: skip
 OTHER_COLOUR = "#a58bd0"
+MOST_NUMBERED = 5
+"""Methods that a group has room to write τ for."""
+IN_A_LINE = 5
+"""Names of the legend."""
 WIDTH, HEIGHT, DPI = 11.0, 4.4, 150
 """Inches, and pixels an inch."""
 GROUP = 0.84
@@ -47,17 +52,20 @@ def draw(table: Table, path: Path) -> None:
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.048, 0.105, 0.94, 0.69))
+    more = 0.05 * ((len(table.rows) - 1) // IN_A_LINE)  # lines of the legend
+    axes = figure.add_axes((0.048, 0.105, 0.94, 0.69 - more))
     tops = [_bars(axes, row, place, len(table.rows)) for place, row in enumerate(table.rows)]
     _frame(axes, table.rows, highest=max([1.0, *tops]))
     figure.text(0.02, 0.94, f"Speedup over plain decoding: {table.target}", fontsize=15, weight="bold", color=INK)
     figure.text(0.02, 0.885, about(table), fontsize=10, color=FAINT)
-    numbers = "Whiskers: 95 % intervals. Numbers: τ, draft tokens accepted a round."
+    numbers = "Whiskers: 95 % intervals."
+    if len(table.rows) <= MOST_NUMBERED:
+        numbers += " Numbers: τ, draft tokens accepted a round."
     figure.text(0.02, 0.838, numbers, fontsize=10, color=FAINT)
     if table.rows:
         figure.legend(
-            handles=[Patch(color=_colour(row), label=title(row.method)) for row in table.rows],
-            loc="upper right", bbox_to_anchor=(0.992, 0.875), ncols=len(table.rows), frameon=False, fontsize=10,
+            handles=[Patch(**_look(row), label=title(row.method)) for row in table.rows],
+            loc="upper right", bbox_to_anchor=(0.992, 0.875), ncols=IN_A_LINE, frameon=False, fontsize=10,
             labelcolor=INK, handlelength=1.0, columnspacing=1.2, borderaxespad=0,
         )  # fmt: skip
     write_atomic(path, lambda file: figure.savefig(file, format="png"))
@@ -75,11 +83,11 @@ def _bars(axes, row: Row, place: int, rows: int) -> float:
             axes.text(middle, 0.02, "—", ha="center", va="bottom", fontsize=9, color=FAINT)
             continue
         speedup, tau = found["speedup"], found["tau"]
-        axes.bar(middle, speedup.value, width * 0.92, color=_colour(row))
+        axes.bar(middle, speedup.value, width * 0.92, **_look(row))
         low, high = speedup.interval or (speedup.value, speedup.value)
         errors = [[speedup.value - low], [high - speedup.value]]
         axes.errorbar(middle, speedup.value, errors, color=INK, linewidth=0.9, capsize=2.2, capthick=0.9)
-        if tau.value is not None:
+        if tau.value is not None and rows <= MOST_NUMBERED:
             axes.annotate(
                 f"{tau.value:.2f}", (middle, high), (0, 3), textcoords="offset points", ha="center", va="bottom",
                 fontsize=8 if rows <= 3 else 6.5, color=INK,
@@ -89,8 +97,10 @@ def _bars(axes, row: Row, place: int, rows: int) -> float:
     return top
 
 
-def _colour(row: Row) -> str:
-    return COLOURS.get(row.method, OTHER_COLOUR)
+def _look(row: Row) -> dict:
+    """Of a method's bars; those of a head with a label are hatched."""
+    labelled = {"hatch": "////", "edgecolor": "white", "linewidth": 0} if row.method != method_of(row.method) else {}
+    return {"facecolor": COLOURS.get(method_of(row.method), OTHER_COLOUR), **labelled}
 
 
 def _frame(axes, rows: list[Row], highest: float) -> None:
