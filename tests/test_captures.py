@@ -19,9 +19,9 @@ def seats(monkeypatch) -> list[weakref.ref]:
     """Every seat that is made."""
     made, init = [], Seat.__init__
 
-    def watched(self, *args):
+    def watched(self, *args, **options):
         made.append(weakref.ref(self))
-        init(self, *args)
+        init(self, *args, **options)
 
     monkeypatch.setattr(Seat, "__init__", watched)
     return made
@@ -117,7 +117,8 @@ def test_the_baselines_seat_serves_a_draft(captures, seats):
     model = model_of(target, "vispec", tree=(2, 0, 1))
     expected = answers(model_of(target, "vispec", tree=(2, 0, 1)), inputs, max_new_tokens=12)
     seats.clear()
-    model._decoder._idle.append(Seat(model.target, 1, 200, MOST_WAITING, model.target.text_config.hidden_size))
+    width = model.target.text_config.hidden_size
+    model._decoder._idle.append(Seat(model.target, 1, 200, MOST_WAITING, width, looks=False))
     for _ in range(2):
         assert model.baseline_generate(**inputs, max_new_tokens=12).tolist() == expected[2]
         assert model.specgenerate(**inputs, max_new_tokens=12).tolist() == expected[0]
