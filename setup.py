@@ -29,9 +29,6 @@ setup(
         "numpy>=1.26",
         "tqdm>=4.66",
         "fschat>=0.2.36",
-        "fastapi>=0.110",
-        "pydantic>=2.6",
-        "uvicorn>=0.29",
     ],
     entry_points={"lmms_eval.models": ["vispec = vispec.evaluation.lmms:manifest"]},
     extras_require={
