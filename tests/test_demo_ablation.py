@@ -126,7 +126,7 @@ def test_a_cell_has_the_mean_and_each_seed():
 
 def test_the_reference_is_stage_2_of_the_rebuild():
     script = Path(ablation.__file__).with_name("rebuild.sh").read_text()
-    command = script.split("vispec.train.main_mtp")[1].split("rm -rf")[0].replace("=", " ")
+    command = script.split("vispec.train.main_mtp")[1].split("\n\n")[0].replace("=", " ")
     apart = {"--basepath", "--configpath", "--loadpath", "--tmpdir", "--cpdir", "--num-epochs", "--save-dtype"}
     given = dict(re.findall(r"(--[\w-]+) (\S+)", command))
     assert {name: value for name, value in given.items() if name not in apart} == ablation.FLAGS

@@ -1,6 +1,7 @@
 """ViSpec heads of NeMo AutoModel: their names, their config, and their two norms more."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,4 +77,5 @@ def test_another_scaling_of_positions_is_refused(nemo):
 
 def test_training_does_not_go_on_with_one(nemo):
     with pytest.raises(ValueError, match="--loadpath .* final norm is not trained here"):
-        _loaded_head(str(nemo), "vispec", None, load_draft(str(nemo)).embed_tokens.weight.detach())
+        table = load_draft(str(nemo)).embed_tokens.weight.detach()
+        _loaded_head(SimpleNamespace(loadpath=str(nemo)), "vispec", None, table, None)

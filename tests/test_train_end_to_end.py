@@ -15,7 +15,7 @@ from vispec.ge_data import (
     allocation_llava_shargpt,
     allocation_qwen_pretrain_gen,
     allocation_qwen_shargpt,
-    command,
+    maker,
 )
 from vispec.ge_data.sample_file import read_sample
 from vispec.model.drafts import build_head, load_draft
@@ -126,8 +126,8 @@ def test_an_interrupted_run_ends_with_the_same_files(data, samples, tmp_path, mo
         written.append(path)
         return write_sample(path, *rest)
 
-    write_sample = command.write_sample
-    monkeypatch.setattr(command, "write_sample", write)
+    write_sample = maker.write_sample
+    monkeypatch.setattr(maker, "write_sample", write)
     with pytest.raises(KeyboardInterrupt):
         generate_images(data, tmp_path / "i")
     monkeypatch.undo()

@@ -49,7 +49,7 @@ def head_to_train(
     else:
         raise ValueError("--configpath is needed where there is no --loadpath to start from")
     if config is not None:
-        _compare(config, head.config, args.configpath)
+        _compare(_new_config(args, method, config), head.config, args.configpath)
     if isinstance(head, SpecVLMHead):
         _compare_compressors(args, config, head)
     sizes = (head.config.vocab_size, head.config.hidden_size)
