@@ -14,7 +14,8 @@ import torch
 
 from vispec.model.cache import TreeCache
 from vispec.model.rows import Rows
-from vispec.model.target import Prompt, Target
+from vispec.model.prompt import Prompt
+from vispec.model.target import Target
 
 
 class Gaze:
