@@ -9,6 +9,7 @@ from vispec import SpecModel
 from vispec.evaluation.families.prompts import prompt_of
 from vispec.evaluation.families.registry import FAMILIES
 from vispec.model.drafts import PromptLookup
+from vispec.model.families import PER_TOKEN
 from vispec.model.prefixes import PrefixCache
 
 NEW = 12

@@ -276,7 +276,8 @@ class Target:
             prompt = self._read_on(cache, input_ids, inputs, layers, *found)
         else:
             prompt = self.prefill(cache, input_ids, inputs, layers)
-            if found is not None:  # the first of its kind is read whole, and shows what holds for all
+            # the first of its kind is read whole, and shows what holds for all; the same prompt again shows nothing
+            if found is not None and not torch.equal(found[0].ids, ids):
                 prefixes.reads_on[bool(spans[0])] = self._same_start(prompt, *found)
         prefixes.keep(KeptPrompt(source, ids, replace(prompt, inputs={}), cache.saved(len(ids))))
         return prompt
@@ -291,7 +292,7 @@ class Target:
     def _same_start(prompt: Prompt, kept: KeptPrompt, n: int) -> bool:
         """Whether n tokens have the same features before different ends: not where they see what follows them."""
         ours, theirs = prompt.hidden[:, :n].float(), kept.prompt.hidden[:, :n].float()
-        tolerance = 100 * torch.finfo(prompt.hidden.dtype).eps
+        tolerance = 4 * torch.finfo(prompt.hidden.dtype).eps ** 0.75
         return bool((ours - theirs).norm() <= tolerance * theirs.norm())
 
     def _read_on(self, cache: TreeCache, input_ids, inputs: Mapping, layers, kept: KeptPrompt, n: int) -> Prompt:
