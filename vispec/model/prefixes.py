@@ -32,6 +32,12 @@ class KeptPrompt:
     keys: dict
     """Of `TreeCache.saved`."""
 
+    def begins_like(self, other: Prompt, n: int) -> bool:
+        """Whether n tokens have the same features before different ends: not where they see what follows them."""
+        ours, theirs = self.prompt.hidden[:, :n].float(), other.hidden[:, :n].float()
+        tolerance = 4 * torch.finfo(other.hidden.dtype).eps ** 0.75
+        return bool((ours - theirs).norm() <= tolerance * ours.norm())
+
 
 class PrefixCache:
     """Kept prompts, of so many tokens together; the one that was least recently used goes first.

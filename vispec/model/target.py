@@ -265,8 +265,7 @@ class Target:
     @torch.no_grad()
     def read(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()) -> Prompt:
         """`prefill` of one row, which goes on from a kept prompt where that gives the same."""
-        prefixes = self.prefixes
-        if prefixes is None or not self._counts_on:
+        if (prefixes := self.prefixes) is None or not self._counts_on:
             return self.prefill(cache, input_ids, inputs, layers)
         ids, source = input_ids[0].cpu(), digest(inputs, layers)
         with naming_config(self.model):
@@ -278,7 +277,7 @@ class Target:
             prompt = self.prefill(cache, input_ids, inputs, layers)
             # the first of its kind is read whole, and shows what holds for all; the same prompt again shows nothing
             if found is not None and not torch.equal(found[0].ids, ids):
-                prefixes.reads_on[bool(spans[0])] = self._same_start(prompt, *found)
+                prefixes.reads_on[bool(spans[0])] = found[0].begins_like(prompt, found[1])
         prefixes.keep(KeptPrompt(source, ids, replace(prompt, inputs={}), cache.saved(len(ids))))
         return prompt
 
@@ -287,13 +286,6 @@ class Target:
         """Whether the first tokens of a text are read alike, however long it becomes."""
         scaling = getattr(self.text_config, "rope_scaling", None) or {}
         return not self._recurrent and scaling.get("rope_type", scaling.get("type")) not in ("dynamic", "longrope")
-
-    @staticmethod
-    def _same_start(prompt: Prompt, kept: KeptPrompt, n: int) -> bool:
-        """Whether n tokens have the same features before different ends: not where they see what follows them."""
-        ours, theirs = prompt.hidden[:, :n].float(), kept.prompt.hidden[:, :n].float()
-        tolerance = 4 * torch.finfo(prompt.hidden.dtype).eps ** 0.75
-        return bool((ours - theirs).norm() <= tolerance * theirs.norm())
 
     def _read_on(self, cache: TreeCache, input_ids, inputs: Mapping, layers, kept: KeptPrompt, n: int) -> Prompt:
         """Read what follows the first n tokens, which is text."""
