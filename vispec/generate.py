@@ -33,7 +33,6 @@ from vispec.evaluation.measure import (
 )
 from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
 from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
-from vispec.model.prefixes import PrefixCache
 from vispec.model.shape import AUTO, TUNE
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
@@ -61,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if tree == TUNE:
         print(model.tune([inputs]).report())
     if args.chat and args.prefix_cache:
+        from vispec.model.prefixes import PrefixCache
+
         model.target.prefixes = PrefixCache(args.prefix_cache)
     generation = Generation(args.temperature, args.max_new_tokens, args.top_p, args.generation_config)
     while True:
@@ -87,7 +88,7 @@ def _make_parser() -> Parser:
     add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
     add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
     add("--prefix-cache", type=whole, default=8192, metavar="TOKENS",
-        help="with --chat: of prompts that are kept, whose start the next one does not read again; 0 is off (default: %(default)s)")  # fmt: skip
+        help="with --chat: of kept prompts, from which the next one is read on (default: %(default)s; 0 for none)")  # fmt: skip
     add_pair_flags(parser)
     add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
