@@ -216,19 +216,16 @@ class TreeCache(Cache):
             buffer[:, :, target].copy_(buffer[:, :, source])
         self.lengths[target] = self.lengths[source]
 
-    def saved(self, n: int) -> dict[Home, torch.Tensor]:
-        """Copies of the first n slots of a cache of one row, of all layers."""
-        return {home: buffer[..., :n, :].clone() for home, buffer in self._buffers.items()}
+    def saved(self, n: int) -> tuple[list, dict[Home, torch.Tensor]]:
+        """Copies of the first n slots of a cache of one row, and which layer is where in them."""
+        return list(self._homes), {home: buffer[..., :n, :].clone() for home, buffer in self._buffers.items()}
 
-    def restore(self, saved: dict[Home, torch.Tensor], n: int) -> None:
+    def restore(self, saved: tuple[list, dict[Home, torch.Tensor]], n: int) -> None:
         """Begin a row with the first n tokens of what another cache of these layers has saved."""
-        for home, states in saved.items():
-            device, alone = home
-            for layer in range(len(self._layer_devices)) if alone is None else [alone]:
-                if self._homes[layer] is None and self._layer_devices[layer] == device:
-                    self._homes[layer] = home, 0 if alone is not None else self._places[layer]
-            buffer = self._buffers[home] if home in self._buffers else self._allocate(home, states[0])
-            buffer[..., :n, :].copy_(states[..., :n, :])
+        self._homes[:], states = saved
+        for home, kept in states.items():
+            buffer = self._buffers[home] if home in self._buffers else self._allocate(home, kept[0])
+            buffer[..., :n, :].copy_(kept[..., :n, :])
         self.lengths.fill_(n)
         self.used = n
 

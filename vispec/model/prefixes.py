@@ -29,7 +29,7 @@ class KeptPrompt:
     """(L,) on the CPU."""
     prompt: Prompt
     """Without its inputs."""
-    keys: dict
+    keys: tuple
     """Of `TreeCache.saved`."""
 
     def begins_like(self, other: Prompt, n: int) -> bool:
