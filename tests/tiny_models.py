@@ -21,7 +21,8 @@ from vispec.model.drafts.formats import AUX_LAYERS
 from vispec.model.families import image_token_id
 from vispec.model.pairs import Span
 from vispec.model.parts import find_decoder
-from vispec.model.target import Prompt, Target
+from vispec.model.prompt import Prompt
+from vispec.model.target import Target
 from vispec.model.tree import DraftOutput
 
 GOLDEN = Path(__file__).parent / "golden"

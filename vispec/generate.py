@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base, spec, tree=None if tree == TUNE else tree, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())
+    if args.chat and args.prefix_cache:
+        from vispec.model.prefixes import PrefixCache
+
+        model.target.prefixes = PrefixCache(args.prefix_cache)
     generation = Generation(args.temperature, args.max_new_tokens, args.top_p, args.generation_config)
     while True:
         for kind in ("spec", *_baselines(generation)) if args.compare else ():
@@ -83,6 +87,8 @@ def _make_parser() -> Parser:
     add("--video", action="append", default=[], type=Path, metavar="FILE", help="a video: some frames are shown")
     add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
     add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
+    add("--prefix-cache", type=whole, default=8192, metavar="TOKENS",
+        help="with --chat: of kept prompts, that the next one is read on from; 0: none")  # fmt: skip
     add_pair_flags(parser)
     add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
     add("--temperature", type=float, default=0.0, help="0 is greedy")

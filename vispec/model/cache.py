@@ -216,6 +216,19 @@ class TreeCache(Cache):
             buffer[:, :, target].copy_(buffer[:, :, source])
         self.lengths[target] = self.lengths[source]
 
+    def saved(self, n: int) -> tuple[list, dict[Home, torch.Tensor]]:
+        """Copies of the first n slots of a cache of one row, and which layer is where in them."""
+        return list(self._homes), {home: buffer[..., :n, :].clone() for home, buffer in self._buffers.items()}
+
+    def restore(self, saved: tuple[list, dict[Home, torch.Tensor]], n: int) -> None:
+        """Begin a row with the first n tokens of what another cache of these layers has saved."""
+        self._homes[:], states = saved
+        for home, kept in states.items():
+            buffer = self._buffers[home] if home in self._buffers else self._allocate(home, kept[0])
+            buffer[..., :n, :].copy_(kept[..., :n, :])
+        self.lengths.fill_(n)
+        self.used = n
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.used
 

@@ -280,7 +280,7 @@ class Decoder:
         row = seat.rows.part(place, place + 1)
         for store in row.stores:
             store.clear()
-        answer.prompt = prompt = self.target.prefill(row.cache, input_ids, inputs, self._watched)
+        answer.prompt = prompt = self.target.read(row.cache, input_ids, inputs, self._watched)
         with seat.steps.alone:
             row.root.copy_(choice.choose(prompt.logits[:, None], [answer])[:, 0])
         row.offset.copy_(0 if prompt.rope_delta is None else prompt.rope_delta)

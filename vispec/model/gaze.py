@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from vispec.model.cache import TreeCache
+from vispec.model.prompt import Prompt
 from vispec.model.rows import Rows
-from vispec.model.target import Prompt, Target
+from vispec.model.target import Target
 
 
 class Gaze:

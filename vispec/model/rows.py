@@ -11,7 +11,7 @@ import torch
 
 from vispec.model.cache import TreeCache
 from vispec.model.drafts.base import Kept, Memory
-from vispec.model.target import Prompt
+from vispec.model.prompt import Prompt
 
 
 @dataclass

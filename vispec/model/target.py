@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,7 +22,6 @@ from vispec.model.cache import TreeCache
 from vispec.model.families import embedded_ids, image_spans, tables_behind_text, token_kinds
 from vispec.model.graphs import obstacle
 from vispec.model.inputs import forward_parameters, refuse_missing
-from vispec.model.pairs import Span
 from vispec.model.parts import (
     eos_token_ids,
     execution_device,
@@ -32,8 +31,10 @@ from vispec.model.parts import (
     position_axes,
     use_maskable_attention,
 )
+from vispec.model.prefixes import KeptPrompt, PrefixCache, digest
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
+from vispec.model.prompt import Prompt
 from vispec.model.recurrent import RecurrentLayers
 from vispec.model.refusals import naming_config, refuse_decoder, refuse_layers, refuse_not_finite
 from vispec.model.rescaling import find_rescaling
@@ -47,30 +48,6 @@ logger = logging.getLogger("vispec")
 _PREFILL_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 FAST = "VISPEC_FAST"
 """Environment variable; 0 lets all targets and drafts decode by their own layers alone."""
-
-
-@dataclass
-class Prompt:
-    """What the target's pass over a prompt leaves behind. B rows, L tokens, H hidden size, V vocabulary."""
-
-    input_ids: torch.Tensor
-    """(B, L) the prompt itself."""
-    inputs: Mapping
-    """What else the processor returned: pixels, sizes, grids."""
-    hidden: torch.Tensor
-    """(B, L, H) features: last hidden states after the final norm."""
-    embeds: torch.Tensor
-    """(B, L, H) merged input embeddings."""
-    logits: torch.Tensor
-    """(B, V) of the last position."""
-    images: list[list[Span]]
-    """Token spans of each row's images, and of the frames of its videos."""
-    rope_delta: torch.Tensor | None
-    """(B, 1) what is added to positions after the prompt: M-RoPE's delta, 1 where a family counts from 1; None: 0."""
-    features: torch.Tensor
-    """(B, L, F) what a draft reads: `hidden`, or what goes into the layers that were asked for, side by side."""
-    positions: torch.Tensor | None
-    """(axes, B, L) of M-RoPE; None where the decoder was given one number for each token, or none."""
 
 
 class States(NamedTuple):
@@ -121,6 +98,8 @@ class Target:
             self._embedded = self._embedded.to(self._input_device)
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
+        self.prefixes: PrefixCache | None = None
+        """Set it to let prompts be read on from what they share with earlier ones, where the target can."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
         axes = position_axes(self.decoder, self.text_config)
         self._stock = StockDecoder(self.decoder, axes, self._prefill_lock, tables_behind_text(model))
@@ -281,6 +260,54 @@ class Target:
             offset if offset is None else offset.to(self.device),
             self._features(hidden, watched),
             positions.to(self.device) if positions is not None and positions.dim() == 3 else None,
+        )
+
+    @torch.no_grad()
+    def read(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()) -> Prompt:
+        """`prefill` of one row, which goes on from a kept prompt where that gives the same."""
+        if (prefixes := self.prefixes) is None or not self._counts_on:
+            return self.prefill(cache, input_ids, inputs, layers)
+        ids, source = input_ids[0].cpu(), digest(inputs, layers)
+        with naming_config(self.model):
+            spans = image_spans(self.model, input_ids, inputs)
+        found = prefixes.find(source, ids, max((end for _, end in spans[0]), default=0))
+        if found is not None and prefixes.reads_on.get(bool(spans[0])):
+            prompt = self._read_on(cache, input_ids, inputs, layers, *found)
+        else:
+            prompt = self.prefill(cache, input_ids, inputs, layers)
+            # the first of its kind is read whole, and shows what holds for all; the same prompt again shows nothing
+            if found is not None and not torch.equal(found[0].ids, ids):
+                prefixes.reads_on[bool(spans[0])] = found[0].begins_like(prompt, found[1])
+        prefixes.keep(KeptPrompt(source, ids, replace(prompt, inputs={}), cache.saved(len(ids))))
+        return prompt
+
+    @property
+    def _counts_on(self) -> bool:
+        """Whether the first tokens of a text are read alike, however long it becomes."""
+        scaling = getattr(self.text_config, "rope_scaling", None) or {}
+        return not self._recurrent and scaling.get("rope_type", scaling.get("type")) not in ("dynamic", "longrope")
+
+    def _read_on(self, cache: TreeCache, input_ids, inputs: Mapping, layers, kept: KeptPrompt, n: int) -> Prompt:
+        """Read what follows the first n tokens, which is text."""
+        old, rest = kept.prompt, input_ids[:, n:].to(self.device)
+        with self._prefill_lock:
+            self._refresh()
+        cache.restore(kept.keys, n)
+        places = torch.arange(n, input_ids.shape[1], device=self.device)[None]
+        positions = places if old.rope_delta is None else places + old.rope_delta
+        causal = (places[0][:, None] >= places[0])[None]
+        states = self.forward(cache, rest, positions, causal, layers)
+        cache.commit(torch.full_like(cache.lengths, rest.shape[1]))
+        axes = old.positions
+        return replace(
+            old,
+            input_ids=input_ids.to(self.device),
+            inputs={name: self._place(value) for name, value in inputs.items() if value is not None},
+            hidden=torch.cat([old.hidden[:, :n], states.hidden], dim=1),
+            embeds=torch.cat([old.embeds[:, :n], self.embed_tokens(self._place(rest)).to(self.device)], dim=1),
+            logits=self.logits(states.hidden[:, -1]),
+            features=torch.cat([old.features[:, :n], states.features], dim=1),
+            positions=None if axes is None else torch.cat([axes[..., :n], positions.expand(len(axes), -1, -1)], dim=-1),
         )
 
     def _features(self, hidden: torch.Tensor, watched: Watched) -> torch.Tensor:

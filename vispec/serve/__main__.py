@@ -5,7 +5,7 @@ import logging
 import os
 from pathlib import Path
 
-from vispec.cli import Parser, UserError, count, limit, run_cli
+from vispec.cli import Parser, UserError, count, limit, run_cli, whole
 from vispec.evaluation.flags import add_tree_flags, asked_place
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
@@ -62,6 +62,10 @@ def _service(args: argparse.Namespace, limits: ServiceLimits) -> Service:
         model = load_model(base, spec, tree=tree, **options, **place)
         if tunes:
             model.tune([build_inputs(processor, [user_turn(QUESTION)], "")])
+    if args.prefix_cache:
+        from vispec.model.prefixes import PrefixCache
+
+        model.target.prefixes = PrefixCache(args.prefix_cache)
     name = args.served_model_name or Path(base).name
     return Service(model, processor, name, limits)
 
@@ -92,6 +96,8 @@ def _make_parser() -> Parser:
     add("--allow-url", nargs="+", default=[], metavar="HOST", help="from which images are fetched (default: none)")
     add("--max-batch", type=count, default=8, help="answers that are made together (default: %(default)s)")
     add("--max-tokens-total", type=count, help="tokens of all of them, prompts too (default: 4096 for each)")
+    add("--prefix-cache", type=whole, default=0, metavar="TOKENS",
+        help="of kept prompts, from which further ones are read on (default: none)")  # fmt: skip
     add("--max-queue", type=count, default=64, help="answers that may wait (default: %(default)s)")
     add("--timeout", type=limit, default=600.0, help="seconds for an answer (default: %(default)g)")
     add("--max-images", type=count, default=16, help="of a request (default: %(default)s)")

@@ -23,8 +23,9 @@ from vispec.model.drafts.hub import CARD, model_card, upload_head
 from vispec.model.drafts.vocabulary import VOCABULARY_FILE, DraftVocabulary
 from vispec.model.loading import hub_options
 from vispec.model.products import Products, obstacle
+from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt, Target
+from vispec.model.target import Target
 from vispec.model.tree import Candidates, DraftOutput, Growth
 
 

@@ -25,7 +25,8 @@ from vispec.model.drafts.formats import AUX_LAYERS, token_ids
 from vispec.model.drafts.layer import DraftLayer, rotary_frequencies
 from vispec.model.drafts.pair_head import DraftMemory, PairHead
 from vispec.model.pairs import PairLayout
-from vispec.model.target import Prompt, Target
+from vispec.model.prompt import Prompt
+from vispec.model.target import Target
 from vispec.model.tree import DraftOutput
 
 DRAFT_VOCABULARY = 32000

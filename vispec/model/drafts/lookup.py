@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from vispec.model.drafts.base import Kept
+from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt, Target
+from vispec.model.target import Target
 from vispec.model.tree import EMPTY, Candidates, DraftOutput, Growth
 
 LONGEST_MATCH = 8

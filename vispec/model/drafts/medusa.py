@@ -14,8 +14,9 @@ from torch import nn
 
 from vispec.model.drafts.base import BaseHead, Kept
 from vispec.model.drafts.config import DraftConfig
+from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt, Target
+from vispec.model.target import Target
 from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 
 HEADS = 5

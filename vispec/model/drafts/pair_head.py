@@ -29,8 +29,9 @@ from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.layer import rotary_angles
 from vispec.model.drafts.memory import CachedMemory
 from vispec.model.pairs import PairLayout, Span, plan_pairs
+from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt, Target
+from vispec.model.target import Target
 from vispec.model.text_decoder import LeanLayers, UnknownLayer
 from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 

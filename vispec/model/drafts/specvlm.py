@@ -44,7 +44,7 @@ from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.eagle2 import DraftHead
 from vispec.model.drafts.vispec import VisionAdaptor
 from vispec.model.pairs import PairLayout, Span, plan_pairs
-from vispec.model.target import Prompt
+from vispec.model.prompt import Prompt
 
 BRANCHES = {
     "weight": ("prune", "pool", "conv"),

@@ -30,8 +30,9 @@ from vispec.model.drafts.memory import CachedMemory
 from vispec.model.families import image_token_id, video_token_id
 from vispec.model.inputs import forward_parameters
 from vispec.model.pairs import Span
+from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
-from vispec.model.target import Prompt, Target
+from vispec.model.target import Target
 from vispec.model.tree import Candidates, DraftOutput, Growth, expand_levels
 
 logger = logging.getLogger("vispec")

@@ -1,0 +1,108 @@
+"""Prompts that are read on from what they share with earlier ones are answered as if they were read whole."""
+
+import pytest
+import torch
+from tiny_families import WINDOWS, family_model, llava_over
+from tiny_models import generate, image_prompt, random_pair
+
+from vispec import SpecModel
+from vispec.evaluation.families.prompts import prompt_of
+from vispec.evaluation.families.registry import FAMILIES
+from vispec.model.drafts import PromptLookup
+from vispec.model.prefixes import PrefixCache
+
+NEW = 12
+
+
+def turns(prompt: dict, count: int = 4) -> list[dict]:
+    """Conversations about one picture: each has more text behind the same beginning, and an end of its own."""
+    found = []
+    for turn in range(count):
+        more = 5 + (torch.arange(3 * turn + 2) * (turn + 3)) % 20
+        one = {
+            name: value
+            for name, value in prompt.items()
+            if name == "input_ids" or value.shape != prompt["input_ids"].shape
+        }
+        found.append(one | {"input_ids": torch.cat([prompt["input_ids"], more[None]], dim=1)})
+    return found
+
+
+def read_on(model: SpecModel, monkeypatch) -> list[int]:
+    """Tokens that each later prompt shares with a kept one and does not read again."""
+    found, target = [], model.target
+    inner = target._read_on
+    monkeypatch.setattr(target, "_read_on", lambda *given: found.append(given[-1]) or inner(*given))
+    return found
+
+
+def answers(model: SpecModel, prompts: list[dict]) -> list[list[int]]:
+    arms = model.specgenerate, model.baseline_generate
+    return [arm(**prompt, max_new_tokens=NEW)[0].tolist() for prompt in prompts for arm in arms]
+
+
+def same_with_and_without(model: SpecModel, prompts: list[dict]) -> None:
+    expected = answers(model, prompts)
+    model.target.prefixes = PrefixCache(100_000)
+    assert answers(model, prompts) == expected
+
+
+@pytest.mark.parametrize("method", ["vispec", "eagle2", "eagle3", "msd", "medusa"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_every_draft_and_its_rounds(family, method, monkeypatch):
+    model = random_pair(family, 3, method)
+    prompts = turns(image_prompt(model.target.model, 2, "a.b"))
+    expected, found = [], read_on(model, monkeypatch)
+    for prompt in prompts:
+        expected += [generate(model.target.model, prompt, max_new_tokens=NEW)[0].tolist()] * 2
+    tau = [model.specgenerate(**prompt, max_new_tokens=NEW, log=True)[1:] for prompt in prompts]
+    model.target.prefixes = PrefixCache(100_000)
+    assert answers(model, prompts) == expected
+    assert len(found) >= len(prompts), "prompts were read on"
+    assert [model.specgenerate(**prompt, max_new_tokens=NEW, log=True)[1:] for prompt in prompts] == tau
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family(name, monkeypatch):
+    family = FAMILIES[name]
+    try:
+        model = SpecModel(family_model(family), PromptLookup(), 12, 3, 4)
+    except ValueError:
+        pytest.skip("refused as a target")
+    found = read_on(model, monkeypatch)
+    layout = "a.b" if family.images else "..."
+    same_with_and_without(model, turns(prompt_of(family, model.target.model, layout, 1)))
+    if name == "paligemma":  # its prompts see all of themselves, so that keys depend on what follows them
+        assert not found
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows(kind, monkeypatch):
+    family = llava_over(kind)
+    model = SpecModel(family_model(family), PromptLookup(), 12, 3, 4)
+    found = read_on(model, monkeypatch)
+    same_with_and_without(model, turns(prompt_of(family, model.target.model, "a....", 1)))
+    assert found
+
+
+def test_another_picture_under_the_same_ids_is_read(monkeypatch):
+    model = random_pair("llava_next", 3)
+    prompts = turns(image_prompt(model.target.model, 2, "a.b"))
+    model.target.prefixes = PrefixCache(100_000)
+    answers(model, prompts)
+    found = read_on(model, monkeypatch)
+    other = prompts[-1] | {"pixel_values": prompts[-1]["pixel_values"].flip(-1)}
+    expected = generate(model.target.model, other, max_new_tokens=NEW)[0].tolist()
+    assert model.specgenerate(**other, max_new_tokens=NEW)[0].tolist() == expected
+    assert not found
+
+
+def test_the_least_recently_used_goes_first():
+    model = random_pair("llava_next", 3)
+    first, second, third = (image_prompt(model.target.model, seed, "a.b") for seed in (1, 2, 3))
+    length = first["input_ids"].shape[1]
+    prefixes = model.target.prefixes = PrefixCache(int(2.5 * max(length, second["input_ids"].shape[1])))
+    for prompt in (first, second, first, third):
+        model.specgenerate(**prompt, max_new_tokens=2)
+    kept = [one.ids.tolist() for one in prefixes._kept]
+    assert kept == [first["input_ids"][0].tolist(), third["input_ids"][0].tolist()]
