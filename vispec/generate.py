@@ -87,8 +87,8 @@ def _make_parser() -> Parser:
     add("--video", action="append", default=[], type=Path, metavar="FILE", help="a video: some frames are shown")
     add("--system", default=SYSTEM_TURN, metavar="TEXT", help="the system turn; '' for none (default: the paper's)")
     add("--chat", action="store_true", help="read further questions from stdin, until an empty line")
-    add("--prefix-cache", type=whole, default=0, metavar="TOKENS",
-        help="with --chat: keep prompts of so many tokens, from which the next one is read on (default: none)")  # fmt: skip
+    kept = "with --chat: keep prompts of so many tokens, from which the next one is read on (default: none)"
+    add("--prefix-cache", type=whole, default=0, metavar="TOKENS", help=kept)
     add_pair_flags(parser)
     add("--compare", action="store_true", help="answer by our plain loop and by transformers' generate() too")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
