@@ -19,6 +19,7 @@ from served import KEY, NAME, Served, expected, questions
 from vispec import embedded
 from vispec.evaluation.loading import load_model
 from vispec.prompts import build_inputs, load_processor, user_turn
+from vispec.serve.__main__ import LOOPBACK
 from vispec.serve.guard import HttpLimits
 from vispec.serve.processors import OpenAIPenalties
 from vispec.serve.service import Service, ServiceLimits
@@ -37,7 +38,7 @@ def model():
 @pytest.fixture(scope="module")
 def served(model, processor):
     limits = ServiceLimits(batch=2, tokens=2 * 400, waiting=8)
-    served = Served(Service(model, processor, NAME, limits), HttpLimits(body_bytes=2**20, api_key=KEY))
+    served = Served(Service(model, processor, NAME, limits), HttpLimits(2**20, api_key=KEY, hosts=LOOPBACK))
     yield served
     served.close()
 
@@ -66,6 +67,24 @@ def message(*items: str | Image.Image) -> dict:
 def ask(client, *items, **options):
     options = {"model": NAME, "max_tokens": 40, "temperature": 0} | options
     return client.chat.completions.create(messages=[message(*items)], **options)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:80"}, 200),
+        ({"Host": "[::1]:80"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "127.0.0.1", "Origin": "http://127.0.0.1"}, 200),
+        ({"Host": "127.0.0.1:80", "Origin": "http://127.0.0.1:81"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Host": "[", "Origin": "http://["}, 403),
+    ],
+)
+def test_pages_of_other_hosts_are_not_answered(served, headers, status):
+    assert httpx.get(f"{served.url}/health", headers=headers).status_code == status
 
 
 def post(served, **body) -> httpx.Response:

@@ -16,6 +16,7 @@ from vispec.serve.pictures import PictureLimits
 from vispec.serve.service import Service, ServiceLimits
 
 API_KEY = "VISPEC_API_KEY"
+LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +82,9 @@ def _limits(args: argparse.Namespace) -> tuple[ServiceLimits, HttpLimits]:
     pictures = PictureLimits(args.max_pixels, args.max_images, frozenset(host.lower() for host in args.allow_url))
     service = ServiceLimits(args.max_batch, total, args.max_queue, args.timeout, pictures)
     key = args.api_key or os.environ.get(API_KEY) or None
-    return service, HttpLimits(body_bytes=args.max_body_mb * 2**20, api_key=key)
+    # only this machine can ask, and of it no page that makes its own name mean this machine
+    hosts = LOOPBACK if args.host in LOOPBACK else None
+    return service, HttpLimits(body_bytes=args.max_body_mb * 2**20, api_key=key, hosts=hosts)
 
 
 def _make_parser() -> Parser:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import h11
 from fastapi.responses import Response
@@ -32,6 +33,8 @@ class HttpLimits:
     body_seconds: float = 60.0
     api_key: str | None = None
     """None: everybody may ask."""
+    hosts: frozenset[str] | None = None
+    """Names by which clients may call the server; None: any."""
 
 
 class Guard:
@@ -67,6 +70,8 @@ class Guard:
 
     def _refusal(self, scope) -> ApiError | None:
         headers = dict(scope["headers"])
+        if refusal := self._foreign(headers):
+            return refusal
         key = self._limits.api_key
         if key is not None and scope["path"] not in OPEN:
             given = headers.get(b"authorization", b"")
@@ -75,6 +80,19 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limits.body_bytes:
             return self._too_large()
+        return None
+
+    def _foreign(self, headers: Mapping[bytes, bytes]) -> ApiError | None:
+        """Pages of other hosts, which a browser lets ask a server of its own machine, are not answered."""
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        try:
+            called, page = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
+        except ValueError:
+            called, page = None, None
+        if self._limits.hosts is not None and called not in self._limits.hosts:
+            return ApiError(403, f"the server is not called {host!r} here", code="forbidden_host")
+        if origin and page != host:
+            return ApiError(403, f"a page of {origin!r} may not ask", code="forbidden_origin")
         return None
 
     def _too_large(self) -> ApiError:
