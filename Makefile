@@ -12,7 +12,7 @@ RUN_LMMS = $(VENV_LMMS)/bin/python
 DECODER_TESTS = rounds golden greedy text_decoder products joined_weights batches spec_model model_pairs inputs families pairs tree \
 	checkpoints refused_targets tune sampling policies cache package train_config \
 	decoder_kinds layouts video recurrent models_table generation generation_returns hub \
-	eagle3 eagle3_files msd specvlm vlm nemo export adaptive gaze joining soak
+	eagle3 eagle3_files msd specvlm vlm nemo export adaptive gaze joining prefixes soak
 
 .PHONY: demo test lint fuzz soak test-transformers5 test-lmms clean
 
