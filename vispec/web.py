@@ -25,21 +25,36 @@ def fetch(url: str) -> bytes:
         OSError: it cannot be had, is larger than MOST_BYTES or takes longer than SECONDS; the message says which.
     """
     deadline = time.monotonic() + SECONDS
-    content = bytearray()
     try:
         # some servers refuse Python's own name
         request = urllib.request.Request(url, headers={"User-Agent": f"vispec/{__version__}"})
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             if urlsplit(answer.url).scheme not in SCHEMES:
                 raise OSError(f"redirected to {answer.url}")
-            while part := answer.read1():
-                content += part
-                if len(content) > MOST_BYTES:
-                    raise OSError(f"larger than {MOST_BYTES:,} bytes")
-                if time.monotonic() > deadline:
-                    raise OSError(f"not there after {SECONDS:g} seconds")
-            if len(content) < int(answer.headers.get("Content-Length") or 0):
-                raise OSError(f"broken off after {len(content):,} bytes")
+            return content_of(answer, deadline)
     except (http.client.HTTPException, ValueError) as error:  # a broken answer, a URL that is none
         raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def content_of(answer: http.client.HTTPResponse, deadline: float) -> bytes:
+    """All of an answer; `deadline` is by time.monotonic().
+
+    Raises:
+        OSError: it is too large, too late or broken off.
+    """
+    content = bytearray()
+    while part := answer.read1():
+        content += part
+        if len(content) > MOST_BYTES:
+            raise OSError(f"larger than {MOST_BYTES:,} bytes")
+        left(deadline)
+    if len(content) < int(answer.headers.get("Content-Length") or 0):
+        raise OSError(f"broken off after {len(content):,} bytes")
     return bytes(content)
+
+
+def left(deadline: float) -> float:
+    """Seconds until it; OSError where there are none."""
+    if (seconds := deadline - time.monotonic()) <= 0:
+        raise OSError(f"not there after {SECONDS:g} seconds")
+    return seconds

@@ -19,7 +19,7 @@ from PIL import Image
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.serve.protocol import ApiError
 from vispec.version import __version__
-from vispec.web import MOST_BYTES, SCHEMES, SECONDS
+from vispec.web import SCHEMES, SECONDS, content_of, left
 
 MOST_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -112,8 +112,8 @@ def _get(split: SplitResult, host: str, deadline: float) -> bytes | str:
     """The content, or where a redirect leads; of the very address that was checked."""
     port = split.port or (443 if split.scheme == "https" else 80)
     address = public_address(host, port)
-    connection = http.client.HTTPConnection(host, port, timeout=_left(deadline))
-    connection.sock = socket.create_connection((address, port), timeout=_left(deadline))
+    connection = http.client.HTTPConnection(host, port, timeout=left(deadline))
+    connection.sock = socket.create_connection((address, port), timeout=left(deadline))
     try:
         if split.scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
@@ -124,18 +124,6 @@ def _get(split: SplitResult, host: str, deadline: float) -> bytes | str:
             return place
         if answer.status != 200:
             raise OSError(f"HTTP status {answer.status}")
-        content = bytearray()
-        while part := answer.read1(65536):
-            content += part
-            if len(content) > MOST_BYTES:
-                raise OSError(f"larger than {MOST_BYTES:,} bytes")
-            _left(deadline)
-        return bytes(content)
+        return content_of(answer, deadline)
     finally:
         connection.close()
-
-
-def _left(deadline: float) -> float:
-    if (left := deadline - time.monotonic()) <= 0:
-        raise OSError(f"not there after {SECONDS:g} seconds")
-    return left
