@@ -9,6 +9,8 @@ RUN5 = $(VENV5)/bin/python
 # lmms-eval and what it imports, in an environment beside it.
 VENV_LMMS ?= .venv-lmms
 RUN_LMMS = $(VENV_LMMS)/bin/python
+# A file's tests share what it has made, so they stay together; each process is one thread and about a gigabyte.
+PYTEST = -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 DECODER_TESTS = rounds golden greedy text_decoder products joined_weights batches spec_model model_pairs inputs families pairs tree \
 	checkpoints refused_targets tune sampling policies cache package train_config \
 	decoder_kinds layouts video recurrent models_table generation generation_returns hub \
@@ -20,7 +22,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m vispec.demo --out out/demo
 
 test: $(VENV)/.installed-test lint
-	$(RUN) -m pytest tests
+	$(RUN) $(PYTEST) tests
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
@@ -35,7 +37,7 @@ soak: $(VENV)/.installed-test
 	$(RUN) -m tests.fuzz.soak $(SOAK)
 
 test-transformers5: $(VENV5)/.installed
-	$(RUN5) -m pytest $(DECODER_TESTS:%=tests/test_%.py)
+	$(RUN5) $(PYTEST) $(DECODER_TESTS:%=tests/test_%.py)
 
 test-lmms: $(VENV_LMMS)/.installed
 	$(RUN_LMMS) -m pytest tests/test_lmms.py

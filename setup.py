@@ -38,8 +38,8 @@ setup(
         "qwen": ["torchvision>=0.21"],  # the processors of Qwen's models, under transformers 5
         "ray": ["ray>=2.10"],
         "train": ["tensorboard>=2.16"],
-        "test": ["import-linter>=2.15", "pytest>=8.0", "ruff>=0.12", "scipy>=1.12", "matplotlib>=3.8", "ray>=2.10"]
-        + ["av>=12.0", "httpx>=0.27", "lm-format-enforcer>=0.10.9", "openai>=1.40"],
+        "test": ["import-linter>=2.15", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "scipy>=1.12"]
+        + ["matplotlib>=3.8", "ray>=2.10", "av>=12.0", "httpx>=0.27", "lm-format-enforcer>=0.10.9", "openai>=1.40"],
         "video": ["av>=12.0"],  # video files, for `vispec.generate --video`
     },
 )

@@ -1,6 +1,5 @@
-"""Settings for all tests: no network, no noise, one thread (the models are tiny, more threads only cost).
-
-Kernels that are measured are remembered for the session alone, by the child processes of tests too.
+"""Settings for all tests and their child processes: no network, no noise, one thread (the models are tiny, more
+threads only cost). Kernels that are measured are remembered for the session alone.
 """
 
 import os
@@ -10,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vispec-tests-")
 
 import shutil
@@ -25,15 +25,11 @@ from vispec.model import decoding, graphs, products, target
 from vispec.model.cache import CUDA_ALIGNMENT, TreeCache
 from vispec.model.graphs import Steps
 
-torch.set_num_threads(1)
-
 CAPTURED_BUCKET = 16
 
 
-@pytest.fixture(autouse=True, scope="session")
-def cache_home():
-    """Remembered kernels go with the session."""
-    yield
+def pytest_unconfigure():
+    """Remembered kernels go with the session: those of each of pytest-xdist's processes."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 

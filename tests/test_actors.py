@@ -32,7 +32,6 @@ CLUSTER = {
     # Ray's own limits are short for a machine that is busy
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_worker_register_timeout_seconds": "600",
-    "OMP_NUM_THREADS": "1",
 }
 DEADLY_DISK = """
 import os, signal

@@ -282,7 +282,6 @@ def test_what_was_measured_is_read_by_the_next_process(memory, measured, tmp_pat
     found = json.loads(kernel_file(memory).read_text())
     assert set(found) == {"float32 32x48 1", "float32 32x48 12"}
     code = (
-        "import torch; torch.set_num_threads(1)\n"
         "from torch import nn\n"
         "from vispec.model import products\n"
         "def measure(*_): raise SystemExit('measured again')\n"

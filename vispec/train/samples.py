@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from multiprocessing.queues import Queue
 from pathlib import Path
+from traceback import clear_frames
 
 import torch
 from torch.utils.data import DataLoader
@@ -192,6 +193,8 @@ def without_tracebacks(batches: DataLoader) -> Iterator:
     except (ValueError, OSError) as error:
         if not str(error).startswith("Caught "):
             raise
+        # its frames hold the loader's processes in a cycle; one that dies while garbage is collected is waited for
+        clear_frames(error.__traceback__)
         last = str(error).rstrip().splitlines()[-1]
         raise ValueError(last.partition("Error: ")[2] or last) from None
     except RuntimeError as error:
