@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run_all(args: argparse.Namespace, target: str, draft: str) -> list:
     from vispec.demo.runner import one_reply, questions, run
     from vispec.evaluation.loading import quiet_transformers
-    from vispec.evaluation.text import coloured, wants_colour
     from vispec.prompts import load_processor
+    from vispec.text import coloured, wants_colour
 
     quiet_transformers()
     colour = wants_colour(sys.stdout)

@@ -11,8 +11,8 @@ from vispec.demo.scenes import render, scene_of
 from vispec.evaluation.comparison import Comparison, compare
 from vispec.evaluation.loading import load_model
 from vispec.evaluation.measure import Answer, Arm, Generation, Kind, drafted_flags, interleave, typical
-from vispec.evaluation.text import pieces_of
 from vispec.prompts import build_inputs, user_turn
+from vispec.text import pieces_of
 
 FIRST_SCENE = 60_000
 """Index into the unseen scenes; other checks use the first ones."""
