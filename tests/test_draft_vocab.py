@@ -20,7 +20,7 @@ from vispec.ge_data.sample_file import Tokens, file_name, write_sample
 from vispec.model.drafts import DraftHead, load_draft
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.drafts.vocabulary import VOCABULARY_FILE, DraftVocabulary, fingerprint
-from vispec.model.tree import grow
+from vispec.model.tree import choose_nodes
 from vispec.train import draft_vocab
 
 FAMILY = GOLDEN / "llava_next"
@@ -112,7 +112,8 @@ def test_a_full_vocabulary_changes_nothing(method):
         prompt = model.target.prefill(model.target.new_cache(1, 200), *inputs_of(model))
         root = torch.tensor([7])
         memory = read_prompt(model.draft, model.target, prompt, root)
-        trees.append(grow(model.draft, memory, root, model.shape, model.draft.output(model.target)))
+        candidates = model.draft.candidates(memory, model.shape, model.draft.output(model.target))
+        trees.append(choose_nodes(root, candidates, model.shape))
     for tree in trees[1:]:
         assert torch.equal(tree.tokens, trees[0].tokens) and torch.equal(tree.parents, trees[0].parents)
 

@@ -12,7 +12,7 @@ from vispec.model.drafts import PromptLookup, lookup
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.lookup import LookupMemory
 from vispec.model.shape import TreeShape
-from vispec.model.tree import EMPTY, Tree, grow
+from vispec.model.tree import EMPTY, Tree, choose_nodes
 
 
 def drafted_by_hand(text: list[int], total_token: int, k: int, levels: int) -> list[list[int]]:
@@ -67,7 +67,7 @@ def test_trees_equal_the_oracle(seed, shape):
     texts = [[*row, last] for row, last in zip(prompt.tolist(), root.tolist(), strict=True)]
     texts[0][2:5] = [EMPTY] * 3
     for _ in range(6):
-        tree = grow(draft, memory, root, shape, None)
+        tree = choose_nodes(root, draft.candidates(memory, shape), shape)
         assert tree.tokens.shape == (3, shape.total_token)
         for row, text in enumerate(texts):
             expected = drafted_by_hand(text, shape.total_token, shape.top_k, shape.levels)
@@ -140,4 +140,4 @@ def test_a_tree_has_no_more_branches_than_a_text_has_slots():
     assert (shape.total_token, shape.top_k) == (2 * lookup.MOST_BRANCHES + 1, lookup.MOST_BRANCHES)
     root = torch.tensor([5])
     memory = read(draft, torch.tensor([[5, 6, 7]]), root, [[]], capacity=4)
-    assert drafted(grow(draft, memory, root, shape, None), 0) == [[6], [6, 7]]
+    assert drafted(choose_nodes(root, draft.candidates(memory, shape), shape), 0) == [[6], [6, 7]]

@@ -22,7 +22,7 @@ from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.shape import TreeShape
-from vispec.model.tree import grow
+from vispec.model.tree import choose_nodes
 
 # --- the tree ---
 
@@ -58,7 +58,7 @@ def test_grown_trees_equal_the_oracle(total_token, k):
     shape = TreeShape(total_token, 1, k).fitted(VOCABULARY, head.fixed_depth)
     assert shape.levels == 5
     for features in (prompt[:, -1], path[torch.arange(3), counts - 1]):
-        tree = grow(head, memory, root, shape, output_of(lm_head))
+        tree = choose_nodes(root, head.candidates(memory, shape, output_of(lm_head)), shape)
         for b, feature in enumerate(features):
             linears = [(block[0].linear.weight, block[0].linear.bias) for block in head.medusa_head]
             outs = [feature + torch.nn.functional.silu(weight @ feature + bias) for weight, bias in linears]

@@ -17,7 +17,7 @@ from vispec import SpecModel
 from vispec.ge_data.batch_generate import collate_prompts
 from vispec.model.sampling import Accepted, Choice, Sampling, accept, row_seeds
 from vispec.model.shape import TreeShape
-from vispec.model.tree import Tree, choose_nodes
+from vispec.model.tree import Candidates, Tree, choose_nodes
 
 V = 6
 """Tokens of the vocabulary."""
@@ -84,7 +84,8 @@ def drafted_tree(root: torch.Tensor, shape: TreeShape) -> Tree:
         if first:
             parents[first : first + k] = (first - k) // k
             scores[:, first : first + k] = scores[:, parents[first : first + k]] - table[:, first : first + k].abs()
-    return choose_nodes(root, scores[root], tokens[root], parents.expand(len(root), -1), shape)
+    candidates = Candidates(scores[root], tokens[root], parents.expand(len(root), -1))
+    return choose_nodes(root, candidates, shape)
 
 
 Rule = Callable[[Sampling, Tree, torch.Tensor], Accepted]
