@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from vispec import embedded
@@ -125,7 +126,7 @@ def _summary(args: argparse.Namespace, results: list, seconds: float) -> dict:
         **_methods(first),
         **{other.dtype: _methods(other) for other in others},
         "tau_convention": TAU_CONVENTION,
-        "tree": embedded.TREE,
+        "tree": asdict(embedded.TREE),
         "answers": [
             {
                 "scene_seed": reply.question.scene_seed,
