@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_batches import batch_of
-from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from test_sampling import WARM, V, check_sampled
 from tiny_models import FAMILIES, ON_CPU, as_prompt, generate, greedy_lengths, image_prompt, random_target
 
 from vispec import SpecModel
@@ -115,16 +115,7 @@ def test_sampled_answers_follow_the_target():
     target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
     model = SpecModel(target, PromptLookup(), total_token=9, depth=1, top_k=4)
     prompt = torch.randint(V - 1, (1, 30), generator=torch.Generator().manual_seed(1))  # every token but the image's
-    settings = {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
-    exact = enumerate_target(model, prompt, settings)
-    torch.manual_seed(5)
-    answers, lengths = [], []
-    for _ in range(600):
-        answer, accepted = model.specgenerate(prompt, **settings, max_new_tokens=3, return_acceptance_len=True)
-        answers.append(answer[0, -3:])
-        lengths += accepted
-    assert sum(lengths) > 150, "drafts were accepted"
-    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+    check_sampled(model, prompt, WARM)
 
 
 def test_takes_no_draft_head():
