@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import re
 import shlex
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_files import script
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -121,10 +121,6 @@ def table(document: Path, head: str) -> list[list[str]]:
 
 def _module(program: str) -> ModuleType:
     if program.startswith("scripts/"):
-        path = (ROOT / program).with_suffix(".py")  # the shell scripts there pass their arguments on
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return script(Path(program).stem)  # the shell scripts there pass their arguments on
     is_package = (ROOT / program.replace(".", "/")).is_dir()
     return importlib.import_module(f"{program}.__main__" if is_package else program)

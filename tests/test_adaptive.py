@@ -18,7 +18,7 @@ from vispec.evaluation.families.registry import FAMILIES
 from vispec.model.adaptive import NOTES, RULES, AdaptiveTree, Ddd, Sage, Talon, Threshold, parse_tree
 from vispec.model.drafts import PromptLookup
 from vispec.model.shape import TreeShape
-from vispec.model.tree import EMPTY, DraftOutput, Growth, Tree, expand_levels, grow
+from vispec.model.tree import EMPTY, DraftOutput, Growth, Tree, choose_nodes, expand_levels
 
 SIZE, VOCABULARY = 8, 24
 TREES = ("threshold", "talon", "sage", "ddd", "talon:mu=0.3,n=12,d=3,k=4", "threshold:c=0.2,n=12,d=5,k=3")
@@ -40,11 +40,12 @@ class PathDraft:
     def follow(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return torch.tanh(hidden @ self.turn + self.embed[tokens])
 
-    def candidates(self, memory, root, shape, output, growth):
+    def grown(self, shape: AdaptiveTree, growth: Growth) -> Tree:
         def expand(hidden, tokens, parents):
             return self.follow(hidden, tokens)
 
-        return expand_levels(self.start[:, None], expand, root, shape, output, growth)
+        root = torch.zeros(len(self.start), dtype=torch.long)
+        return choose_nodes(root, expand_levels(self.start[:, None], expand, shape, self.output, growth), shape)
 
     def best(self, hidden: torch.Tensor, k: int) -> list[tuple[float, int]]:
         values, tokens = (hidden @ self.head).log_softmax(-1).topk(k)
@@ -147,7 +148,7 @@ def test_a_tree_is_what_its_rule_says(tree, sharpness):
                 [memory.get(name, 0) for name in ("rounds", "alpha", "shrunk")], dtype=torch.float
             )
         growth = Growth(notes)
-        grown = grow(draft, None, torch.zeros(3, dtype=torch.long), tree, draft.output, growth)
+        grown = draft.grown(tree, growth)
         expected = [brute_force(draft, row, tree, memory) for row, memory in enumerate(memories)]
         assert grown.tokens.shape == (3, tree.total_token)
         for row, (paths, _) in enumerate(expected):

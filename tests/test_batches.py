@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from test_sampling import REJECT_BELOW, WARM, V, enumerate_target, p_value
 from tiny_models import FAMILIES, image_prompt, random_head, random_target, same_target, text_prompt
 
 from vispec import SpecModel
@@ -120,7 +120,7 @@ def test_sampled_answers_of_every_row_follow_the_target(method):
     draft = PromptLookup() if method == "lookup" else random_head(target, method, seed=12)
     model = SpecModel(target, draft, total_token=9, depth=1, top_k=4)
     prompts = [text_prompt(target, length, seed) for length, seed in ((3, 1), (6, 2))]
-    settings = {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
+    settings = WARM
     copies = 4  # more rows a call make the test quicker
     batch = batch_of(prompts * copies)
     torch.manual_seed(5)

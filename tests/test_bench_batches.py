@@ -1,25 +1,21 @@
 """The benchmark of batches answers the same questions in every arm."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from script_files import script
 from test_bench import tiny
 
 from vispec import embedded
 from vispec.evaluation.random_pairs import TARGETS
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
-PATH = Path(__file__).parent.parent / "scripts" / "bench_batches.py"
 
 
 @pytest.fixture
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_batches", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench_batches")
 
 
 def test_every_batch_size_is_measured(bench, monkeypatch, tmp_path, capsys):

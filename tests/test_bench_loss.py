@@ -1,23 +1,18 @@
 """The benchmark of the loss compares the same computation."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from script_files import script
 
-PATH = Path(__file__).parent.parent / "scripts" / "bench_loss.py"
 TINY = ["--device", "cpu", "--rows", "256", "--vocab", "20000", "--width", "16", "--dtype", "float32", "--runs", "1"]
 
 
 @pytest.fixture
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_loss", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench_loss")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

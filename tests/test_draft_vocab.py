@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from test_sampling import WARM, V, check_sampled
 from tiny_models import GOLDEN, generate, image_prompt, random_head, random_target, read_prompt, text_prompt
 from transformers import AutoTokenizer
 
@@ -20,7 +20,7 @@ from vispec.ge_data.sample_file import Tokens, file_name, write_sample
 from vispec.model.drafts import DraftHead, load_draft
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.drafts.vocabulary import VOCABULARY_FILE, DraftVocabulary, fingerprint
-from vispec.model.tree import grow
+from vispec.model.tree import choose_nodes
 from vispec.train import draft_vocab
 
 FAMILY = GOLDEN / "llava_next"
@@ -112,7 +112,8 @@ def test_a_full_vocabulary_changes_nothing(method):
         prompt = model.target.prefill(model.target.new_cache(1, 200), *inputs_of(model))
         root = torch.tensor([7])
         memory = read_prompt(model.draft, model.target, prompt, root)
-        trees.append(grow(model.draft, memory, root, model.shape, model.draft.output(model.target)))
+        candidates = model.draft.candidates(memory, model.shape, model.draft.output(model.target))
+        trees.append(choose_nodes(root, candidates, model.shape))
     for tree in trees[1:]:
         assert torch.equal(tree.tokens, trees[0].tokens) and torch.equal(tree.parents, trees[0].parents)
 
@@ -124,16 +125,7 @@ def inputs_of(model: SpecModel) -> tuple[torch.Tensor, dict]:
 
 def test_sampled_answers_follow_the_target():
     model = restricted_pair("llava_1.5", "eagle2", [1, 3, 4], seed=11, tree=(9, 1, 4), vocabulary=V, std=0.15)
-    inputs, settings = text_prompt(model.target.model, 3, seed=1), {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
-    exact = enumerate_target(model, inputs["input_ids"], settings)
-    torch.manual_seed(5)
-    answers, lengths = [], []
-    for _ in range(400):
-        answer, accepted = model.specgenerate(**inputs, **settings, max_new_tokens=3, return_acceptance_len=True)
-        answers.append(answer[0, -3:])
-        lengths += accepted
-    assert sum(lengths) > 60, "drafts were accepted"
-    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+    check_sampled(model, text_prompt(model.target.model, 3, seed=1)["input_ids"], WARM, answers=400, least=60)
 
 
 def test_output_heads_that_cannot_be_restricted():

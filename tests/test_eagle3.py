@@ -110,8 +110,7 @@ def test_recorded_passes_of_the_head(case):
         best = logits.topk(shape.top_k).indices
         assert torch.equal(output.token_ids[best], recorded[f"round{number}.extend.top_tokens"])
         expand = RecordedLevels(Expansions(draft, memory, shape), recorded, number, output)
-        root = given["input_ids"][:, -1]
-        candidates = expand_levels(memory.estimate[:, None], expand, root, shape, output)
+        candidates = expand_levels(memory.estimate[:, None], expand, shape, output)
         assert expand.passes == shape.depth
         chosen = candidates.scores[0].sort(descending=True).indices[: shape.total_token - 1].sort().values
         assert torch.equal(chosen, recorded[f"round{number}.selected_index"])

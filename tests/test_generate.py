@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_embedded_default(picture, capsys, monkeypatch):
     load = generate.load_model
     monkeypatch.setattr(generate, "load_model", lambda *a, **k: seen.update(k) or load(*a, **k))
     assert generate.main(["--image", picture, "What is this?", "--max-new-tokens", "3", "--depth", "2"]) == 0
-    shape = TreeShape(**{**embedded.TREE, "depth": 2})
+    shape = replace(embedded.TREE, depth=2)
     assert seen["dtype"] == "float32" and seen["tree"] == shape
     assert "3 tokens in" in capsys.readouterr().out
     assert generate.main(["--image", picture, "What is this?", "--max-new-tokens", "3"]) == 0

@@ -9,8 +9,8 @@ from test_generate import GOLDEN, pair, picture  # noqa: F401 - a fixture
 from test_web import server  # noqa: F401 - a fixture
 
 from vispec import generate, web
-from vispec.evaluation.text import answer_text
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, chat_messages, load_processor, user_turn
+from vispec.text import answer_text
 
 PAIR = pair("llava_next", "vispec")
 

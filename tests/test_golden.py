@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_models import RECORDED, Recording, read_prompt, recorded_case, recorded_model
+from torch.nn.utils.rnn import pad_sequence
 
 from vispec import SpecModel
 from vispec.model.decoding import Decoder
@@ -48,7 +49,10 @@ def assert_recorded(tree: Tree, recorded: dict[str, torch.Tensor], number: int) 
     assert torch.equal(tree.tokens, recorded[f"round{number}.draft_tokens"])
     assert torch.equal(tree.mask, recorded[f"round{number}.tree_mask"].bool()[0])
     assert torch.equal(tree.depths[0], recorded[f"round{number}.tree_position_ids"])
-    assert torch.equal(tree.retrieve_indices(), recorded[f"round{number}.retrieve_indices"])
+    leaves = [leaf for leaf in range(len(tree.parents[0])) if leaf not in tree.parents[0]]
+    paths = [tree.paths[0, leaf, : tree.depths[0, leaf] + 1] for leaf in leaves]
+    padded = pad_sequence(paths, batch_first=True, padding_value=-1)
+    assert torch.equal(padded, recorded[f"round{number}.retrieve_indices"])
 
 
 class RecordedLevels:

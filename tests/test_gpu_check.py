@@ -1,24 +1,15 @@
 """The GPU check, tried on the CPU: outputs are compared, parts end in time, the table says what is missing."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from script_files import script
 
 from vispec.model.sampling import Choice, Sampling, draw
 from vispec.model.shape import TreeShape
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 RUN = "Qwen2.5-VL-7B-Instruct/bfloat16/32768"
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu_check import script
+from script_files import script
 
 from vispec.train.processes import Processes
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_batches import batch_of
-from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from test_sampling import WARM, V, check_sampled
 from tiny_models import FAMILIES, ON_CPU, as_prompt, generate, greedy_lengths, image_prompt, random_target
 
 from vispec import SpecModel
@@ -12,7 +12,7 @@ from vispec.model.drafts import PromptLookup, lookup
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.lookup import LookupMemory
 from vispec.model.shape import TreeShape
-from vispec.model.tree import EMPTY, Tree, grow
+from vispec.model.tree import EMPTY, Tree, choose_nodes
 
 
 def drafted_by_hand(text: list[int], total_token: int, k: int, levels: int) -> list[list[int]]:
@@ -67,7 +67,7 @@ def test_trees_equal_the_oracle(seed, shape):
     texts = [[*row, last] for row, last in zip(prompt.tolist(), root.tolist(), strict=True)]
     texts[0][2:5] = [EMPTY] * 3
     for _ in range(6):
-        tree = grow(draft, memory, root, shape, None)
+        tree = choose_nodes(root, draft.candidates(memory, shape), shape)
         assert tree.tokens.shape == (3, shape.total_token)
         for row, text in enumerate(texts):
             expected = drafted_by_hand(text, shape.total_token, shape.top_k, shape.levels)
@@ -115,16 +115,7 @@ def test_sampled_answers_follow_the_target():
     target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
     model = SpecModel(target, PromptLookup(), total_token=9, depth=1, top_k=4)
     prompt = torch.randint(V - 1, (1, 30), generator=torch.Generator().manual_seed(1))  # every token but the image's
-    settings = {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
-    exact = enumerate_target(model, prompt, settings)
-    torch.manual_seed(5)
-    answers, lengths = [], []
-    for _ in range(600):
-        answer, accepted = model.specgenerate(prompt, **settings, max_new_tokens=3, return_acceptance_len=True)
-        answers.append(answer[0, -3:])
-        lengths += accepted
-    assert sum(lengths) > 150, "drafts were accepted"
-    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+    check_sampled(model, prompt, WARM)
 
 
 def test_takes_no_draft_head():
@@ -140,4 +131,4 @@ def test_a_tree_has_no_more_branches_than_a_text_has_slots():
     assert (shape.total_token, shape.top_k) == (2 * lookup.MOST_BRANCHES + 1, lookup.MOST_BRANCHES)
     root = torch.tensor([5])
     memory = read(draft, torch.tensor([[5, 6, 7]]), root, [[]], capacity=4)
-    assert drafted(grow(draft, memory, root, shape, None), 0) == [[6], [6, 7]]
+    assert drafted(choose_nodes(root, draft.candidates(memory, shape), shape), 0) == [[6], [6, 7]]

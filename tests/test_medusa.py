@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_sampling import REJECT_BELOW, V, enumerate_target, p_value
+from test_sampling import WARM, V, check_sampled
 from test_tree import CONFIG, SIZE, VOCABULARY, check_tree, tree_of
 from tiny_models import (
     FAMILIES,
@@ -22,7 +22,7 @@ from vispec.model.drafts import MedusaHead, load_draft
 from vispec.model.drafts.base import Kept
 from vispec.model.drafts.checkpoints import save_draft
 from vispec.model.shape import TreeShape
-from vispec.model.tree import grow
+from vispec.model.tree import choose_nodes
 
 # --- the tree ---
 
@@ -58,7 +58,7 @@ def test_grown_trees_equal_the_oracle(total_token, k):
     shape = TreeShape(total_token, 1, k).fitted(VOCABULARY, head.fixed_depth)
     assert shape.levels == 5
     for features in (prompt[:, -1], path[torch.arange(3), counts - 1]):
-        tree = grow(head, memory, root, shape, output_of(lm_head))
+        tree = choose_nodes(root, head.candidates(memory, shape, output_of(lm_head)), shape)
         for b, feature in enumerate(features):
             linears = [(block[0].linear.weight, block[0].linear.bias) for block in head.medusa_head]
             outs = [feature + torch.nn.functional.silu(weight @ feature + bias) for weight, bias in linears]
@@ -83,16 +83,7 @@ def test_greedy_answers_are_the_targets(family, tree):
 def test_sampled_answers_follow_the_target():
     target = random_target("llava_1.5", seed=11, vocabulary=V, std=0.15)
     model = SpecModel(target, random_head(target, "medusa", seed=12), total_token=9, top_k=4)
-    inputs, settings = text_prompt(target, 3, seed=1), {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
-    exact = enumerate_target(model, inputs["input_ids"], settings)
-    torch.manual_seed(5)
-    answers, lengths = [], []
-    for _ in range(600):
-        answer, accepted = model.specgenerate(**inputs, **settings, max_new_tokens=3, return_acceptance_len=True)
-        answers.append(answer[0, -3:])
-        lengths += accepted
-    assert sum(lengths) > 150, "drafts were accepted"
-    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+    check_sampled(model, text_prompt(target, 3, seed=1)["input_ids"], WARM)
 
 
 # --- files ---

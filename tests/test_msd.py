@@ -84,7 +84,7 @@ def test_recorded_rounds(family, case, lean):
         logits = output.logits(memory.estimate)
         torch.testing.assert_close(logits, recorded[f"round{number}.extend.last_logits"], **TOLERANCE)
         expand = RecordedLevels(Expansions(head, memory, shape), recorded, number, output)
-        tree = choose_nodes(root, *expand_levels(memory.estimate[:, None], expand, root, shape, output), shape)
+        tree = choose_nodes(root, expand_levels(memory.estimate[:, None], expand, shape, output), shape)
         assert expand.passes == shape.depth
         assert_recorded(tree, recorded, number)
 

@@ -11,8 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from vispec import text
 from vispec.cli import UserError
-from vispec.evaluation import text
 from vispec.ge_data.conversations import tokenize
 from vispec.pictures import UnreadableImage
 from vispec.prompts import (

@@ -17,13 +17,14 @@ from vispec import SpecModel
 from vispec.ge_data.batch_generate import collate_prompts
 from vispec.model.sampling import Accepted, Choice, Sampling, accept, row_seeds
 from vispec.model.shape import TreeShape
-from vispec.model.tree import Tree, choose_nodes
+from vispec.model.tree import Candidates, Tree, choose_nodes
 
 V = 6
 """Tokens of the vocabulary."""
 ROOT = 2
 """The token before the three that are measured."""
 REJECT_BELOW = 1e-3
+WARM = {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -84,7 +85,8 @@ def drafted_tree(root: torch.Tensor, shape: TreeShape) -> Tree:
         if first:
             parents[first : first + k] = (first - k) // k
             scores[:, first : first + k] = scores[:, parents[first : first + k]] - table[:, first : first + k].abs()
-    return choose_nodes(root, scores[root], tokens[root], parents.expand(len(root), -1), shape)
+    candidates = Candidates(scores[root], tokens[root], parents.expand(len(root), -1))
+    return choose_nodes(root, candidates, shape)
 
 
 Rule = Callable[[Sampling, Tree, torch.Tensor], Accepted]
@@ -251,22 +253,26 @@ def enumerate_target(model: SpecModel, prompt: torch.Tensor, settings: dict) -> 
     return p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 1.2, "top_p": 0.85, "top_k": 4}])
-def test_whole_answers_follow_the_target(small_pair, settings):
-    inputs = text_prompt(small_pair.target.model, 3, seed=1)
-    exact = enumerate_target(small_pair, inputs["input_ids"], settings)
+def check_sampled(model: SpecModel, prompt: torch.Tensor, settings: dict, answers: int = 600, least: int = 150) -> None:
+    """Answers of three tokens follow the target, and drafts are accepted, at `least` so many tokens of all."""
+    exact = enumerate_target(model, prompt, settings)
     torch.manual_seed(5)
-    answers, lengths = [], []
-    for _ in range(600):
-        answer, accepted = small_pair.specgenerate(**inputs, **settings, max_new_tokens=3, return_acceptance_len=True)
-        answers.append(answer[0, -3:])
+    found, lengths = [], []
+    for _ in range(answers):
+        answer, accepted = model.specgenerate(prompt, **settings, max_new_tokens=3, return_acceptance_len=True)
+        found.append(answer[0, -3:])
         lengths += accepted
-    assert sum(lengths) > 150, "drafts were accepted"
-    assert p_value(torch.stack(answers), exact) > REJECT_BELOW
+    assert sum(lengths) > least, "drafts were accepted"
+    assert p_value(torch.stack(found), exact) > REJECT_BELOW
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, WARM])
+def test_whole_answers_follow_the_target(small_pair, settings):
+    check_sampled(small_pair, text_prompt(small_pair.target.model, 3, seed=1)["input_ids"], settings)
 
 
 def test_baseline_follows_the_target(small_pair):
-    inputs, settings = text_prompt(small_pair.target.model, 3, seed=1), {"temperature": 1.2, "top_p": 0.85, "top_k": 4}
+    inputs, settings = text_prompt(small_pair.target.model, 3, seed=1), WARM
     exact = enumerate_target(small_pair, inputs["input_ids"], settings)
     torch.manual_seed(6)
     answers = [small_pair.baseline_generate(**inputs, **settings, max_new_tokens=3)[0, -3:] for _ in range(400)]

@@ -62,7 +62,7 @@ def drafts_of_decoding(head: DraftHead, hidden, embeds, ids, images: list, promp
         following = ids[:, prompt + len(estimates), None]
         return F.one_hot(following, 50).float()
 
-    head.candidates(memory, root, TreeShape(DEPTH, DEPTH - 1, 1), DraftOutput(logits, lambda rows: None))
+    head.candidates(memory, TreeShape(DEPTH, DEPTH - 1, 1), DraftOutput(logits, lambda rows: None))
     assert len(estimates) == DEPTH
     return estimates
 

@@ -30,7 +30,7 @@ def make_trainer(folder: Path, samples: list) -> MedusaTrainer:
     for index, sample in enumerate(samples):
         write_sample(folder / f"{index:08d}.safetensors", sample)
     paths = sorted(folder.glob("*.safetensors"))
-    recipe = Recipe(Objective(1.0, 0.1, "ce", 0.0), lr=1e-2)
+    recipe = Recipe(Objective.eagle(), lr=1e-2)
     lm_head = torch.randn(VOCABULARY, SIZE, generator=torch.Generator().manual_seed(1))
     data = SampleFolder(paths, 64), SampleFolder(paths, 64)
     head = bare_head(CONFIG, "medusa", seed=2)

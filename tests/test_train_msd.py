@@ -13,8 +13,8 @@ from tiny_rows import CONFIGS, TARGETS, generate, write_rows
 from vispec import SpecModel
 from vispec.model.drafts import load_draft
 from vispec.train import main_msd, msd
-from vispec.train.losses import PARTS, summed_loss
-from vispec.train.msd import EPOCHS, OBJECTIVE, image_share, shown
+from vispec.train.losses import PARTS, Objective, summed_loss
+from vispec.train.msd import EPOCHS, image_share, shown
 
 GOLDEN = Path(__file__).parent / "golden" / "msd"
 
@@ -36,7 +36,7 @@ def test_outputs_losses_and_gradients(family):
 
     scored = recorded["batch.loss_mask"].flatten().nonzero()[:, 0]
     rows, targets = (x.flatten(0, 1)[scored] for x in (out, recorded["batch.target"]))
-    loss, parts = summed_loss(OBJECTIVE, rows[:, None], targets, recorded["head_weight"])
+    loss, parts = summed_loss(Objective.eagle(), rows[:, None], targets, recorded["head_weight"])
     found = dict(zip(PARTS, (parts / len(scored)).tolist(), strict=True))
     assert found["feature"] == pytest.approx(recorded["vloss"].item(), rel=1e-5)
     assert found["token"] == pytest.approx(recorded["ploss"].item(), rel=1e-5)

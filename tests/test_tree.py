@@ -14,7 +14,7 @@ from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.pair_head import DraftMemory
 from vispec.model.sampling import accept
 from vispec.model.shape import TreeShape
-from vispec.model.tree import Tree, choose_nodes, grow
+from vispec.model.tree import Candidates, Tree, choose_nodes
 
 SIZE, VOCABULARY = 32, 20
 CONFIG = DraftConfig(
@@ -132,9 +132,6 @@ def check_tree(tree: Tree, row: int, expected: dict, shape: TreeShape) -> None:
     assert tree.depths[row].tolist() == [len(path) - 1 for path in paths]
     width = shape.levels + 1
     assert tree.paths[row].tolist() == [path + path[-1:] * (width - len(path)) for path in paths]
-    leaves = [path for node, path in enumerate(paths) if node not in parents]
-    longest = max(map(len, leaves))
-    assert tree.retrieve_indices(row).tolist() == [path + [-1] * (longest - len(path)) for path in leaves]
 
 
 # --- growing ---
@@ -174,6 +171,10 @@ def unequal_memory(head: DraftHead, seed: int) -> tuple[DraftMemory, list[Row]]:
     return memory, rows
 
 
+def grown(head: DraftHead, memory: DraftMemory, root: torch.Tensor, shape: TreeShape, rows: list[Row]) -> Tree:
+    return choose_nodes(root, head.candidates(memory, shape, output_of(rows[0].lm_head)), shape)
+
+
 @pytest.mark.parametrize(
     "shape", [TreeShape(2, 1, 1), TreeShape(8, 0, 7), TreeShape(12, 3, 4), TreeShape(30, 3, 8), TreeShape(60, 6, 10)]
 )
@@ -183,7 +184,7 @@ def test_grown_trees_equal_the_oracle(method, shape):
     head = bare_head(CONFIG, method, seed=1)
     memory, rows = unequal_memory(head, seed=2)
     root = torch.tensor([3, 4, 5])
-    tree = grow(head, memory, root, shape, output_of(rows[0].lm_head))
+    tree = grown(head, memory, root, shape, rows)
     assert memory.cache.lengths.tolist() == [6, 9, 7]
     for b, row in enumerate(rows):
         torch.testing.assert_close(memory.estimate[b], row.output([]), rtol=1e-4, atol=1e-4)
@@ -197,8 +198,8 @@ def test_growing_leaves_what_was_read_alone():
     head = bare_head(CONFIG, "vispec", seed=3)
     memory, rows = unequal_memory(head, seed=4)
     root, shape = torch.tensor([3, 4, 5]), TreeShape(12, 3, 4)
-    first = grow(head, memory, root, shape, output_of(rows[0].lm_head))
-    second = grow(head, memory, root, shape, output_of(rows[0].lm_head))
+    first = grown(head, memory, root, shape, rows)
+    second = grown(head, memory, root, shape, rows)
     assert torch.equal(first.tokens, second.tokens) and torch.equal(first.parents, second.parents)
 
 
@@ -212,7 +213,7 @@ def test_a_child_that_ties_with_its_parent_comes_after_it():
     scores = torch.tensor([[-1.0, -2.0, -1.0, -9.0, -2.0, -9.0], [-1.0, -1.0, -1.0, -1.0, -1.0, -1.0]])
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15]] * 2)
     parents = torch.tensor([[-1, -1, 0, 0, 1, 1]] * 2)
-    tree = choose_nodes(torch.tensor([7, 8]), scores, tokens, parents, shape)
+    tree = choose_nodes(torch.tensor([7, 8]), Candidates(scores, tokens, parents), shape)
     check_tree(tree, 0, {"tokens": [7, 10, 12], "parents": [0, 0, 1]}, shape)
     check_tree(tree, 1, {"tokens": [8, 10, 11], "parents": [0, 0, 0]}, shape)
 
@@ -235,7 +236,7 @@ def test_many_ties_never_orphan_a_node(total_token):
             parents[b, i] = frontier[rank // k]
             scores[b, i] += scores[b, parents[b, i]]
     tokens = torch.arange(candidates).expand(3, -1)
-    tree = choose_nodes(torch.tensor([90, 91, 92]), scores, tokens, parents, shape)
+    tree = choose_nodes(torch.tensor([90, 91, 92]), Candidates(scores, tokens, parents), shape)
     for b in range(3):
         order = sorted(range(candidates), key=lambda i: (-scores[b, i], i))[: total_token - 1]
         chosen = [(i, None if parents[b, i] < 0 else int(parents[b, i]), i) for i in sorted(order)]

@@ -77,8 +77,8 @@ def assert_same_scores(model: SpecModel, inputs: dict) -> None:
         prompt = target.prefill(cache, inputs["input_ids"], rest)
         root = prompt.logits.argmax(-1)
         memory = read_prompt(draft, target, prompt, root)
-        candidates = draft.candidates(memory, root, shape, draft.output(target))
-        tree = choose_nodes(root, *candidates, shape)
+        candidates = draft.candidates(memory, shape, draft.output(target))
+        tree = choose_nodes(root, candidates, shape)
         positions = cache.lengths[:, None] + tree.depths + (0 if prompt.rope_delta is None else prompt.rope_delta)
         said = target.logits(target.forward(cache, tree.tokens, positions, tree.mask).hidden).log_softmax(-1)[0]
     parents = tree.parents[0, 1:]

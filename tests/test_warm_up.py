@@ -1,10 +1,10 @@
 """Nothing that is timed waits for a capture: whoever measures gets ready for all sizes that come."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 from conftest import CAPTURED_BUCKET
+from script_files import script
 from test_batches import model_of
 from tiny_models import random_target, text_prompt
 
@@ -57,10 +57,7 @@ def test_arms_that_take_turns(captures, eager, monkeypatch, method, tree):
 
 def test_batches(captures, eager, model, monkeypatch):
     """Rows leave a batch one after the other, and those that are left have steps of their own."""
-    script = Path(__file__).parent.parent / "scripts" / "bench_batches.py"
-    spec = importlib.util.spec_from_file_location("bench_batches", script)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = script("bench_batches")
     cleared_by(monkeypatch, bench, eager)
     bench.measure(model, prompts(model), [3, 1], 1, 12, 0.0)
     assert eager == set()

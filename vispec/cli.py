@@ -85,6 +85,11 @@ def limit(text: str) -> float:
     return _number(text, "above 0", lambda value: value > 0)
 
 
+def share(text: str) -> float:
+    """A number above 0, up to 1."""
+    return _number(text, "above 0, up to 1", lambda value: 0 < value <= 1)
+
+
 def _number(text: str, expected: str, holds: Callable[[float], bool]) -> float:
     try:
         value = float(text)

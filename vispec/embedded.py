@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vispec.cli import UserError
 from vispec.files import read_json
+from vispec.model.shape import TreeShape
 
 WEIGHTS = Path(__file__).parent / "demo" / "weights"
 TARGET, DRAFT = WEIGHTS / "target", WEIGHTS / "draft"
@@ -11,9 +12,9 @@ SMALL = WEIGHTS / "small"
 """A smaller VLM with the target's tokenizer, which can draft for it too."""
 QUESTIONS = WEIGHTS / "questions"
 
-TREE = {"total_token": 16, "depth": 7, "top_k": 2}
+TREE = TreeShape(16, 7, 2)
 """A tree that pays for a target of this size on a CPU, see docs/measuring.md."""
-TREE_NAME = "/".join(map(str, TREE.values()))
+TREE_NAME = str(TREE)
 
 DTYPE = "float32"
 """Where identity of the outputs holds; the files are bfloat16."""

@@ -32,10 +32,10 @@ from vispec.evaluation.measure import (
     warm_up,
 )
 from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
-from vispec.evaluation.text import TextStream, answer_text, coloured, wants_colour
 from vispec.model.shape import AUTO, TUNE
 from vispec.pictures import UnreadableImage, read_picture
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, load_processor, user_turn
+from vispec.text import TextStream, answer_text, coloured, wants_colour
 from vispec.video import read_video
 
 if TYPE_CHECKING:

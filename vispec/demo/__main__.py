@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from vispec import embedded
@@ -48,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run_all(args: argparse.Namespace, target: str, draft: str) -> list:
     from vispec.demo.runner import one_reply, questions, run
     from vispec.evaluation.loading import quiet_transformers
-    from vispec.evaluation.text import coloured, wants_colour
     from vispec.prompts import load_processor
+    from vispec.text import coloured, wants_colour
 
     quiet_transformers()
     colour = wants_colour(sys.stdout)
@@ -125,7 +126,7 @@ def _summary(args: argparse.Namespace, results: list, seconds: float) -> dict:
         **_methods(first),
         **{other.dtype: _methods(other) for other in others},
         "tau_convention": TAU_CONVENTION,
-        "tree": embedded.TREE,
+        "tree": asdict(embedded.TREE),
         "answers": [
             {
                 "scene_seed": reply.question.scene_seed,

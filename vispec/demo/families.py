@@ -324,14 +324,11 @@ class Qwen(Family):
 
     def tower_states(self, model, pixels):
         states = []
-        hook = model.visual.merger.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-        try:
+        with model.visual.merger.register_forward_pre_hook(lambda module, args: states.append(args[0])):
             # the tower attends over all pictures of a call at once and masks the rest, so a few at a time are faster
             for part in pixels.split(8):
                 inputs = self.image_inputs(part)
                 model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-        finally:
-            hook.remove()
         return torch.cat(states).reshape(len(pixels), self.image_tokens, -1)
 
     def projector(self, model):

@@ -5,6 +5,8 @@ that knows which places are taken and rules out those already named is right hal
 """
 
 import random
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -38,14 +40,10 @@ def quiz_accuracy(stream: Stream, model, by_place: bool) -> float:
     images = stream.family.image_inputs(batch.pixels.to(model.device))
     chosen = model(input_ids=batch.input_ids.to(model.device), use_cache=False, **images).logits.argmax(-1).cpu()
     right = total = 0
-    for row, labels in zip((chosen[:, :-1] == batch.labels[:, 1:]).tolist(), batch.labels[:, 1:].tolist(), strict=True):
-        answers = _runs([label != IGNORED for label in labels])[1:-1]
-        right += sum(all(row[start:end]) for start, end in answers)
+    labels = batch.labels[:, 1:]
+    for row in torch.stack([labels != IGNORED, chosen[:, :-1] == labels], dim=2).tolist():
+        runs = groupby(row, key=itemgetter(0))
+        answers = [all(same for _, same in run) for scored, run in runs if scored][1:-1]
+        right += sum(answers)
         total += len(answers)
     return right / max(1, total)
-
-
-def _runs(flags: list[bool]) -> list[tuple[int, int]]:
-    """Stretches [start, end) of flags that are set."""
-    edges = [i for i, (before, now) in enumerate(zip([False, *flags], [*flags, False], strict=True)) if before != now]
-    return list(zip(edges[0::2], edges[1::2], strict=True))

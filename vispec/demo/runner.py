@@ -11,8 +11,9 @@ from vispec.demo.scenes import render, scene_of
 from vispec.evaluation.comparison import Comparison, compare
 from vispec.evaluation.loading import load_model
 from vispec.evaluation.measure import Answer, Arm, Generation, Kind, drafted_flags, interleave, typical
-from vispec.evaluation.text import pieces_of
+from vispec.model.shape import TreeShape
 from vispec.prompts import build_inputs, user_turn
+from vispec.text import pieces_of
 
 FIRST_SCENE = 60_000
 """Index into the unseen scenes; other checks use the first ones."""
@@ -71,7 +72,7 @@ def questions(count: int, first: int = 0) -> list[Asked]:
 def run(
     target: str,
     draft: str,
-    tree: dict[str, int],
+    tree: TreeShape,
     dtype: str,
     processor,
     asked: list[Asked],
@@ -86,7 +87,7 @@ def run(
         budget: seconds for all of them, see `turns`.
         on_reply: called after each question of the first repetition.
     """
-    model = load_model(target, draft, dtype=dtype, method="vispec", **tree)
+    model = load_model(target, draft, dtype=dtype, method="vispec", tree=tree)
     inputs = [build_inputs(processor, [user_turn(question.text, question.image)]) for question in asked]
     generation = Generation(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 

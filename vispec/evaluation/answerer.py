@@ -16,11 +16,11 @@ from vispec.evaluation.loading import Models, load_models, quiet_transformers
 from vispec.evaluation.lossless import RERUN_FAILS
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.settings import loaded_settings
-from vispec.evaluation.text import answer_text
 from vispec.methods import UNDRAFTED
 from vispec.model.shape import TreeShape
 from vispec.pictures import UnreadableImage
 from vispec.prompts import RefusedPrompt, Turn, build_inputs, load_processor
+from vispec.text import answer_text
 
 if TYPE_CHECKING:
     from transformers import BatchFeature

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_transformers()
     torch.manual_seed(0)
     model = load_pair(args)
-    trees = args.trees or [TreeShape(**embedded.TREE) if is_embedded(args) else TreeShape()]
+    trees = args.trees or [embedded.TREE if is_embedded(args) else TreeShape()]
     ids = random_prompt(model, args.prompt_tokens, max(tree.depth for tree in trees))
     rates = measure_rates(model.device, model.target.dtype)
     arms = spec_arms(model, trees)

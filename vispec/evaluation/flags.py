@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from vispec.cli import Parser, UserError, count, whole
+from vispec.cli import Parser, UserError, count, number, share, whole
 from vispec.model import adaptive
 from vispec.model.shape import AUTO, TUNE, TreeShape
 
@@ -101,21 +101,10 @@ def value_of(args: argparse.Namespace, flag: str):
 def add_image_rows(parser: Parser) -> None:
     parser.add_argument(
         "--draft-image-rows",
-        type=_share,
+        type=share,
         metavar="SHARE",
         help="of a smaller VLM as the draft: the share of each image's rows that it keeps, such as 0.2 (default: all)",
     )
-
-
-def _share(text: str) -> float:
-    """A number above 0, up to 1."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1, found {text!r}")
-    return share
 
 
 # --- which trees are drafted ---
@@ -154,7 +143,7 @@ def add_tree_flags(parser: Parser, default: str) -> None:
     add("--top-k", type=count, help="nodes expanded a level of the tree")
     add(
         "--skip-visual",
-        type=_mass,
+        type=number,
         metavar="R",
         help="ViSkip: a plain step in place of a draft where the last layer's attention to the images is at least R; "
         "published: 0.35 (default: never)",
@@ -186,17 +175,6 @@ def asked_tree(args: argparse.Namespace, shape: TreeShape, default: TreeShape | 
 
 def _tree(text: str) -> TreeShape | str:
     return text if text in (AUTO, TUNE) else parse_tree(text)
-
-
-def _mass(text: str) -> float:
-    """A threshold for shares of attention: above 1 nothing is skipped."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, found {text!r}")
-    return value
 
 
 def _total_token(text: str) -> int:

@@ -25,7 +25,6 @@ from vispec.ge_data.batch_generate import collate_prompts
 from vispec.methods import LOOKUP
 from vispec.model.arguments import whole
 from vispec.model.generation import SpecOutput
-from vispec.model.shape import TreeShape
 from vispec.pictures import in_rgb
 from vispec.prompts import Item, RefusedPrompt, Turn, build_inputs, image_file, load_processor
 from vispec.timing import now
@@ -102,7 +101,7 @@ class ViSpec(lmms):
                 raise ValueError(f"spec {spec} needs base, the target that it was trained for")
             base, spec = embedded.require_weights()
             spec = None if method == LOOKUP else spec
-            dtype, tree = dtype or embedded.DTYPE, tree or TreeShape(**embedded.TREE)
+            dtype, tree = dtype or embedded.DTYPE, tree or embedded.TREE
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         limits = {name: whole(name, value, 1) for name, value in limits.items() if value is not None}
         self._processor = load_processor(base, **limits)

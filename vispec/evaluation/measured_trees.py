@@ -75,7 +75,7 @@ def tuning_set(
     for name, folder in [asked] if asked else dict.fromkeys((name, None) for name, _ in reported):
         benchmark = BENCHMARKS[name]
         folder = folder or folder_of(benchmark)
-        questions, data = benchmark.questions(folder, **benchmark.defaults)
+        questions, data = benchmark.questions(folder)
         if (name, data) in reported:
             questions, data = benchmark.others(folder, **reported[name, data])
         if questions:

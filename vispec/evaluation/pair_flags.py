@@ -36,5 +36,5 @@ def asked_pair(args: argparse.Namespace) -> tuple[str, str | None, TreeShape | s
     if base is None:
         base, spec = embedded.require_weights()
         spec = None if args.method == LOOKUP else spec
-        dtype, shape = args.dtype or embedded.DTYPE, TreeShape(**embedded.TREE)
+        dtype, shape = args.dtype or embedded.DTYPE, embedded.TREE
     return base, spec, asked_tree(args, shape, AUTO), dtype

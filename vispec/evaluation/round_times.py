@@ -98,7 +98,7 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
 
     from vispec.model.drafts.base import Kept
     from vispec.model.drafts.pair_head import Expansions
-    from vispec.model.tree import grow
+    from vispec.model.tree import choose_nodes
 
     target, draft, shape = model.target, model.draft, model.shape
     output, layers, steps = draft.output(target), draft.aux_layers(target), new_steps(target)
@@ -110,7 +110,7 @@ def part_timer(model: "SpecModel", ids: "torch.Tensor") -> Callable[[], PartTime
         root = prompt.logits.argmax(-1)
         draft.read(memory, prompt)
         draft.extend(memory, Kept(prompt.features[:, -1:], root[:, None], torch.ones_like(root)))
-        tree = grow(draft, memory, root, shape, output)
+        tree = choose_nodes(root, draft.candidates(memory, shape, output), shape)
         positions = cache.lengths[:, None] + tree.depths
         hidden = target.forward(cache, tree.tokens, positions, tree.mask).hidden
     passes: Counter[tuple[str, int]] = Counter()
@@ -222,22 +222,17 @@ def tree_building_times(model: "SpecModel", repeats: int) -> list[float]:
     """Seconds of growing a tree from logits that are there: top k, scores, the choice of nodes, mask and paths."""
     import torch
 
-    from vispec.model.tree import expand_levels, grow
-
-    class Drafted:
-        """A head that has already run: what it would say is there."""
-
-        def candidates(self, memory, root, shape, output, growth):
-            estimates = torch.zeros(1, 1, 1, device=model.device)
-            return expand_levels(estimates, lambda hidden, tokens, parents: hidden, root, shape, output)
+    from vispec.model.tree import choose_nodes, expand_levels
 
     shape, target = model.shape, model.target
     logits = torch.randn(1, shape.top_k, model.draft.proposed, device=model.device).to(target.dtype)
     output = model.draft.output(target)._replace(logits=lambda hidden: logits[:, : hidden.shape[1]])
     root = torch.zeros(1, dtype=torch.long, device=model.device)
+    estimates = torch.zeros(1, 1, 1, device=model.device)
 
     @torch.inference_mode()
     def build():
-        return grow(Drafted(), None, root, shape, output)
+        candidates = expand_levels(estimates, lambda hidden, tokens, parents: hidden, shape, output)
+        return choose_nodes(root, candidates, shape)
 
     return replayed(target, new_steps(target), ("tree", 1, shape), build, repeats)

@@ -153,7 +153,7 @@ def _plans(args: argparse.Namespace, models: Models) -> tuple[list[Plan], list[s
 def _questions(benchmark: Benchmark, data_root: Path | None) -> tuple[list[Question], str]:
     """Its questions and where they come from."""
     folder = _folder(benchmark, data_root)
-    questions, data = benchmark.questions(folder, **benchmark.defaults)
+    questions, data = benchmark.questions(folder)
     if data_root is not None and folder is None:
         missing = data_root / Path(benchmark.folder).name
         print(f"notice: {benchmark.name}: there is no {missing}, its questions are from {data}", file=sys.stderr)

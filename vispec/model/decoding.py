@@ -31,7 +31,7 @@ from vispec.model.sampling import Choice, accept
 from vispec.model.seats import Batch, Seat
 from vispec.model.shape import TreeShape
 from vispec.model.target import Target
-from vispec.model.tree import Growth, Tree, grow
+from vispec.model.tree import Growth, Tree, choose_nodes
 
 CAPACITY_AHEAD = 2048
 """New tokens for which a row has slots at first; where an answer needs more, its slots are doubled."""
@@ -165,7 +165,7 @@ class Decoder:
     def _draft(self, rows: Rows, shape: TreeShape, waiting: int) -> Tree:
         """The draft reads what was kept and grows a tree."""
         self._extend(rows, waiting)
-        return grow(self.draft, rows.memory, rows.root, shape, self.output)
+        return choose_nodes(rows.root, self.draft.candidates(rows.memory, shape, self.output), shape)
 
     def _extend(self, rows: Rows, waiting: int) -> tuple[()]:
         kept = rows.kept
@@ -186,7 +186,8 @@ class Decoder:
 
         extended()
         growth = Growth(rows.notes, run if self.target.can_capture else None, seat.rehearsed)
-        tree = grow(self.draft, memory, rows.root, shape, self.output, growth)
+        candidates = self.draft.candidates(memory, shape, self.output, growth)
+        tree = run("tree", choose_nodes, rows.root, candidates, shape)
         seat.levels = growth.levels
         return seat.steps.hold(("tree", size, shape), tree)
 

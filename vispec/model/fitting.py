@@ -1,13 +1,11 @@
-"""What has to fit: a draft head its target, a tree its draft."""
+"""What has to fit: a tree its target and its draft, options each other."""
 
 import logging
 from collections.abc import Mapping
 
-import torch
-
 from vispec.methods import LOOKUP, MODELS, VLM
 from vispec.model.adaptive import AdaptiveTree
-from vispec.model.drafts import BaseHead, Draft, VLMDraft
+from vispec.model.drafts import Draft
 from vispec.model.shape import AUTO, TreeShape
 from vispec.model.target import Target
 
@@ -45,33 +43,6 @@ def check_branches(target: Target, shape: TreeShape) -> None:
         raise ValueError(
             f"{type(target.model).__name__} has layers that keep one state of the whole text, which cannot follow the "
             f"branches of the tree {shape}: give a chain, such as {chain}, or {AUTO}"
-        )
-
-
-def check_pair(target: Target, draft: Draft) -> None:
-    """Raises ValueError where a draft was made for another target."""
-    if isinstance(draft, BaseHead):
-        _check_head(target, draft)
-    elif isinstance(draft, VLMDraft):
-        draft.check(target)
-
-
-def _check_head(target: Target, draft: BaseHead) -> None:
-    """A draft head reads the target's features and embeddings, so sizes have to agree."""
-    vocabulary, hidden = target.embed_tokens.weight.shape
-    found = draft.target_size, draft.config.vocab_size
-    if found != (hidden, vocabulary):
-        raise ValueError(
-            f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "
-            f"the target has {hidden} and {vocabulary}"
-        )
-    wanted = torch.empty(0, dtype=target.dtype, device=target.device)  # "cuda" becomes "cuda:0"
-    places = {(parameter.dtype, parameter.device) for parameter in draft.parameters()}
-    if places != {(wanted.dtype, wanted.device)}:
-        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
-        raise ValueError(
-            f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there by "
-            "draft.to(device, dtype)"
         )
 
 

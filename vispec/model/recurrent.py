@@ -10,7 +10,7 @@ B rows, n tokens of a pass, H hidden size, C channels and K width of a convoluti
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -224,12 +224,10 @@ class RecurrentLayers:
             # the reference rule fills the pass up to a whole chunk, of 64 tokens where it is not told
             return args, {**kwargs, "chunk_size": hidden.shape[1]}
 
-        handles = [net.register_forward_pre_hook(tell, with_kwargs=True) for net in self._nets]
-        try:
+        with ExitStack() as hooks:
+            for net in self._nets:
+                hooks.enter_context(net.register_forward_pre_hook(tell, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def _check(self, net: nn.Module) -> None:

@@ -53,12 +53,9 @@ def _probe(model: PreTrainedModel, lm_head: nn.Module) -> tuple[torch.Tensor, to
         said.append(numbers.expand_as(output).clone())
         return said[0].clone()  # some models change what the head says in place
 
-    handle = lm_head.register_forward_hook(stand_in)
-    try:
-        ids = torch.ones(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with lm_head.register_forward_hook(stand_in):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        handle.remove()
     return said[0], logits.to(said[0].device)
 
 

@@ -16,7 +16,7 @@ from vispec.model.collecting import StreamedTokens, collected, streamed
 from vispec.model.decoding import Decoder
 from vispec.model.drafts import Draft, PromptLookup
 from vispec.model.drafts.loading import find_any_draft, load_any_draft
-from vispec.model.fitting import check_branches, check_pair, fitted, refuse_draft_options
+from vispec.model.fitting import check_branches, fitted, refuse_draft_options
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
 from vispec.model.inputs import prompt_inputs
 from vispec.model.joining import OpenBatch
@@ -78,7 +78,7 @@ class SpecModel:
         self._auto: dict[int, Auto] = {}  # by the prompts of a batch, since their number changes what rounds cost
         self.set_tree(tree)
         if draft is not None:
-            if not hasattr(draft, "candidates"):
+            if not isinstance(draft, Draft):
                 raise TypeError(f"draft must be a draft head or a PromptLookup, found {type(draft).__name__}")
             self._attach(draft)
 
@@ -157,7 +157,7 @@ class SpecModel:
         return model
 
     def _attach(self, draft: Draft) -> None:
-        check_pair(self.target, draft)
+        draft.check(self.target)
         if self.target.fast:
             draft.make_lean()
         self._decoder = Decoder(self.target, draft, self.skip_visual)

@@ -244,9 +244,6 @@ class StockDecoder:
         self.reads_ids = "per_layer_inputs" in takes
         """Whether it is called with tokens, since layers look them up in tables of their own (Gemma 3n and 4)."""
 
-    def refresh(self) -> None:
-        """Nothing: the modules are asked themselves."""
-
     def places(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, n) -> (axes, B, n); on text all axes of M-RoPE say the same."""
         return positions if self._axes == 1 else positions[None].expand(self._axes, -1, -1)

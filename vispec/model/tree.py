@@ -33,15 +33,6 @@ class Tree(NamedTuple):
     paths: torch.Tensor
     """(B, N, D + 1) for each node the nodes from the root to it, padded with the node itself."""
 
-    def retrieve_indices(self, row: int = 0) -> torch.Tensor:
-        """(leaves, longest path) root-to-leaf paths of one row, padded with -1, ordered by leaf."""
-        parents = self.parents[row]
-        is_leaf = torch.ones_like(parents, dtype=torch.bool).index_fill_(0, parents, False)
-        depths = self.depths[row][is_leaf]
-        longest = int(depths.max()) + 1
-        beyond = torch.arange(longest, device=depths.device) > depths[:, None]
-        return self.paths[row][is_leaf, :longest].masked_fill(beyond, -1)
-
 
 class Candidates(NamedTuple):
     """What a tree's nodes are chosen from, level by level."""
@@ -87,30 +78,6 @@ class Growth:
         if self.rehearsed is not None:
             return self.levels < self.rehearsed
         return not shape.asks(self.levels) or bool(alive)
-
-
-class Proposes(Protocol):
-    """A draft, as far as a tree asks it."""
-
-    def candidates(
-        self, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
-    ) -> Candidates:
-        """All that it proposes below `root` (B,), after what its memory holds."""
-
-
-def grow(
-    draft: Proposes, memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
-) -> Tree:
-    """The tree of a round: the N - 1 best of all that a draft proposes.
-
-    Args:
-        memory: what the draft has read.
-        root: (B,) token at the root.
-        shape: must be one that the draft can fill, see `Draft.fit`.
-        output: how the draft's estimates become tokens.
-        growth: of an `AdaptiveTree`.
-    """
-    return _runner(growth)("tree", choose_nodes, root, *draft.candidates(memory, root, shape, output, growth), shape)
 
 
 class Expand(Protocol):
@@ -162,7 +129,6 @@ class Level(NamedTuple):
 def expand_levels(
     estimates: torch.Tensor,
     expand: Expand | None,
-    root: torch.Tensor,
     shape: TreeShape,
     output: DraftOutput,
     growth: Growth | None = None,
@@ -172,15 +138,14 @@ def expand_levels(
     Args:
         estimates: (B, A, H) outputs of the draft that the first A levels are read from; one for an `AdaptiveTree`.
         expand: runs the draft on the nodes of a level; None where no level needs it.
-        root: (B,) token at the root.
         shape: `fitted` to the vocabulary.
+        output: how estimates become tokens.
         growth: of an `AdaptiveTree`.
 
     A node's score is the sum of the log-probabilities on its path.
     """
-    run, ahead = _runner(growth), None
-    if growth is None:
-        ahead = _top_k(estimates, shape.top_k, output)
+    ahead = _top_k(estimates, shape.top_k, output) if growth is None else None
+    run = growth.run if growth is not None and growth.run is not None else lambda name, step, *args: step(*args)
     levels = [run("level", _first_level, estimates, ahead, shape, output, growth)]
     while _goes_on(levels[-1], shape, growth):
         number = len(levels) + 1
@@ -277,25 +242,13 @@ def _all_candidates(levels: list[Level], shape: TreeShape, growth: Growth | None
     return Candidates(*(F.pad(values, missing, value=filling) for values, filling in fillings))
 
 
-def _runner(growth: Growth | None) -> Callable:
-    """What runs a part of growing a tree."""
-    return growth.run if growth is not None and growth.run is not None else lambda name, step, *args: step(*args)
-
-
-def choose_nodes(
-    root: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, shape: TreeShape
-) -> Tree:
-    """Take the N - 1 best candidates, in the order of their creation.
-
-    Args:
-        root: (B,) token of node 0.
-        scores, tokens, parents: (B, M), see `Candidates`.
-    """
-    batch, candidates = scores.shape
+def choose_nodes(root: torch.Tensor, candidates: Candidates, shape: TreeShape) -> Tree:
+    """The tree of a round: the N - 1 best candidates, in the order of their creation, below `root` (B,)."""
+    scores, tokens, parents = candidates
     # a stable sort, since a child that ties with its parent must not be chosen before it
     chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.total_token - 1].sort(dim=1).values
     nodes = torch.arange(1, chosen.shape[1] + 1, device=root.device).expand_as(chosen)
-    node_of = torch.zeros(batch, candidates + 1, dtype=torch.long, device=root.device)  # column 0: the root's "-1"
+    node_of = tokens.new_zeros(len(root), tokens.shape[1] + 1)  # column 0: the root's "-1"
     node_of.scatter_(1, chosen + 1, nodes)
     node_parents = node_of.gather(1, parents.gather(1, chosen) + 1)
     tokens = torch.cat([root[:, None], tokens.gather(1, chosen)], dim=1)

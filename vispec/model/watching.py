@@ -6,7 +6,7 @@ the same modules are none of their business.
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
 
@@ -27,12 +27,10 @@ def watching(layers: nn.ModuleList, watched: Watched) -> Iterator[None]:
         if threading.get_ident() == me:
             watched[number] = args[0] if args else kwargs["hidden_states"]
 
-    handles = [layers[n].register_forward_pre_hook(partial(see, n), with_kwargs=True) for n in watched]
-    try:
+    with ExitStack() as hooks:
+        for number in watched:
+            hooks.enter_context(layers[number].register_forward_pre_hook(partial(see, number), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -60,13 +58,9 @@ def watching_prompt(decoder: nn.Module, embed_tokens: nn.Module, lm_head: nn.Mod
         if threading.get_ident() == me:
             return (args[0][:, -1:], *args[1:])
 
-    handles = [
+    with (
         decoder.register_forward_pre_hook(decoder_inputs, with_kwargs=True),
         decoder.register_forward_hook(decoder_outputs),
         lm_head.register_forward_pre_hook(head_inputs),
-    ]
-    try:
+    ):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

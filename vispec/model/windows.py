@@ -8,7 +8,7 @@ B rows, n tokens of a pass, m visible slots.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -76,15 +76,10 @@ class Windows:
             window: mask.masked_fill(window.hides(seeing[:, None, :, None], seen[:, None, None]), lowest)
             for window in {window for window, _ in self._attentions}
         }
-        handles = [
-            attention.register_forward_pre_hook(_giving(masks[window]), with_kwargs=True)
-            for window, attention in self._attentions
-        ]
-        try:
+        with ExitStack() as hooks:
+            for window, attention in self._attentions:
+                hooks.enter_context(attention.register_forward_pre_hook(_giving(masks[window]), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _giving(mask: torch.Tensor) -> Callable:

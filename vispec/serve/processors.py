@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from vispec.cli import one_line
-from vispec.evaluation.text import INCOMPLETE
 from vispec.serve.protocol import ApiError, ChatRequest, ResponseFormat
+from vispec.text import INCOMPLETE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

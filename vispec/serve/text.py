@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vispec.evaluation.text import TextStream
+from vispec.text import TextStream
 
 Piece = tuple[str, bool]
 """Text, and whether the draft had it right."""

@@ -33,11 +33,16 @@ class Objective:
     feature_weight: float
     token_weight: float
     token_loss: str
-    ranking_weight: float = 0.1
+    ranking_weight: float
 
     @classmethod
     def stage1(cls, token_weight: float = 0.1) -> "Objective":
-        return cls(1.0, token_weight, "ce")
+        return cls(1.0, token_weight, "ce", 0.1)
+
+    @classmethod
+    def eagle(cls, token_weight: float = 0.1) -> "Objective":
+        """Of EAGLE, and of those that train as it does."""
+        return cls(1.0, token_weight, "ce", 0.0)
 
     @classmethod
     def stage2(cls, token_loss: str = "l1", token_weight: float = 1.0) -> "Objective":

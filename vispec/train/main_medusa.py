@@ -18,8 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     description = f"Medusa's {HEADS} heads, on the data of stage 1."
     args = flags.make_parser("vispec.train.main_medusa", description, lr=3e-5, token_weight=0.1).parse_args(argv)
-    objective = Objective(feature_weight=1.0, token_weight=args.pw, token_loss="ce", ranking_weight=0.0)
-    return train(args, "medusa", flags.recipe_of(args, objective, mtp_steps=HEADS - 1))
+    return train(args, "medusa", flags.recipe_of(args, Objective.eagle(args.pw), mtp_steps=HEADS - 1))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_msd --
 """
 
 import logging
-from dataclasses import replace
 
 from vispec.cli import run_cli
 
@@ -13,15 +12,15 @@ from vispec.cli import run_cli
 def main(argv: list[str] | None = None) -> int:
     from vispec.train import flags
     from vispec.train.command import train
-    from vispec.train.msd import EPOCHS, OBJECTIVE
+    from vispec.train.losses import Objective
+    from vispec.train.msd import EPOCHS
 
     logging.basicConfig(format="%(message)s")
     description = "MSD's head: text first, then more and more images."
-    parser = flags.make_parser("vispec.train.main_msd", description, lr=5e-5, token_weight=OBJECTIVE.token_weight)
+    parser = flags.make_parser("vispec.train.main_msd", description, lr=5e-5, token_weight=0.1)
     parser.set_defaults(num_epochs=EPOCHS)
     args = parser.parse_args(argv)
-    objective = replace(OBJECTIVE, token_weight=args.pw)
-    return train(args, "msd", flags.eagle_recipe_of(args, objective, mtp_steps=0))
+    return train(args, "msd", flags.eagle_recipe_of(args, Objective.eagle(args.pw), mtp_steps=0))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_mtp --
 
 import argparse
 import logging
-from dataclasses import replace
 
 from vispec.cli import Parser, count, parse_bool, run_cli, whole
 
@@ -25,12 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.image_fc is not None:
         print("--image-fc has no effect")
     if method == "specvlm":
-        published = {"lr": specvlm.LR, "pw": specvlm.OBJECTIVE.token_weight, "num_epochs": specvlm.EPOCHS}
+        published = {"lr": specvlm.LR, "pw": 0.1, "num_epochs": specvlm.EPOCHS}
         parser.set_defaults(**published, mtp_steps=0, loss=None)
         args = parser.parse_args(argv)
         _refuse("--method specvlm", mtp_steps=args.mtp_steps, loss=args.loss, num_q=args.num_q, blind=args.blind)
-        objective = replace(specvlm.OBJECTIVE, token_weight=args.pw)
-        return train(args, method, flags.eagle_recipe_of(args, objective, mtp_steps=0))
+        return train(args, method, flags.eagle_recipe_of(args, Objective.eagle(args.pw), mtp_steps=0))
     _refuse(f"--method {method}", compressor=args.compressor)
     if args.blind and method != "vispec":
         raise ValueError("--blind=True needs --use-ours=True: EAGLE-2 reads image rows as ordinary pairs")

@@ -11,11 +11,9 @@ from functools import cached_property
 import torch
 
 from vispec.ge_data.sample_file import read_tokens
-from vispec.train.losses import Objective
 from vispec.train.samples import epoch_generator, epoch_groups
 from vispec.train.trainer import Trainer
 
-OBJECTIVE = Objective(feature_weight=1.0, token_weight=0.1, token_loss="ce", ranking_weight=0.0)
 EPOCHS = 40
 
 

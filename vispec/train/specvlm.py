@@ -16,11 +16,9 @@ import torch
 
 from vispec.model.drafts import SpecVLMHead
 from vispec.model.pairs import PairLayout
-from vispec.train.losses import Objective
 from vispec.train.samples import Batch, sample_generator
 from vispec.train.trainer import Trainer
 
-OBJECTIVE = Objective(feature_weight=1.0, token_weight=0.1, token_loss="ce", ranking_weight=0.0)
 EPOCHS, LR = 5, 8e-5
 
 

@@ -80,7 +80,7 @@ class Benchmark:
 
         Args:
             folder: local files; None takes the default folder if it exists, else the hub.
-            options: values of the benchmark's own flags, see `options`.
+            options: values of the benchmark's own flags, see `options`; their defaults where they are not given.
 
         Raises:
             UserError: a file is missing; it says which, where it was looked for and where to get it.
@@ -96,7 +96,7 @@ class Benchmark:
     def _all(self, folder: str | None, **options) -> tuple[list[Question], str]:
         where = Path(folder or self.folder)
         local = folder is not None or self.hub is None or where.is_dir()
-        found = self.load(where if local else None, self.suffix, **options)
+        found = self.load(where if local else None, self.suffix, **self.defaults | options)
         if not found:
             raise UserError(f"{self.name}: {where if local else self.hub} has no question of this benchmark")
         return found, str(where.resolve()) if local else f"hub:{self.hub}"

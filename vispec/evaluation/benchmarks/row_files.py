@@ -41,6 +41,10 @@ class RowFile:
     question_id: Callable[[dict], int | str] = lambda row: row["question_id"]
     keep: Callable[[dict], bool] = lambda row: True
 
+    def benchmark_of(self, folder: str, suffix: str = EXPLAIN) -> Benchmark:
+        """The benchmark whose file has this layout."""
+        return Benchmark(self.benchmark, self.load, suffix, folder, self.source)
+
     def load(self, folder: Path, suffix: str) -> list[Question]:
         path = folder / self.name
         questions = []
@@ -69,7 +73,7 @@ class RowFile:
         return rows
 
 
-TEXTVQA_ROWS = RowFile(
+TEXTVQA = RowFile(
     benchmark="textvqa",
     name="TextVQA_0.5.1_val.json",
     fields="image_id, question, question_id",
@@ -77,16 +81,20 @@ TEXTVQA_ROWS = RowFile(
     source="https://textvqa.org/dataset (validation questions, and train_val_images.zip for the folder train_images)",
     key="data",
     question=lambda row: text_of(row, "question"),
+).benchmark_of(
+    "data/textvqa",
+    "Perform an OCR task on the provided image. Please extract the text accurately and provide a detailed explanation "
+    "of the process. Ensure the response is comprehensive and well-structured.",
 )
-MME_ROWS = RowFile(
+MME = RowFile(
     benchmark="mme",
     name="llava_mme.jsonl",
     fields="question_id, image, text",
     image="MME_Benchmark_release_version/MME_Benchmark/{image}",
     source=f"{LLAVA_FILES}, and MME_Benchmark_release_version from "
     "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
-)
-VIZWIZ_ROWS = RowFile(
+).benchmark_of("data/MME")
+VIZWIZ = RowFile(
     benchmark="vizwiz",
     name="test.json",
     fields="image, question",
@@ -94,35 +102,19 @@ VIZWIZ_ROWS = RowFile(
     source="https://vizwiz.org/tasks-and-datasets/vqa (Annotations.zip, and test.zip for the folder test)",
     question=lambda row: text_of(row, "question"),
     question_id=lambda row: text_of(row, "image").split("/")[-1].split(".")[0],
-)
-GQA_ROWS = RowFile(
+).benchmark_of("data/vizwiz")
+GQA = RowFile(
     benchmark="gqa",
     name="llava_gqa_testdev_balanced.jsonl",
     fields="question_id, image, text",
     image="images/{image}",
     source=f"{LLAVA_FILES}, and the folder images from https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
-)
-SEED_BENCH_ROWS = RowFile(
+).benchmark_of("data/gqa")
+SEED_BENCH = RowFile(
     benchmark="seed_bench",
     name="llava-seed-bench.jsonl",
     fields="question_id, image, text",
     image="{image}",
     source=f"{LLAVA_FILES}, and SEED-Bench-image from https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
     keep=lambda row: text_of(row, "image").startswith("SEED-Bench-image"),  # the others are frames of videos
-)
-
-TEXTVQA, MME, VIZWIZ, GQA, SEED_BENCH = (
-    Benchmark(name=rows.benchmark, load=rows.load, suffix=suffix, folder=folder, source=rows.source)
-    for rows, suffix, folder in (
-        (
-            TEXTVQA_ROWS,
-            "Perform an OCR task on the provided image. Please extract the text accurately and provide a detailed "
-            "explanation of the process. Ensure the response is comprehensive and well-structured.",
-            "data/textvqa",
-        ),
-        (MME_ROWS, EXPLAIN, "data/MME"),
-        (VIZWIZ_ROWS, EXPLAIN, "data/vizwiz"),
-        (GQA_ROWS, EXPLAIN, "data/gqa"),
-        (SEED_BENCH_ROWS, EXPLAIN, "data/seed_bench"),
-    )
-)
+).benchmark_of("data/seed_bench")

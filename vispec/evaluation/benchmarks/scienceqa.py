@@ -138,14 +138,14 @@ def _load(
     folder: Path,
     suffix: str,
     *,
-    caption_file: str | None = None,
-    test_split: str = "test",
-    test_number: int = -1,
-    shot_number: int = 0,
-    shot_qids: list[str] | None = None,
-    prompt_format: str = "QCM-ALE",
-    options: str = "ABCDE",
-    use_caption: bool = False,
+    caption_file: str | None,
+    test_split: str,
+    test_number: int,
+    shot_number: int,
+    shot_qids: list[str] | None,
+    prompt_format: str,
+    options: str,
+    use_caption: bool,
 ) -> list[Question]:
     """The sample of problems that is asked, each after the same worked examples.
 

@@ -8,6 +8,7 @@ there is, the processor's pixels too.
 B rows, P pairs: a feature of the target, F numbers, and the token after it.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,31 +61,48 @@ class Memory(Protocol):
         """As many rows with more places, which hold what these hold."""
 
 
-class Draft(Protocol):
+class Draft(ABC):
     """What proposes trees."""
 
     method: str
-    by_level: bool
+    by_level: bool = True
     """Whether it drafts level by level, so that an `AdaptiveTree` can end before its largest depth."""
+    draft_vocab: DraftVocabulary | None = None
+    """The tokens that it may propose; None: all."""
 
+    @abstractmethod
+    def check(self, target: Target) -> None:
+        """Raises ValueError where it was made for another target."""
+
+    @abstractmethod
+    def make_lean(self) -> None:
+        """Decode by joined products and chosen kernels from now on."""
+
+    @abstractmethod
     def fit(self, shape: TreeShape) -> TreeShape:
         """The largest tree not above this one that the draft can fill."""
 
     def reach(self, shape: TreeShape) -> int:
-        """Places that a round needs behind those that are taken."""
+        """Places that a round needs behind those that are taken: for what was kept, and for nodes that are expanded."""
+        return shape.levels + 1 + shape.depth * shape.top_k
 
     def aux_layers(self, target: Target) -> tuple[int, ...]:
         """The layers of a target whose inputs it reads as features; none: it reads what the output head reads."""
+        return ()
 
+    @abstractmethod
     def output(self, target: Target) -> DraftOutput:
         """How its estimates become tokens of a target."""
 
+    @abstractmethod
     def memory(self, rows: int, capacity: int, target: Target) -> Memory:
         """Room for texts of `capacity` tokens."""
 
+    @abstractmethod
     def expect(self, batch: int, shape: TreeShape) -> None:
         """Get ready for rounds of a batch with trees of this shape."""
 
+    @abstractmethod
     def read(self, memory: Memory, prompt: Prompt) -> int:
         """Read a prompt into a memory of one row, all but its last pair: that one comes with the first new token.
 
@@ -92,13 +110,15 @@ class Draft(Protocol):
             How many places it takes.
         """
 
+    @abstractmethod
     def extend(self, memory: Memory, kept: Kept) -> None:
         """Read what the target has said."""
 
+    @abstractmethod
     def candidates(
-        self, memory: Memory, root: torch.Tensor, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
+        self, memory: Memory, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
     ) -> Candidates:
-        """All that may follow `root` (B,), the token behind the last pair; `shape` is one that it can fill.
+        """All that may follow what was read; `shape` is one that it can fill.
 
         An `AdaptiveTree`, which only drafts `by_level` are asked for, comes with the `growth` for `expand_levels`.
         """
@@ -107,21 +127,17 @@ class Draft(Protocol):
 Head = TypeVar("Head", bound="BaseHead")
 
 
-class BaseHead(nn.Module):
+class BaseHead(nn.Module, Draft):
     """What all draft heads share: config, the frozen copy of the target's embedding table, files, and the hub."""
 
     kinds: ClassVar[dict[str, type["BaseHead"]]] = {}
     """The class of each method."""
-    method: str
     reads_target_head: ClassVar[bool] = True
     """Whether its estimates become tokens by the target's output head, of which a draft vocabulary takes some rows."""
-    by_level: ClassVar[bool] = True
     reads_image_features: bool = False
     """Whether it reads the target's features of image rows too."""
     fixed_depth: int | None = None
     """Expansions of the head's trees where it allows one depth only; None: as many as are asked for."""
-    draft_vocab: DraftVocabulary | None = None
-    """The tokens that the head may propose; None: all."""
     card: str | None = None
     """The model card that the head came with, or that its training wrote."""
 
@@ -158,14 +174,25 @@ class BaseHead(nn.Module):
         """How many tokens it may propose."""
         return self.config.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
 
+    def check(self, target: Target) -> None:
+        vocabulary, hidden = target.embed_tokens.weight.shape
+        found = self.target_size, self.config.vocab_size
+        if found != (hidden, vocabulary):
+            raise ValueError(
+                f"the draft head was made for another target: hidden_size {found[0]} and vocab_size {found[1]}, "
+                f"the target has {hidden} and {vocabulary}"
+            )
+        wanted = torch.empty(0, dtype=target.dtype, device=target.device)  # "cuda" becomes "cuda:0"
+        places = {(parameter.dtype, parameter.device) for parameter in self.parameters()}
+        if places != {(wanted.dtype, wanted.device)}:
+            found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
+            raise ValueError(
+                f"the draft head is in {found}, the target in {wanted.dtype} on {wanted.device}: bring the head there "
+                "by draft.to(device, dtype)"
+            )
+
     def fit(self, shape: TreeShape) -> TreeShape:
         return shape.fitted(self.proposed, self.fixed_depth)
-
-    def reach(self, shape: TreeShape) -> int:
-        return shape.levels + 1 + shape.depth * shape.top_k
-
-    def aux_layers(self, target: Target) -> tuple[int, ...]:
-        return ()
 
     def output(self, target: Target) -> DraftOutput:
         if self.draft_vocab is None:
@@ -173,7 +200,6 @@ class BaseHead(nn.Module):
         return self.draft_vocab.output(target)
 
     def make_lean(self) -> None:
-        """Decode by joined products and chosen kernels from now on."""
         layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
         if self._products is None and all(obstacle([layer]) is None for layer in layers):
             self._products = Products()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from vispec.model.drafts.base import Kept
+from vispec.model.drafts.base import Draft, Kept
 from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
 from vispec.model.target import Target
@@ -50,12 +50,17 @@ class LookupMemory:
         return replace(self, ids=F.pad(self.ids, (0, max(capacity - self.ids.shape[1], 0)), value=EMPTY))
 
 
-class PromptLookup:
+class PromptLookup(Draft):
     """Drafts what followed earlier occurrences of the last few tokens."""
 
     method = "lookup"
     by_level = False
-    draft_vocab = None
+
+    def check(self, target: Target) -> None:
+        """Nothing: it fits all."""
+
+    def make_lean(self) -> None:
+        """Nothing: there are no weights."""
 
     def fit(self, shape: TreeShape) -> TreeShape:
         """The largest tree not above this one: up to MOST_BRANCHES of depth + 1 tokens."""
@@ -65,9 +70,6 @@ class PromptLookup:
     def reach(self, shape: TreeShape) -> int:
         return shape.levels + 1
 
-    def aux_layers(self, target: Target) -> tuple[int, ...]:
-        return ()
-
     def output(self, target: Target) -> DraftOutput:
         return DraftOutput(target.logits, lambda rows: None)
 
@@ -75,9 +77,6 @@ class PromptLookup:
         shape = rows, max(capacity, MOST_BRANCHES)
         ids = torch.full(shape, EMPTY, dtype=torch.long, device=target.device)
         return LookupMemory(ids, torch.zeros(rows, dtype=torch.long, device=target.device))
-
-    def make_lean(self) -> None:
-        """Nothing: there are no weights."""
 
     def expect(self, batch: int, shape: TreeShape) -> None:
         """Nothing: there are no products."""
@@ -99,19 +98,14 @@ class PromptLookup:
         memory.used += steps
 
     def candidates(
-        self,
-        memory: LookupMemory,
-        root: torch.Tensor,
-        shape: TreeShape,
-        output: DraftOutput | None = None,
-        growth: Growth | None = None,
+        self, memory: LookupMemory, shape: TreeShape, output: DraftOutput | None = None, growth: Growth | None = None
     ) -> Candidates:
         """Branches below the root; they do not depend on `total_token`."""
         k, levels = shape.top_k, shape.levels
         tokens = self.branches(memory, k, levels)
         first = first_alike(tokens)
-        branch = torch.arange(k, device=root.device)[:, None]
-        level = torch.arange(levels, device=root.device)
+        branch = torch.arange(k, device=tokens.device)[:, None]
+        level = torch.arange(levels, device=tokens.device)
         fresh = (first == branch) & (tokens != EMPTY)
         # a node's parent is on the first branch that has it, so it comes earlier, and its score is higher
         parents = F.pad(first[:, :, :-1] * levels + level[:-1], (1, 0), value=-1)

@@ -99,11 +99,6 @@ class MedusaHead(BaseHead):
         )
 
     def candidates(
-        self,
-        memory: MedusaMemory,
-        root: torch.Tensor,
-        shape: TreeShape,
-        output: DraftOutput,
-        growth: Growth | None = None,
+        self, memory: MedusaMemory, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
     ) -> Candidates:
-        return expand_levels(memory.estimates, None, root, shape, output)
+        return expand_levels(memory.estimates, None, shape, output)

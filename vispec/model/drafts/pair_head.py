@@ -6,6 +6,7 @@ of token i+1, from which the logits of token i+2 are read. In a tree the estimat
 Shapes: B rows, L tokens, F numbers of a feature, H hidden size, R pairs of one pass, k nodes of one tree level.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -124,11 +125,11 @@ class PairHead(BaseHead):
         """The same, of `hidden` and `next_embeds` (B, R, H) that are those of the pairs; `embeds` are of all tokens."""
         return self.fuse(next_embeds, hidden), hidden.new_zeros(hidden.shape[0], hidden.shape[2])
 
+    @abstractmethod
     def fuse(
         self, next_embeds: torch.Tensor, hidden: torch.Tensor, global_feature: torch.Tensor | None = None
     ) -> torch.Tensor:
         """What the layer reads of text pairs, (B, R, …), from the embedding of token i+1 and the feature of token i."""
-        raise NotImplementedError
 
     def layers_over(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attend: Callable) -> torch.Tensor:
         """Outputs (B, R, H) for what `fuse` gives.
@@ -228,14 +229,9 @@ class PairHead(BaseHead):
         memory.take_last(out, kept.counts)
 
     def candidates(
-        self,
-        memory: DraftMemory,
-        root: torch.Tensor,
-        shape: TreeShape,
-        output: DraftOutput,
-        growth: Growth | None = None,
+        self, memory: DraftMemory, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
     ) -> Candidates:
-        return expand_levels(memory.estimate[:, None], Expansions(self, memory, shape), root, shape, output, growth)
+        return expand_levels(memory.estimate[:, None], Expansions(self, memory, shape), shape, output, growth)
 
 
 class Expansions:

@@ -25,7 +25,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from vispec.methods import VLM
 from vispec.model.arguments import number
-from vispec.model.drafts.base import Kept
+from vispec.model.drafts.base import Draft, Kept
 from vispec.model.drafts.memory import CachedMemory
 from vispec.model.families import image_token_id, video_token_id
 from vispec.model.inputs import forward_parameters
@@ -44,7 +44,7 @@ OF_MODEL = ("vision_feature_select_strategy", "image_grid_pinpoints", "mm_tokens
 """What configs say about how an image becomes pixels and tokens."""
 
 
-class VLMDraft(nn.Module):
+class VLMDraft(nn.Module, Draft):
     """A VLM that drafts.
 
     Args:
@@ -56,8 +56,6 @@ class VLMDraft(nn.Module):
     """
 
     method = VLM
-    draft_vocab = None
-    by_level = True
 
     def __init__(self, model: PreTrainedModel | Target, image_rows: float = 1.0):
         super().__init__()
@@ -130,12 +128,6 @@ class VLMDraft(nn.Module):
     def fit(self, shape: TreeShape) -> TreeShape:
         return shape.fitted(self.proposed)
 
-    def reach(self, shape: TreeShape) -> int:
-        return shape.levels + 1 + shape.depth * shape.top_k
-
-    def aux_layers(self, target: Target) -> tuple[int, ...]:
-        return ()
-
     def output(self, target: Target) -> DraftOutput:
         return DraftOutput(lambda hidden: self.vlm.logits(hidden)[..., : self.proposed], self.vlm.expect_logits)
 
@@ -185,14 +177,9 @@ class VLMDraft(nn.Module):
         memory.take_last(out, kept.counts)
 
     def candidates(
-        self,
-        memory: CachedMemory,
-        root: torch.Tensor,
-        shape: TreeShape,
-        output: DraftOutput,
-        growth: Growth | None = None,
+        self, memory: CachedMemory, shape: TreeShape, output: DraftOutput, growth: Growth | None = None
     ) -> Candidates:
-        return expand_levels(memory.estimate[:, None], _Levels(self, memory, shape), root, shape, output, growth)
+        return expand_levels(memory.estimate[:, None], _Levels(self, memory, shape), shape, output, growth)
 
     def _forward(self, memory: CachedMemory, tokens, positions, ancestors) -> torch.Tensor:
         """(B, n, H); a text that has outgrown the draft's positions stays at the last one: it drafts worse there."""
