@@ -195,6 +195,7 @@ def test_json_follows_its_schema(client):
         ({"temperature": 3}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 4000}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "a" * 10**5}]}, 400, "messages"),
         ({"model": "another"}, 404, "model"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "messages"),

@@ -6,6 +6,7 @@ import threading
 from io import BytesIO
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from PIL import Image
 
 from vispec.serve import pictures
@@ -132,3 +133,34 @@ def test_the_part_that_is_wrong_is_named(part, name):
     with pytest.raises(ApiError) as refused:
         parse_request({"model": "m", "messages": [{"role": "user", "content": [part]}]})
     assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"frequency_penalty": 0, "logit_bias": None, "tools": None, "tool_choice": "none", "unknown": None},
+        {"tool_choice": "auto", "tools": [], "parallel_tool_calls": True, "logit_bias": {}, "stop": []},
+        {"modalities": ["text"], "response_format": {"type": "text"}, "stream_options": None, "top_p": 0},
+        {"logprobs": False, "top_logprobs": 0, "speculate": None, "prompt_cache_retention": "24h"},
+    ],
+)
+def test_what_asks_for_nothing_is_taken(given):
+    parse_request({"model": "m", "messages": [{"role": "user", "content": "What?"}], **given})
+
+
+def test_an_answer_may_be_sent_back_as_the_client_has_it():
+    answer = ChatCompletionMessage(role="assistant", content="A tree.", annotations=[]).model_dump()
+    asked = {"role": "user", "content": "What?"}
+    assert parse_request({"model": "m", "messages": [asked, answer, asked]}).messages[1].content == "A tree."
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "What?"}] * 3000,
+        [{"role": "user", "content": [{"type": "text", "text": "What?"}] * 3000}],
+    ],
+)
+def test_crowds_of_messages_are_refused(messages):
+    with pytest.raises(ApiError, match="3,000|3,001"):
+        parse_request({"model": "m", "messages": messages})
