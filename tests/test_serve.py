@@ -3,6 +3,7 @@
 import base64
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -255,6 +256,19 @@ def test_who_hangs_up_frees_a_row(served, client):
     while served.service.engine._rows and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not served.service.engine._rows
+
+
+def test_who_hangs_up_within_a_request_is_no_error(served, caplog):
+    caplog.set_level("INFO")
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
+        connection.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
+        time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    while " 499 " not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert " 499 " in caplog.text and "Traceback" not in caplog.text
 
 
 def test_a_full_queue_and_a_deadline(model, processor):

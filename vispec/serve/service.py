@@ -55,9 +55,9 @@ class Service:
         self.tokenizer = copy.deepcopy(processor.tokenizer)
         self._grammars = Grammars(copy.deepcopy(processor.tokenizer))
         each = limits.tokens // limits.batch
-        self._most_characters = each * max(map(len, self.tokenizer.get_vocab()))
         self.drafts = model.draft is not None
         self._batches = {self.drafts: model.open_batch(limits.batch, each, self.drafts)}
+        self._most_characters = self._batches[self.drafts].tokens * max(map(len, self.tokenizer.get_vocab()))
         if self.drafts:
             self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
         self.metrics = Metrics()
