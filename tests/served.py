@@ -8,6 +8,7 @@ from PIL import Image
 
 from vispec import embedded
 from vispec.prompts import Turn, build_inputs
+from vispec.serve.__main__ import Server
 from vispec.serve.app import make_app
 from vispec.serve.guard import HeaderTimeout, HttpLimits
 from vispec.serve.service import Service
@@ -20,7 +21,7 @@ class Served:
 
     def __init__(self, service: Service, limits: HttpLimits):
         config = uvicorn.Config(make_app(service, limits), port=0, http=HeaderTimeout, log_config=None)
-        self.service, self._server = service, uvicorn.Server(config)
+        self.service, self._server = service, Server(config, service)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:

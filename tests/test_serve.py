@@ -3,6 +3,7 @@
 import base64
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,9 +18,11 @@ from PIL import Image
 from served import KEY, NAME, Served, expected, questions
 
 from vispec import embedded
+from vispec.cli import UserError
 from vispec.evaluation.loading import load_model
 from vispec.prompts import build_inputs, load_processor, user_turn
-from vispec.serve.__main__ import LOOPBACK
+from vispec.serve import __main__ as command
+from vispec.serve.__main__ import LOOPBACK, main
 from vispec.serve.guard import HttpLimits
 from vispec.serve.processors import OpenAIPenalties
 from vispec.serve.service import Service, ServiceLimits
@@ -195,6 +198,7 @@ def test_json_follows_its_schema(client):
         ({"temperature": 3}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 4000}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "a" * 10**5}]}, 400, "messages"),
         ({"model": "another"}, 404, "model"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "messages"),
@@ -256,6 +260,19 @@ def test_who_hangs_up_frees_a_row(served, client):
     assert not served.service.engine._rows
 
 
+def test_who_hangs_up_within_a_request_is_no_error(served, caplog):
+    caplog.set_level("INFO")
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
+        connection.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
+        time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    while " 499 " not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert " 499 " in caplog.text and "Traceback" not in caplog.text
+
+
 def test_a_full_queue_and_a_deadline(model, processor):
     limits = ServiceLimits(batch=1, tokens=400, waiting=1, seconds=0.5)
     served = Served(Service(model, processor, NAME, limits), HttpLimits(api_key=KEY))
@@ -269,6 +286,19 @@ def test_a_full_queue_and_a_deadline(model, processor):
     finally:
         served.close()
     assert not served.service.engine.alive
+
+
+def test_answers_that_outlast_the_server_end_with_an_error(model, processor, monkeypatch):
+    monkeypatch.setattr(command, "GRACE", 0.1)
+    served = Served(Service(model, processor, NAME, ServiceLimits(batch=1, tokens=4000)), HttpLimits(api_key=KEY))
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+    stream = ask(client, "Tell me a story.", max_tokens=3900, stream=True, temperature=2, seed=1)
+    next(iter(stream))
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(served.close)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+        closing.result()
 
 
 def test_metrics(served, client):
@@ -290,4 +320,20 @@ def test_the_command_serves_the_embedded_pair_until_it_is_told_to_end():
         assert answer.json()["usage"]["completion_tokens"] <= 3
         process.send_signal(signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
-    assert process.returncode in (0, -signal.SIGTERM)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--port"], "Address already in use"),
+        (["--host", ""], "--host"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--allow-url", "https://pictures.example"], "expected the name of a host"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_a_model_is_loaded(flags, reason):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = [str(taken.getsockname()[1])] if flags == ["--port"] else []
+        with pytest.raises(UserError, match=reason):
+            main([*flags, *port])

@@ -1,14 +1,21 @@
-"""Parts of the server that need no model: held text, and pictures of the web."""
+"""Parts of the server that need no model: held text, pictures of the web, requests, the decoding thread."""
 
 import http.server
+import math
+import queue
 import socket
 import threading
 from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from PIL import Image
 
+from vispec.model.rows import Round
 from vispec.serve import pictures
+from vispec.serve.engine import Ask, Engine, Stopping
+from vispec.serve.metrics import Metrics
 from vispec.serve.pictures import PictureLimits, picture_of, public_address
 from vispec.serve.protocol import ApiError, parse_request
 from vispec.serve.text import StoppedText
@@ -132,3 +139,91 @@ def test_the_part_that_is_wrong_is_named(part, name):
     with pytest.raises(ApiError) as refused:
         parse_request({"model": "m", "messages": [{"role": "user", "content": [part]}]})
     assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"frequency_penalty": 0, "logit_bias": None, "tools": None, "tool_choice": "none", "unknown": None},
+        {"tool_choice": "auto", "tools": [], "parallel_tool_calls": True, "logit_bias": {}, "stop": []},
+        {"modalities": ["text"], "response_format": {"type": "text"}, "stream_options": None, "top_p": 0},
+        {"logprobs": False, "top_logprobs": 0, "speculate": None, "prompt_cache_retention": "24h"},
+    ],
+)
+def test_what_asks_for_nothing_is_taken(given):
+    parse_request({"model": "m", "messages": [{"role": "user", "content": "What?"}], **given})
+
+
+def test_an_answer_may_be_sent_back_as_the_client_has_it():
+    answer = ChatCompletionMessage(role="assistant", content="A tree.", annotations=[]).model_dump()
+    asked = {"role": "user", "content": "What?"}
+    assert parse_request({"model": "m", "messages": [asked, answer, asked]}).messages[1].content == "A tree."
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "What?"}] * 3000,
+        [{"role": "user", "content": [{"type": "text", "text": "What?"}] * 3000}],
+    ],
+)
+def test_crowds_of_messages_are_refused(messages):
+    with pytest.raises(ApiError, match="3,000|3,001"):
+        parse_request({"model": "m", "messages": messages})
+
+
+class Rows(dict):
+    """A batch of answers of three letters."""
+
+    full = False
+
+    def join(self, joining) -> tuple[int, Round]:
+        number = joining.length
+        self[number] = 1
+        return number, Round([ord("a")], 0, 0, ended=False)
+
+    def round(self) -> dict[int, Round]:
+        self.update({number: length + 1 for number, length in self.items()})
+        step = {number: Round([ord("a")], 0, 0, ended=length == 3) for number, length in self.items()}
+        for number in [number for number, one in step.items() if one.ended]:
+            self.leave(number)
+        return step
+
+    def leave(self, number: int) -> None:
+        del self[number]
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def asking(number: int, text: StoppedText | None) -> tuple[Ask, queue.Queue]:
+    told = queue.Queue()
+    joining = SimpleNamespace(length=number, stop=SimpleNamespace(eos_token_ids=()))
+    return Ask(joining, text, told.put, deadline=math.inf), told
+
+
+def test_an_answer_that_cannot_be_told_ends_alone():
+    engine = Engine({True: Rows()}, 4, Metrics())
+    (broken, its), (sound, own) = asking(1, None), asking(2, StoppedText(Letters()))
+    engine.start()
+    engine.submit([broken, sound])
+    assert its.get(timeout=10).status == 500
+    assert [own.get(timeout=10).finish for _ in range(3)] == [None, None, "length"]
+    engine.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_those_who_wait_hear_of_it_when_decoding_breaks_down():
+    class Broken(Rows):
+        def round(self):
+            raise SystemExit
+
+    engine = Engine({True: Broken()}, 4, Metrics())
+    (running, its), (waiting, own) = asking(1, StoppedText(Letters())), asking(2, StoppedText(Letters()))
+    engine.start()
+    engine.submit([running, waiting])
+    assert its.get(timeout=10).pieces
+    assert its.get(timeout=10).status == own.get(timeout=10).status == 503
+    assert not engine.alive
+    with pytest.raises(Stopping):
+        engine.submit([waiting])

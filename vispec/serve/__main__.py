@@ -1,9 +1,16 @@
 """Serve a target with its draft as OpenAI's API: `python -m vispec.serve --base-model-path … --spec-model-path …`."""
 
 import argparse
+import asyncio
 import logging
 import os
+import re
+import signal
+import socket
+from contextlib import suppress
 from pathlib import Path
+
+import uvicorn
 
 from vispec.cli import Parser, UserError, count, limit, run_cli, whole
 from vispec.evaluation.flags import add_tree_flags, asked_place
@@ -22,18 +29,38 @@ LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     limits, http_limits = _limits(args)
+    _check_address(args.host, args.port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(_service(args, limits), http_limits, args.host, args.port)
     return 0
 
 
+GRACE = 20
+"""Seconds for answers to end in when the server is to end; supervisors give a process 30."""
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's, which by itself hangs up on those who are not answered when their time is over."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._engine = service.engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async def end_answers() -> None:
+            await asyncio.sleep(GRACE)
+            await asyncio.to_thread(self._engine.stop)
+
+        ending = asyncio.create_task(end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
 def serve(service: Service, limits: HttpLimits, host: str, port: int) -> None:
     """Answer requests until the process is told to end; then those that are being answered have some seconds."""
-    import uvicorn
-
     from vispec.serve.app import make_app
 
-    uvicorn.run(
+    config = uvicorn.Config(
         make_app(service, limits),
         host=host,
         port=port,
@@ -41,12 +68,26 @@ def serve(service: Service, limits: HttpLimits, host: str, port: int) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=GRACE + 5,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which uvicorn raises again when all is done
+    with suppress(KeyboardInterrupt):
+        Server(config, service).run()
 
 
-GRACE = 30
-"""Seconds."""
+def _check_address(host: str, port: int) -> None:
+    """Before a model is loaded, which takes minutes.
+
+    Raises:
+        UserError: nobody can listen there.
+    """
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}") from None
 
 
 def _service(args: argparse.Namespace, limits: ServiceLimits) -> Service:
@@ -79,19 +120,30 @@ def _limits(args: argparse.Namespace) -> tuple[ServiceLimits, HttpLimits]:
     total = args.max_tokens_total or 4096 * args.max_batch
     if total < 2 * args.max_batch:
         raise UserError(f"--max-tokens-total {total}: --max-batch {args.max_batch} needs two tokens for each row")
+    for host in args.allow_url:
+        if not re.fullmatch(r"[\w.-]+", host):
+            raise UserError(f"--allow-url {host}: expected the name of a host alone")
     pictures = PictureLimits(args.max_pixels, args.max_images, frozenset(host.lower() for host in args.allow_url))
     service = ServiceLimits(args.max_batch, total, args.max_queue, args.timeout, pictures)
+    if args.api_key == "":  # as of a variable that is not set: everybody could ask
+        raise UserError("--api-key is empty")
     key = args.api_key or os.environ.get(API_KEY) or None
     # only this machine can ask, and of it no page that makes its own name mean this machine
     hosts = LOOPBACK if args.host in LOOPBACK else None
     return service, HttpLimits(body_bytes=args.max_body_mb * 2**20, api_key=key, hosts=hosts)
 
 
+def _port(text: str) -> int:
+    if (port := whole(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port up to 65535, found {text!r}")
+    return port
+
+
 def _make_parser() -> Parser:
     parser = Parser(prog="python -m vispec.serve", description="Serve a target with its draft as OpenAI's API.")
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")
     add_pair_flags(parser)
     add("--served-model-name", metavar="NAME", help="what clients call the model (default: the target's name)")
     parser.add_bool("--plain", "decode without the draft, to compare with")

@@ -49,8 +49,6 @@ def _text(name: str, message: Message) -> str:
 def _items(name: str, message: Message, limits: PictureLimits) -> tuple[Item, ...]:
     if isinstance(message.content, str) or message.role != "user":
         return (_text(name, message),)
-    if not message.content:
-        raise ApiError(400, f"{name}.content is empty", f"{name}.content")
     return tuple(
         picture_of(part.image_url.url, limits, f"{name}.content.{place}.image_url")
         if isinstance(part, ImagePart)

@@ -118,20 +118,26 @@ class Engine:
     # --- the decoding thread ---
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._goes_on():
+                self._drop()
+                for speculate in self._batches:
+                    self._admit(speculate)
+                    self._round(speculate)
+        finally:  # those who wait hear of it also where the thread breaks down
             with self._changed:
-                while not (self._stopping or self._waiting or self._rows):
-                    self._changed.wait()
-                if self._stopping:
-                    break
-            self._drop()
-            for speculate in self._batches:
-                self._admit(speculate)
-                self._round(speculate)
-        for ask in (*self._waiting, *self._rows.values()):
-            _fail(ask, "the server is stopping", 503)
-        for batch in self._batches.values():
-            batch.close()
+                self._stopping = True
+            for ask in (*self._waiting, *self._rows.values()):
+                _fail(ask, "the server is stopping", 503)
+            for batch in self._batches.values():
+                batch.close()
+
+    def _goes_on(self) -> bool:
+        """Wait until there is something to do; returns whether there is."""
+        with self._changed:
+            while not (self._stopping or self._waiting or self._rows):
+                self._changed.wait()
+            return not self._stopping
 
     def _drop(self) -> None:
         """Answers for which nobody waits, or that take too long, leave their rows or the queue."""
@@ -188,7 +194,13 @@ class Engine:
             self._go_on(speculate, number, one)
 
     def _go_on(self, speculate: bool, number: int, one: "Round") -> None:
-        if self._tell(self._rows[speculate, number], one):
+        ask = self._rows[speculate, number]
+        try:
+            ended = self._tell(ask, one)
+        except Exception as error:
+            self._report(error, [ask])
+            ended = True
+        if ended:
             del self._rows[speculate, number]
             if not one.ended:  # at a stop string, of which the batch knows nothing
                 self._batches[speculate].leave(number)

@@ -6,14 +6,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_STOPS = 4
 MOST_TOP_LOGPROBS = 20
+MOST_PARTS = 2048
+"""And messages: a million of them would hold up all others while they are looked at."""
 
 UNSUPPORTED = {
-    "audio": None, "function_call": None, "functions": None, "logit_bias": None, "modalities": ["text"],
-    "parallel_tool_calls": None, "prediction": None, "reasoning_effort": None, "tool_choice": "none", "tools": None,
-    "verbosity": None, "web_search_options": None,
+    "audio": (), "function_call": ("auto", "none"), "functions": ([],), "logit_bias": ({},), "modalities": (["text"],),
+    "moderation": (), "prediction": (), "reasoning_effort": ("none",), "tool_choice": ("auto", "none"), "tools": ([],),
+    "verbosity": ("medium",), "web_search_options": (),
 }  # fmt: skip
-"""Of OpenAI's parameters those that are not supported, and what is as good as nothing."""
-IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+"""Of OpenAI's parameters those that are not supported, with values that ask for nothing: clients send them."""
+IGNORED = (
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
+)  # fmt: skip
 """Those that change no answer."""
 
 
@@ -33,10 +38,18 @@ class ApiError(Exception):
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_values(cls, given: Any) -> Any:
+        """What is null or an empty list is as good as left out: clients fill in what they know of."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None and value != []}
+
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
     """Ignored: the target's processor says how large a picture becomes."""
 
 
@@ -58,7 +71,13 @@ class Message(_Strict):
     content: str | list[Part]
     name: str | None = None
     """Ignored: chat templates know no names."""
-    refusal: None = None
+
+    @property
+    def characters(self) -> int:
+        """Of its texts."""
+        if isinstance(self.content, str):
+            return len(self.content)
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
 
 
 class StreamOptions(_Strict):
@@ -87,12 +106,12 @@ class ResponseFormat(_Strict):
 class ChatRequest(_Strict):
     """What POST /v1/chat/completions takes."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message]
     model: str
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -124,9 +143,10 @@ def parse_request(body: Any) -> ChatRequest:
     """
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    for name, off in UNSUPPORTED.items():
-        if (value := body.get(name)) is not None and value != off and value not in ([], {}):
+    for name, nothing in UNSUPPORTED.items():
+        if (value := body.get(name)) is not None and value not in nothing:
             raise ApiError(400, f"{name} is not supported here", name, "unsupported_parameter")
+    _refuse_crowds(body.get("messages"))
     known = {name: value for name, value in body.items() if name not in (*UNSUPPORTED, *IGNORED)}
     try:
         request = ChatRequest.model_validate(known)
@@ -136,16 +156,24 @@ def parse_request(body: Any) -> ChatRequest:
     return request
 
 
+def _refuse_crowds(messages: Any) -> None:
+    of_messages = messages if isinstance(messages, list) else []
+    lists = [of_messages, *(one.get("content") for one in of_messages if isinstance(one, dict))]
+    if (found := sum(len(one) for one in lists if isinstance(one, list))) > MOST_PARTS:
+        reason = f"{found:,} messages and parts are more than {MOST_PARTS:,}"
+        raise ApiError(400, reason, "messages", "invalid_value")
+
+
 def _check_together(request: ChatRequest) -> None:
     if request.max_tokens and request.max_completion_tokens:
         reason = "max_tokens and max_completion_tokens both say how long an answer may be, expected one of them"
-        raise ApiError(400, reason, "max_tokens")
+        raise ApiError(400, reason, "max_tokens", "invalid_value")
     if len(request.stops) > MOST_STOPS or "" in request.stops:
-        raise ApiError(400, f"stop takes up to {MOST_STOPS} texts, none of them empty", "stop")
-    if request.top_logprobs is not None and not request.logprobs:
-        raise ApiError(400, "top_logprobs belongs to logprobs: true", "top_logprobs")
+        raise ApiError(400, f"stop takes up to {MOST_STOPS} texts, none of them empty", "stop", "invalid_value")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs belongs to logprobs: true", "top_logprobs", "invalid_value")
     if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options belongs to stream: true", "stream_options")
+        raise ApiError(400, "stream_options belongs to stream: true", "stream_options", "invalid_value")
 
 
 def _api_error(error) -> ApiError:

@@ -57,6 +57,7 @@ class Service:
         each = limits.tokens // limits.batch
         self.drafts = model.draft is not None
         self._batches = {self.drafts: model.open_batch(limits.batch, each, self.drafts)}
+        self._most_characters = self._batches[self.drafts].tokens * max(map(len, self.tokenizer.get_vocab()))
         if self.drafts:
             self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
         self.metrics = Metrics()
@@ -75,6 +76,10 @@ class Service:
             raise ApiError(
                 404, f"the model {request.model!r} is not here, found {self.name!r}", "model", "model_not_found"
             )
+        if (found := sum(one.characters for one in request.messages)) > self._most_characters:
+            # a tokenizer takes minutes, and gigabytes, for what is sure to be refused
+            reason = f"{found:,} characters have more tokens than there is room for"
+            raise ApiError(400, reason, "messages", "context_length_exceeded")
         answers = request.n or 1
         if answers > self.limits.waiting:
             raise ApiError(400, f"n: {answers} answers are more than the queue's {self.limits.waiting}", "n")
@@ -92,7 +97,8 @@ class Service:
 
         speculate = request.speculate and self.drafts
         keeps = bool(request.logprobs)
-        temperature = 1.0 if request.temperature is None else request.temperature
+        # the likeliest token alone is within a top_p of 0
+        temperature = 0.0 if request.top_p == 0 else 1.0 if request.temperature is None else request.temperature
         joining = self._batches[speculate].prepare(
             **inputs,
             max_new_tokens=request.max_completion_tokens or request.max_tokens,
