@@ -44,7 +44,7 @@ class Told:
     status: int = 500
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself alone: prompts, which are tensors, have no truth value of ==
 class Ask:
     """A request for one answer, and what has become of it."""
 
@@ -118,20 +118,28 @@ class Engine:
     # --- the decoding thread ---
 
     def _run(self) -> None:
+        try:
+            self._decode()
+        finally:  # whatever ends the thread, nobody waits for what will not come
+            with self._changed:
+                self._stopping = True
+            for ask in (*self._waiting, *self._rows.values()):
+                _fail(ask, "the server is stopping", 503)
+            for batch in self._batches.values():
+                batch.close()
+
+    def _decode(self) -> None:
         while True:
             with self._changed:
                 while not (self._stopping or self._waiting or self._rows):
                     self._changed.wait()
                 if self._stopping:
-                    break
+                    return
             self._drop()
             for speculate in self._batches:
                 self._admit(speculate)
                 self._round(speculate)
-        for ask in (*self._waiting, *self._rows.values()):
-            _fail(ask, "the server is stopping", 503)
-        for batch in self._batches.values():
-            batch.close()
+            self._show_load()
 
     def _drop(self) -> None:
         """Answers for which nobody waits, or that take too long, leave their rows or the queue."""
@@ -148,7 +156,6 @@ class Engine:
         for ask in gone:
             if not ask.cancelled:
                 _fail(ask, f"the answer was not there after {now - ask.asked_at:.0f} seconds", 504)
-        self._show_load()
 
     def _admit(self, speculate: bool) -> None:
         """One request joins, so that those that are being answered wait for one prompt only."""
