@@ -44,7 +44,7 @@ class Told:
     status: int = 500
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself alone: prompts, which are tensors, have no truth value of ==
 class Ask:
     """A request for one answer, and what has become of it."""
 
@@ -124,6 +124,7 @@ class Engine:
                 for speculate in self._batches:
                     self._admit(speculate)
                     self._round(speculate)
+                self._show_load()
         finally:  # those who wait hear of it also where the thread breaks down
             with self._changed:
                 self._stopping = True
@@ -154,7 +155,6 @@ class Engine:
         for ask in gone:
             if not ask.cancelled:
                 _fail(ask, f"the answer was not there after {now - ask.asked_at:.0f} seconds", 504)
-        self._show_load()
 
     def _admit(self, speculate: bool) -> None:
         """One request joins, so that those that are being answered wait for one prompt only."""
