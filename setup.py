@@ -36,10 +36,10 @@ setup(
         "lmms": ["lmms-eval>=0.7", "filelock<4"],  # lmms-eval 0.7 reaches into files of filelock that 4 has no more
         "grammar": ["lm-format-enforcer>=0.10.9"],  # JSON of `vispec.serve`
         "qwen": ["torchvision>=0.21"],  # the processors of Qwen's models, under transformers 5
-        "ray": ["ray>=2.10"],
+        "ray": ["ray[serve]>=2.60"],  # several models at a time
         "train": ["tensorboard>=2.16"],
         "test": ["import-linter>=2.15", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "scipy>=1.12"]
-        + ["matplotlib>=3.8", "ray>=2.10", "av>=12.0", "httpx>=0.27", "lm-format-enforcer>=0.10.9", "openai>=1.40"],
+        + ["matplotlib>=3.8", "ray[serve]>=2.60", "av>=12.0", "httpx>=0.27", "openai>=1.40", "lm-format-enforcer>=0.10.9"],
         "video": ["av>=12.0"],  # video files, for `vispec.generate --video`
     },
 )

@@ -155,7 +155,7 @@ def test_an_actor_in_place_of_a_dead_one_has_the_same_models(monkeypatch, capsys
             return [f"answer to {ask.question.question_id}"]
 
     ray = OneProcess()
-    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
+    monkeypatch.setattr(ray_pool, "start_ray", lambda flag: ray)
     monkeypatch.setattr(actors, "Answerer", Actor)
     asks = [Ask(question, "gqa", Generation(0.0, 4), 1, ()) for question in questions(None)]
     with actors.loaded(Models("target", device_map="cpu"), 2) as shared:
@@ -176,7 +176,7 @@ class Nothing:
 @pytest.mark.parametrize(("gpus", "copies"), [(1, 7), (2, 3), (4, 1), (0.5, 14), (0.34, 21), (0, 3)])
 def test_there_is_a_copy_for_all_gpus_of_each_machine(monkeypatch, gpus, copies, capsys):
     ray = OneProcess([{"GPU": 4.0}, {"GPU": 3.0}, {"CPU": 8.0}])
-    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
+    monkeypatch.setattr(ray_pool, "start_ray", lambda flag: ray)
     ray_pool.Pool(Nothing, [], None, gpus, "--ray")
     assert f"{copies} Ray actors begin, each with {ray.options['num_gpus']:g} GPU(s)" in capsys.readouterr().err
     if gpus:

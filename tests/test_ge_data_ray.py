@@ -20,7 +20,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def ray(monkeypatch):
     ray = OneProcess()
-    monkeypatch.setattr(ray_pool, "_ray", lambda flag: ray)
+    monkeypatch.setattr(ray_pool, "start_ray", lambda flag: ray)
     return ray
 
 
@@ -46,7 +46,7 @@ def test_a_batch_that_actors_die_of_is_given_up(data, ray, tmp_path, monkeypatch
 
 def test_a_run_that_lacks_nothing_needs_no_actor(data, tmp_path, monkeypatch):
     assert generate("text", "llava", data, tmp_path / "out", "--store", "tokens") == 0
-    monkeypatch.setattr(ray_pool, "_ray", lambda flag: pytest.fail("Ray was started"))
+    monkeypatch.setattr(ray_pool, "start_ray", lambda flag: pytest.fail("Ray was started"))
     assert generate("text", "llava", data, tmp_path / "out", "--store", "tokens", "--ray") == 0
 
 

@@ -5,6 +5,7 @@ have to be found under the same paths on all of them. An actor that dies, alone 
 item given to another one; an item that several actors have died of is given up.
 """
 
+import importlib
 import logging
 import os
 from collections import defaultdict, deque
@@ -45,20 +46,15 @@ class Pool:
     """
 
     def __init__(self, kind: type[Loaded], arguments: Sequence, copies: int | None, gpus: float, flag: str):
-        self._ray, self._flag, self._arguments = _ray(flag), flag, arguments
+        self._ray, self._flag, self._arguments = start_ray(flag), flag, arguments
         # calls of `loaded_settings` that actors in place of dead ones have not answered yet
         self._starting: dict = {}
         try:
-            machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            gpus = _whole_shares(gpus) if any("GPU" in machine for machine in machines) else 0
-            room = sum(int(machine.get("GPU", 0) / gpus) if gpus else 1 for machine in machines)
-            copies = copies or max(room, 1)
-            if gpus and copies > room:
-                raise UserError(f"{flag}: {copies} copies of {gpus:g} GPU(s) asked for, Ray has room for {room}")
+            copies, gpus = shared_gpus(machines(self._ray), copies, gpus, flag)
             say(f"{copies} Ray actors begin, each with {gpus:g} GPU(s)")
             # spread, since Ray would fill one machine first
             remote = self._ray.remote(num_gpus=gpus, scheduling_strategy="SPREAD")
-            self._kind = remote(_working_in(os.getcwd(), kind))
+            self._kind = remote(working_in(os.getcwd(), kind))
             self._actors = [self._start() for _ in range(copies)]
             self.settings = self._common_settings()
         except BaseException:
@@ -124,7 +120,7 @@ class Pool:
         try:
             found = self._ray.get(settings)
         except self._ray.exceptions.RayError as error:
-            say(f"notice: an actor in place of a dead one could not be loaded: {_reason(error)}")
+            say(f"notice: an actor in place of a dead one could not be loaded: {reason(error)}")
             return False
         if found == self.settings:
             return True
@@ -137,11 +133,32 @@ class Pool:
         try:
             found = self._ray.get([actor.loaded_settings.remote() for actor in self._actors])
         except self._ray.exceptions.RayError as error:
-            raise UserError(f"{self._flag}: a copy could not be loaded: {_reason(error)}") from None
+            raise UserError(f"{self._flag}: a copy could not be loaded: {reason(error)}") from None
         if any(one != found[0] for one in found):
             differences = _differences(found)
             raise UserError(f"{self._flag}: expected the same models and GPUs on all machines; found {differences}")
         return found[0]
+
+
+def machines(ray) -> list[dict[str, float]]:
+    """What each machine of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def shared_gpus(
+    machines: Sequence[dict[str, float]], copies: int | None, gpus: float, flag: str
+) -> tuple[int, float]:
+    """How many copies there are to be, and the GPUs of each; of what is asked for as `Pool` takes it.
+
+    Raises:
+        UserError: there are not enough GPUs.
+    """
+    gpus = _whole_shares(gpus) if any("GPU" in machine for machine in machines) else 0
+    room = sum(int(machine.get("GPU", 0) / gpus) if gpus else 1 for machine in machines)
+    copies = copies or max(room, 1)
+    if gpus and copies > room:
+        raise UserError(f"{flag}: {copies} copies of {gpus:g} GPU(s) asked for, Ray has room for {room}")
+    return copies, gpus
 
 
 def _whole_shares(gpus: float) -> float:
@@ -153,7 +170,7 @@ def _whole_shares(gpus: float) -> float:
     return gpus if gpus >= 1 or not gpus else SHARES_OF_A_GPU // round(1 / gpus) / SHARES_OF_A_GPU
 
 
-def _working_in(folder: str, kind: type) -> type:
+def working_in(folder: str, kind: type) -> type:
     """The class, with relative paths as they are meant in a folder, on a machine that has it."""
 
     class Actor(kind):
@@ -165,7 +182,7 @@ def _working_in(folder: str, kind: type) -> type:
     return Actor
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception | str) -> str:
     """What was raised in an actor, without the traceback before it."""
     return str(error).strip().splitlines()[-1]
 
@@ -182,9 +199,17 @@ def _differences(found: Sequence[dict[str, dict]]) -> str:
     return ", ".join(sorted(differing))
 
 
-def _ray(flag: str):
-    """Ray, started or connected to the cluster that runs."""
+def start_ray(flag: str, needs: str = "ray"):
+    """Ray, started or connected to the cluster that runs.
+
+    Args:
+        needs: module of Ray that will be used.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
+        importlib.import_module(needs)
         import ray
     except ImportError:
         raise UserError(f"{flag}: several models at a time need Ray: pip install 'vispec[ray]'") from None

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -31,7 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     limits, http_limits = _limits(args)
     _check_address(args.host, args.port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    serve(_service(args, limits), http_limits, args.host, args.port)
+    if args.replicas == 1:
+        serve(_service(args, limits), http_limits, args.host, args.port)
+    else:
+        from vispec.serve.replicas import serve_replicas
+
+        load, gpus = partial(_service, args, limits), int(args.device_map != "cpu")
+        serve_replicas(load, limits, http_limits, args.host, args.port, args.replicas, gpus, GRACE)
     return 0
 
 
@@ -146,6 +153,8 @@ def _make_parser() -> Parser:
     add("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")
     add_pair_flags(parser)
     add("--served-model-name", metavar="NAME", help="what clients call the model (default: the target's name)")
+    add("--replicas", type=count, default=1, metavar="N",
+        help="copies on the machines of a Ray cluster, a GPU each (default: one, without Ray)")  # fmt: skip
     parser.add_bool("--plain", "decode without the draft, to compare with")
     add("--api-key", metavar="KEY", help=f"what clients have to send (default: {API_KEY}, or none)")
     add("--allow-url", nargs="+", default=[], metavar="HOST", help="from which images are fetched (default: none)")

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -23,8 +23,14 @@ GONE = 499
 """Status, for the log, of a request whose client has hung up."""
 
 
-def make_app(service: Service, limits: HttpLimits) -> Guard:
-    """The server as ASGI takes it."""
+def make_app(
+    service: Service, limits: HttpLimits, all_metrics: Callable[[], Awaitable[str]] | None = None
+) -> Guard:
+    """The server as ASGI takes it.
+
+    Args:
+        all_metrics: what /metrics says where the server is one of several.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -72,7 +78,8 @@ def make_app(service: Service, limits: HttpLimits) -> Guard:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        text = await all_metrics() if all_metrics else service.metrics.text()
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return Guard(app, limits, service.metrics)
 

@@ -19,6 +19,7 @@ from vispec.serve.protocol import ApiError
 
 logger = logging.getLogger("vispec.serve.access")
 
+REQUEST_ID = b"x-request-id"
 OPEN = ("/", "/health")
 """What needs no key."""
 HEADER_SECONDS = 10.0
@@ -35,6 +36,8 @@ class HttpLimits:
     """None: everybody may ask."""
     hosts: frozenset[str] | None = None
     """Names by which clients may call the server; None: any."""
+    proxied: bool = False
+    """Behind a proxy that gives each request its id, and tells it the client."""
 
 
 class Guard:
@@ -47,13 +50,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, name, status = time.monotonic(), f"req_{uuid.uuid4().hex}", 500
+        proxied = self._limits.proxied
+        start, name, status = time.monotonic(), _given_id(scope) if proxied else f"req_{uuid.uuid4().hex}", 500
 
         async def answer(message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                if not proxied:
+                    message["headers"] = [*message.get("headers", ()), (REQUEST_ID, name.encode())]
             await send(message)
 
         try:
@@ -117,6 +122,10 @@ class Guard:
             return message
 
         return limited
+
+
+def _given_id(scope) -> str:
+    return ascii(dict(scope["headers"]).get(REQUEST_ID, b"-").decode("latin-1"))[1:-1]
 
 
 class HeaderTimeout(H11Protocol):

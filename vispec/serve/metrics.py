@@ -3,6 +3,7 @@
 import threading
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 from itertools import accumulate
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -88,6 +89,26 @@ class Metrics:
             lines += self._first.lines("vispec_first_token_seconds", "from the request to its first token")
             lines += self._between.lines("vispec_between_tokens_seconds", "from one token to the next")
             return "\n".join([*lines, ""])
+
+
+def together(texts: Mapping[str, str]) -> str:
+    """Texts of several servers as one, with a label that says which.
+
+    >>> print(together({"a": "# TYPE n counter\\nn 1", "b": '# TYPE n counter\\nn{of="x"} 2'}), end="")
+    # TYPE n counter
+    n{replica="a"} 1
+    n{replica="b",of="x"} 2
+    """
+    samples: dict[str, list[str]] = {}
+    for replica, text in texts.items():
+        for line in text.splitlines():
+            if line.startswith("#"):
+                below = samples.setdefault(line, [])
+                continue
+            name, _, labels = line.rpartition(" ")[0].partition("{")
+            label = f'replica="{replica}"' + ("," + labels if labels else "}")
+            below.append(f"{name}{{{label} {line.rpartition(' ')[2]}")
+    return "".join(f"{line}\n" for head, below in samples.items() for line in (head, *below))
 
 
 def _head(name: str, kind: str, what: str) -> list[str]:
