@@ -11,6 +11,7 @@ from vispec.evaluation.families.registry import FAMILIES
 from vispec.model import reading
 from vispec.model.drafts import PromptLookup
 from vispec.model.prefixes import PrefixCache
+from vispec.model.prompt import Prompt
 
 NEW = 12
 
@@ -82,6 +83,29 @@ def test_windows(kind, found):
     model = SpecModel(family_model(family), PromptLookup(), 12, 3, 4)
     same_with_and_without(model, turns(prompt_of(family, model.target.model, "a....", 1)))
     assert found
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_in_half_precision_features_differ_by_rounding_alone(family):
+    model = random_pair(family, 3)
+    for part in (model.target.model, model.draft):
+        part.to(torch.bfloat16)
+    target, prompts = model.target, turns(image_prompt(model.target.model, 2, "a.b."))
+
+    def read(inputs: dict) -> Prompt:
+        ids = inputs["input_ids"]
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return reading.read_prompt(target, target.new_cache(1, ids.shape[1]), ids, rest)
+
+    whole = list(map(read, prompts))
+    target.prefixes = PrefixCache(100_000)
+    for inputs, expected in zip(prompts, whole, strict=True):
+        found = read(inputs)
+        error = (found.hidden - expected.hidden).norm() / expected.hidden.norm()
+        assert error < 0.05 and torch.equal(found.embeds, expected.embeds)
+        assert bool(found.reused) == (inputs is not prompts[0])
+        answer = model.specgenerate(**inputs, max_new_tokens=NEW)
+        assert answer.shape[1] == inputs["input_ids"].shape[1] + NEW
 
 
 def test_another_picture_under_the_same_ids_is_read(found):
