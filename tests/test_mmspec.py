@@ -11,9 +11,13 @@ from answer_files import choice, write
 
 from vispec.evaluation import answerer, run_all, speed
 from vispec.evaluation.answer_file import answers_of
-from vispec.evaluation.benchmarks import BENCHMARKS
+from vispec.evaluation.benchmarks import BENCHMARKS, Question
 from vispec.evaluation.benchmarks.mmspec import TOPICS
+from vispec.evaluation.loading import Models
+from vispec.evaluation.measure import Generation
 from vispec.evaluation.results import ALL_TOPICS, read_results
+from vispec.evaluation.runner import Plan
+from vispec.model import decoding
 
 FAMILY = Path(__file__).parent / "golden" / "llava_next"
 TARGET, VISPEC = (str(FAMILY / name) for name in ("target", "draft_vispec"))
@@ -80,6 +84,38 @@ def test_a_conversation_goes_on_with_the_arms_own_answers(tmp_path, monkeypatch,
     said = capsys.readouterr()
     assert "MMSpec (arXiv 2603.14989) by topic" in said.out and "charts of another release" in said.out
     assert "no answers to" not in said.err
+
+
+def test_each_arm_reads_on_what_it_has_read_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(answerer, "WARM_UPS", 1)
+    reused, read = [], decoding.read_prompt
+    monkeypatch.setattr(
+        decoding, "read_prompt", lambda *given: reused.append((prompt := read(*given)).reused) or prompt
+    )
+    rows = [benchmark_rows.mmspec_row(number, "What is it?", "Why?", "And then?") for number in (1, 2)]
+    data = write_mmspec(tmp_path / "data", rows)
+    flags = ["--base-model-path", TARGET, "--spec-model-path", f"vispec={VISPEC}", "--data-root", str(data)]
+    flags += ["--benchmarks", "mmspec", "--methods", "vispec", "--max-new-token", "5", "--out"]
+    whole, kept = tmp_path / "whole", tmp_path / "kept"
+    assert run_all.main([*flags, str(whole)]) == 0 and not any(reused)
+    reused.clear()
+    assert run_all.main([*flags, str(kept), "--prefix-cache", "9000"]) == 0
+    # behind a warm-up of each arm: two conversations about one picture, by two arms, of three turns each
+    assert [count > 0 for count in reused[2:]] == 4 * [False, True, True]
+    for arm in ("baseline", "vispec"):
+        files = [folder / "mmspec" / f"{arm}-temperature-0.0.jsonl" for folder in (whole, kept)]
+        same, found = ([line["choices"][0]["output_ids"] for line in lines(path)] for path in files)
+        assert same == found
+    with pytest.raises(ValueError, match="was made with prefix_cache 9000, found 99;"):
+        run_all.main([*flags, str(kept), "--prefix-cache", "99"])
+    with pytest.raises(ValueError, match="--prefix-cache: generate, .* reads every turn whole"):
+        run_all.main([*flags, str(kept), "--prefix-cache", "9000", "--methods", "generate"])
+
+
+def test_where_no_turn_follows_another_no_prompts_are_kept(tmp_path):
+    alone = Plan(BENCHMARKS["gqa"], {}, [Question(1, ())], "data", slice(None), Generation(0.0, 5))
+    with pytest.raises(ValueError, match="--prefix-cache: gqa has no conversations"):
+        alone.add(Models(TARGET, prefix_cache=9), "baseline", tmp_path / "answers.jsonl", "")
 
 
 @pytest.mark.parametrize(

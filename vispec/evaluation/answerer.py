@@ -68,6 +68,10 @@ class Answerer:
         quiet_transformers()
         self._path, self._asked = models.base_model_path, models
         self._models = load_models(models)
+        if models.prefix_cache:
+            from vispec.model.prefixes import PrefixCache
+
+            self._models["baseline"].target.prefixes = PrefixCache(models.prefix_cache)
         self._processors: dict[bool, object] = {}
         self._warm: set[tuple[str, Generation, str]] = set()
         self._ready: dict[str, tuple[int, int]] = {}
@@ -115,6 +119,8 @@ class Answerer:
         Args:
             inputs: of the first turn.
         """
+        if (prefixes := self._models["baseline"].target.prefixes) is not None:
+            prefixes.clear()  # of other arms, and of other answers to the same question
         tokenizer, turns = self._processor(ask.benchmark).tokenizer, ask.question.turns
         answer = self._measure(ask, method, inputs, seed)
         yield answer, (text := answer_text(tokenizer, answer.output_ids))

@@ -31,6 +31,9 @@ def add_common_flags(parser: Parser) -> None:
         "apply what else the target's generation config says, such as penalties and top_k; temperature and length "
         "stay those of the flags (default: nothing of it but end tokens)",
     )
+    add("--prefix-cache", type=whole, default=0, metavar="TOKENS",
+        help="in conversations: keep prompts of so many tokens, from which each arm reads its next turn on (default: "
+        "all turns are read whole)")  # fmt: skip
     add("--question-begin", type=whole, help="first question, counted from 0")
     add("--question-end", type=whole, help="question to stop before")
     add("--num-gpus-per-model", type=count, default=1, help="GPUs that the target is spread over")

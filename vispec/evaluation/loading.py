@@ -35,6 +35,8 @@ class Models:
     """By method, revision and subfolder of its draft head where they were asked for."""
     draft_image_rows: float | None = None
     """Share of image rows that a smaller VLM as the draft keeps; None keeps all."""
+    prefix_cache: int = 0
+    """Tokens of a conversation's prompts that are kept, so that its next turn is read on from them."""
 
     @property
     def drafting(self) -> list[str]:

@@ -125,6 +125,7 @@ def _models(args: argparse.Namespace) -> Models:
         skip_visual=args.skip_visual,
         places=asked_places(args, heads),
         draft_image_rows=args.draft_image_rows,
+        prefix_cache=args.prefix_cache,
     )
 
 

@@ -101,13 +101,14 @@ def answer_path(args: argparse.Namespace, method: str) -> Path:
 
 
 def _models(args: argparse.Namespace, arm: Kind, method: str) -> Models:
-    hardware = {"dtype": args.dtype, "device_map": args.device_map, "gpus": args.num_gpus_per_model}
+    shared = {"dtype": args.dtype, "device_map": args.device_map, "gpus": args.num_gpus_per_model}
+    shared["prefix_cache"] = args.prefix_cache
     if arm == "baseline":
-        return Models(args.base_model_path, **hardware)
+        return Models(args.base_model_path, **shared)
     tree = asked_tree(args, Models.tree)
     draft = {"places": {method: asked_place(args)}, "draft_image_rows": args.draft_image_rows}
     drafts = {method: args.spec_model_path}
-    return Models(args.base_model_path, drafts, tree, args.num_q, skip_visual=args.skip_visual, **draft, **hardware)
+    return Models(args.base_model_path, drafts, tree, args.num_q, skip_visual=args.skip_visual, **draft, **shared)
 
 
 def _method(args: argparse.Namespace, arm: Kind) -> str:

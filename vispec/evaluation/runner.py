@@ -25,6 +25,7 @@ from vispec.evaluation.measure import Generation
 from vispec.evaluation.measured_trees import keep_trees, measure_trees, tuning_set
 from vispec.evaluation.settings import asked_settings
 from vispec.evaluation.task import Task
+from vispec.methods import GENERATE
 from vispec.timing import in_turn
 
 
@@ -45,6 +46,10 @@ class Plan:
 
     def add(self, models: Models, method: str, path: Path, model_id: str) -> None:
         """Let a method of `models` answer too, see `Task`."""
+        if models.prefix_cache and not any(question.further for question in self.all_questions):
+            raise UserError(f"--prefix-cache: {self.benchmark.name} has no conversations, whose turns share something")
+        if models.prefix_cache and method == GENERATE:
+            raise UserError(f"--prefix-cache: {GENERATE}, transformers' own loop, reads every turn whole")
         terms = self.benchmark.name, self.data, self.options, self.generation, self.num_choices
         self.tasks.append(Task(path, asked_settings(models, method, *terms), model_id))
 

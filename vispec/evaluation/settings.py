@@ -49,6 +49,7 @@ SETTINGS = {
     "max_new_tokens": Setting((int,), (ARMS, TABLE)),
     "num_choices": Setting((int,), (ARMS, TABLE)),
     "generation_config": Setting((bool,), (ARMS, TABLE)),
+    "prefix_cache": Setting((int,), (ARMS, TABLE)),
     "layers": Setting((str,), loaded=True),
     "spec_model": Setting((str,), (ROW,)),
     "spec_revision": Setting((str,)),
@@ -91,6 +92,8 @@ def asked_settings(
         settings["base_model_revision"] = target_revision(models.base_model_path)
     if generation.own_config:
         settings["generation_config"] = True
+    if models.prefix_cache:
+        settings["prefix_cache"] = models.prefix_cache
     if options:
         settings["benchmark_options"] = dict(options)
     if models.dtype != "auto":

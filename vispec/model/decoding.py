@@ -26,6 +26,7 @@ from vispec.model.drafts.base import Draft, Kept
 from vispec.model.gaze import Gaze
 from vispec.model.graphs import CAPTURED_USE
 from vispec.model.policies import Policy
+from vispec.model.reading import read_prompt
 from vispec.model.rows import Answer, Round, Rows, Stop, Verified, drop_ended
 from vispec.model.sampling import Choice, accept
 from vispec.model.seats import Batch, Seat
@@ -93,6 +94,7 @@ class Decoder:
         answer = Answer(number, stop, committed=prompt[0].shape[1] - 1, prompt=None)
         token = self._read_prompt(batch.seat, len(batch.answers), *prompt, batch.choice, answer)
         first = answer.take([token], accepted=0, levels=0)
+        first.reused = answer.prompt.reused
         if not answer.ended:
             batch.answers.append(answer)
         self._follow(batch.seat)
@@ -281,7 +283,7 @@ class Decoder:
         row = seat.rows.part(place, place + 1)
         for store in row.stores:
             store.clear()
-        answer.prompt = prompt = self.target.read(row.cache, input_ids, inputs, self._watched)
+        answer.prompt = prompt = read_prompt(self.target, row.cache, input_ids, inputs, self._watched)
         with seat.steps.alone:
             row.root.copy_(choice.choose(prompt.logits[:, None], [answer])[:, 0])
         row.offset.copy_(0 if prompt.rope_delta is None else prompt.rope_delta)

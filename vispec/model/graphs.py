@@ -203,7 +203,11 @@ def model_obstacle(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     for module in decoder.modules():
         if hasattr(module, "experts"):
             return f"{type(module).__name__} chooses its experts by values"
-        kind = next((kind for kind in HOST_READS_POSITIONS if kind in str(getattr(module, "rope_type", ""))), None)
-        if kind is not None:
-            return f"the angles of {kind} rotary embeddings depend on the length of the text"
-    return None
+    return angles_by_length(decoder)
+
+
+def angles_by_length(decoder: nn.Module) -> str | None:
+    """What is said of a decoder whose angles depend on how long a text is; None where they do not."""
+    types = [str(getattr(module, "rope_type", "")) for module in decoder.modules()]  # layers may have several
+    kind = next((kind for kind in HOST_READS_POSITIONS if any(kind in found for found in types)), None)
+    return None if kind is None else f"the angles of {kind} rotary embeddings depend on the length of the text"

@@ -31,12 +31,8 @@ class KeptPrompt:
     """Without its inputs."""
     keys: tuple
     """Of `TreeCache.saved`."""
-
-    def begins_like(self, other: Prompt, n: int) -> bool:
-        """Whether n tokens have the same features before different ends: not where they see what follows them."""
-        ours, theirs = self.prompt.hidden[:, :n].float(), other.hidden[:, :n].float()
-        tolerance = 4 * torch.finfo(other.hidden.dtype).eps ** 0.75
-        return bool((ours - theirs).norm() <= tolerance * ours.norm())
+    text_from: int
+    """Tokens up to the end of the last image: text alone follows."""
 
 
 class PrefixCache:
@@ -48,34 +44,37 @@ class PrefixCache:
 
     def __init__(self, tokens: int):
         self.tokens = tokens
-        self.reads_on: dict[bool, bool] = {}
-        """Whether what stands before a token is read as if the token were not there: for prompts with and without
-        images, once that has been seen."""
+        self.reads_on: dict[tuple, bool] = {}
+        """Whether tokens are read alike whatever follows them: by what a prompt's inputs are called and whether it
+        shows images, once one has shown it."""
         self._kept: list[KeptPrompt] = []  # the most recently used last
         self._lock = Lock()
 
-    def find(self, source: tuple, ids: torch.Tensor, images_end: int) -> tuple[KeptPrompt, int] | None:
-        """The kept prompt that shares most with the ids (L,), and how many; None where an image would be left to read.
-
-        Args:
-            images_end: tokens up to the end of the last image.
-        """
+    def find(self, source: tuple, ids: torch.Tensor) -> tuple[KeptPrompt, int] | None:
+        """The kept prompt that shares most with the ids (L,), and how many; None where an image is left to read."""
         with self._lock:
             alike = [(_shared(one.ids, ids), one) for one in self._kept if one.source == source]
             length, best = max(alike, key=lambda pair: pair[0], default=(0, None))
             length = min(length, len(ids) - 1)  # the last token's logits are asked for
-            if best is None or length < max(images_end, 1):
+            if best is None or length < max(best.text_from, 1):
                 return None
             self._kept = [one for one in self._kept if one is not best] + [best]
             return best, length
 
     def keep(self, new: KeptPrompt) -> None:
         """Keep a prompt in place of those that it begins with."""
+        if len(new.ids) > self.tokens:
+            return
         with self._lock:
             others = [one for one in self._kept if one.source != new.source or _shared(one.ids, new.ids) < len(one.ids)]
             self._kept = [*others, new]
             while sum(len(one.ids) for one in self._kept) > self.tokens:
                 self._kept.pop(0)
+
+    def clear(self) -> None:
+        """Keep none of the prompts any longer."""
+        with self._lock:
+            self._kept = []
 
 
 def digest(inputs: Mapping, layers: Sequence[int]) -> tuple:
@@ -87,7 +86,12 @@ def digest(inputs: Mapping, layers: Sequence[int]) -> tuple:
         found.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', value)}".encode())
         if isinstance(value, torch.Tensor):
             found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.digest(), tuple(layers)
+    return found.digest(), tuple(layers), given(inputs)
+
+
+def given(inputs: Mapping) -> tuple[str, ...]:
+    """The names of a prompt's inputs: some targets read a prompt in another way where its kinds of tokens are told."""
+    return tuple(sorted(name for name, value in inputs.items() if value is not None))
 
 
 def _shared(left: torch.Tensor, right: torch.Tensor) -> int:

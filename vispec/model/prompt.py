@@ -30,3 +30,5 @@ class Prompt:
     """(B, L, F) what a draft reads: `hidden`, or what goes into the layers that were asked for, side by side."""
     positions: torch.Tensor | None
     """(axes, B, L) of M-RoPE; None where the decoder was given one number for each token, or none."""
+    reused: int = 0
+    """First tokens that were not read again: their keys had been kept."""

@@ -26,6 +26,8 @@ class Round:
     """Of the tree that was drafted, a pass of the draft each where it drafts level by level; 0: it was a plain step."""
     ended: bool
     """Whether the answer ends with it."""
+    reused: int = 0
+    """In an answer's first one: tokens of the prompt that were not read again, see `Prompt`."""
 
     @property
     def drafted(self) -> bool:

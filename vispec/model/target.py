@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,7 +30,7 @@ from vispec.model.parts import (
     position_axes,
     use_maskable_attention,
 )
-from vispec.model.prefixes import KeptPrompt, PrefixCache, digest
+from vispec.model.prefixes import PrefixCache
 from vispec.model.products import Products, has_hooks
 from vispec.model.products import obstacle as product_obstacle
 from vispec.model.prompt import Prompt
@@ -99,7 +98,7 @@ class Target:
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.prefixes: PrefixCache | None = None
-        """Set it to let prompts be read on from what they share with earlier ones, where the target can."""
+        """Set it to let prompts be read on from what they share with earlier ones, see `vispec.model.reading`."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
         axes = position_axes(self.decoder, self.text_config)
         self._stock = StockDecoder(self.decoder, axes, self._prefill_lock, tables_behind_text(model))
@@ -173,8 +172,12 @@ class Target:
         told = {} if fused is None else {"small operations": "fused" if fused else "unfused"}
         return self._products.kernels | told
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """With every prompt: weights may have been loaded, trained, moved or replaced since the last one."""
+        with self._prefill_lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
         self.lm_head, self.embed_tokens = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if self._text is self._stock:
             return
@@ -227,7 +230,7 @@ class Target:
         refuse_missing(self.model, inputs)
         with naming_config(self.model):
             spans = image_spans(self.model, input_ids, inputs)
-        inputs = {name: self._place(value) for name, value in inputs.items() if value is not None}
+        inputs = self.placed(inputs)
         if self._rope_owner is not None:  # Qwen's Omni looks for images only where there is a mask
             inputs.setdefault("attention_mask", torch.ones_like(input_ids, device=self._input_device))
         wants_kinds = self._rope_owner is not None and "mm_token_type_ids" in forward_parameters(self.model)
@@ -260,54 +263,6 @@ class Target:
             offset if offset is None else offset.to(self.device),
             self._features(hidden, watched),
             positions.to(self.device) if positions is not None and positions.dim() == 3 else None,
-        )
-
-    @torch.no_grad()
-    def read(self, cache: TreeCache, input_ids: torch.Tensor, inputs: Mapping, layers: Sequence[int] = ()) -> Prompt:
-        """`prefill` of one row, which goes on from a kept prompt where that gives the same."""
-        if (prefixes := self.prefixes) is None or not self._counts_on:
-            return self.prefill(cache, input_ids, inputs, layers)
-        ids, source = input_ids[0].cpu(), digest(inputs, layers)
-        with naming_config(self.model):
-            spans = image_spans(self.model, input_ids, inputs)
-        found = prefixes.find(source, ids, max((end for _, end in spans[0]), default=0))
-        if found is not None and prefixes.reads_on.get(bool(spans[0])):
-            prompt = self._read_on(cache, input_ids, inputs, layers, *found)
-        else:
-            prompt = self.prefill(cache, input_ids, inputs, layers)
-            # the first of its kind is read whole, and shows what holds for all; the same prompt again shows nothing
-            if found is not None and not torch.equal(found[0].ids, ids):
-                prefixes.reads_on[bool(spans[0])] = found[0].begins_like(prompt, found[1])
-        prefixes.keep(KeptPrompt(source, ids, replace(prompt, inputs={}), cache.saved(len(ids))))
-        return prompt
-
-    @property
-    def _counts_on(self) -> bool:
-        """Whether the first tokens of a text are read alike, however long it becomes."""
-        scaling = getattr(self.text_config, "rope_scaling", None) or {}
-        return not self._recurrent and scaling.get("rope_type", scaling.get("type")) not in ("dynamic", "longrope")
-
-    def _read_on(self, cache: TreeCache, input_ids, inputs: Mapping, layers, kept: KeptPrompt, n: int) -> Prompt:
-        """Read what follows the first n tokens, which is text."""
-        old, rest = kept.prompt, input_ids[:, n:].to(self.device)
-        with self._prefill_lock:
-            self._refresh()
-        cache.restore(kept.keys, n)
-        places = torch.arange(n, input_ids.shape[1], device=self.device)[None]
-        positions = places if old.rope_delta is None else places + old.rope_delta
-        causal = (places[0][:, None] >= places[0])[None]
-        states = self.forward(cache, rest, positions, causal, layers)
-        cache.commit(torch.full_like(cache.lengths, rest.shape[1]))
-        axes = old.positions
-        return replace(
-            old,
-            input_ids=input_ids.to(self.device),
-            inputs={name: self._place(value) for name, value in inputs.items() if value is not None},
-            hidden=torch.cat([old.hidden[:, :n], states.hidden], dim=1),
-            embeds=torch.cat([old.embeds[:, :n], self.embed_tokens(self._place(rest)).to(self.device)], dim=1),
-            logits=self.logits(states.hidden[:, -1]),
-            features=torch.cat([old.features[:, :n], states.features], dim=1),
-            positions=None if axes is None else torch.cat([axes[..., :n], positions.expand(len(axes), -1, -1)], dim=-1),
         )
 
     def _features(self, hidden: torch.Tensor, watched: Watched) -> torch.Tensor:
@@ -369,9 +324,7 @@ class Target:
             ancestors = torch.ones_like(tokens, dtype=torch.bool)[:, None]
         cache.reserve(n, offset=0 if ancestors is None else ancestors.shape[2] - n)
         mask = None if ancestors is None else cache.mask(ancestors[:, -n:], self.dtype)
-        tokens = self._place(tokens)
-        if self._embedded is not None:
-            tokens = self._embedded[tokens]
+        tokens = self._embedded_as(tokens)
         embeds = tokens if self._stock.reads_ids else self.embed_tokens(tokens)
         heard = self._recurrent.watch(cache) if self._recurrent and n > 1 else nullcontext()
         watched: Watched = dict.fromkeys(layers)
@@ -395,6 +348,18 @@ class Target:
         else:
             logits = self._products.linear(self.lm_head, hidden)
         return logits if self.rescale is None else self.rescale(logits)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, n) tokens of text -> (B, n, H), what goes into the text decoder."""
+        return self.embed_tokens(self._embedded_as(tokens)).to(self.device)
+
+    def _embedded_as(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = self._place(tokens)
+        return tokens if self._embedded is None else self._embedded[tokens]
+
+    def placed(self, inputs: Mapping) -> dict:
+        """What a processor returned, without what is absent, where the target reads it."""
+        return {name: self._place(value) for name, value in inputs.items() if value is not None}
 
     def _place(self, value):
         return value.to(self._input_device) if isinstance(value, torch.Tensor) else value

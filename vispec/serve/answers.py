@@ -28,6 +28,7 @@ def usage(asks: Sequence[Ask]) -> dict:
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": asks[0].reused},
         "accepted_draft_tokens": sum(ask.accepted for ask in asks),
         "rounds": sum(ask.rounds for ask in asks),
     }

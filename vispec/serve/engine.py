@@ -58,6 +58,8 @@ class Ask:
     wants_logits: bool = False
     asked_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    reused: int = 0
+    """Tokens of the prompt that were not read again."""
     tokens: int = 0
     accepted: int = 0
     """Draft tokens."""
@@ -218,13 +220,14 @@ class Engine:
             pieces += ask.text.finish()
             by_itself = ask.text.stopped or tokens[-1] in ask.joining.stop.eos_token_ids
             finish = "stop" if by_itself else "length"
+        ask.reused += one.reused
         ask.tokens += len(tokens)
         ask.rounds += one.drafted
         ask.accepted += one.accepted
         logits = ask.joining.take_logits(len(tokens)) if ask.wants_logits else []
         now, began = time.monotonic(), ask.told_at is None
-        seconds = now - (ask.asked_at if began else ask.told_at)
-        self._metrics.told(len(tokens), one.levels, one.accepted, seconds, ask.joining.length if began else None)
+        seconds, prompt = now - (ask.asked_at if began else ask.told_at), ask.joining.length if began else None
+        self._metrics.told(len(tokens), one.levels, one.accepted, seconds, prompt, one.reused)
         ask.told_at = now
         ask.tell(Told(pieces, tokens, logits, finish))
         return finish is not None

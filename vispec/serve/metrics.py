@@ -34,7 +34,7 @@ class Metrics:
     def __init__(self):
         self._lock = threading.Lock()
         self._requests: Counter[int] = Counter()
-        self._tokens = self._prompt_tokens = self._rounds = self._levels = self._accepted = 0
+        self._tokens = self._prompt_tokens = self._reused = self._rounds = self._levels = self._accepted = 0
         self._waiting = self._running = 0
         self._first, self._between = Histogram(), Histogram()
 
@@ -43,7 +43,7 @@ class Metrics:
         with self._lock:
             self._requests[status] += 1
 
-    def told(self, tokens: int, levels: int, accepted: int, seconds: float, prompt: int | None) -> None:
+    def told(self, tokens: int, levels: int, accepted: int, seconds: float, prompt: int | None, reused: int) -> None:
         """An answer has grown.
 
         Args:
@@ -52,12 +52,14 @@ class Metrics:
             accepted: of the draft.
             seconds: since it grew last, or since it was asked for.
             prompt: tokens of its prompt, where it has begun with them.
+            reused: of these, those that were not read again.
         """
         with self._lock:
             self._tokens += tokens
             self._rounds += levels > 0
             self._levels += levels
             self._accepted += accepted
+            self._reused += reused
             if prompt is not None:
                 self._prompt_tokens += prompt
                 self._first.add(seconds)
@@ -76,7 +78,8 @@ class Metrics:
             lines = _head("vispec_requests_total", "counter", "requests by HTTP status")
             lines += [f'vispec_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._requests.items())]
             for name, kind, what, value in (
-                ("prompt_tokens_total", "counter", "tokens of prompts that were read", self._prompt_tokens),
+                ("prompt_tokens_total", "counter", "tokens of prompts", self._prompt_tokens),
+                ("reused_prompt_tokens_total", "counter", "those of them that were not read again", self._reused),
                 ("tokens_total", "counter", "tokens of answers", self._tokens),
                 ("rounds_total", "counter", "rounds with a draft, of each answer", self._rounds),
                 ("accepted_tokens_total", "counter", "draft tokens that were accepted", self._accepted),
