@@ -39,7 +39,8 @@ setup(
         "ray": ["ray[serve]>=2.60"],  # several models at a time
         "train": ["tensorboard>=2.16"],
         "test": ["import-linter>=2.15", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "scipy>=1.12"]
-        + ["matplotlib>=3.8", "ray[serve]>=2.60", "av>=12.0", "httpx>=0.27", "openai>=1.40", "lm-format-enforcer>=0.10.9"],
+        + ["matplotlib>=3.8", "ray[serve]>=2.60", "av>=12.0", "httpx>=0.27", "openai>=1.40"]
+        + ["lm-format-enforcer>=0.10.9"],
         "video": ["av>=12.0"],  # video files, for `vispec.generate --video`
     },
 )
