@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_hardware(embedded.DTYPE)
     args = parser.parse_args(argv)
     from vispec.demo.runner import questions
-    from vispec.evaluation.text import answer_text
     from vispec.prompts import Turn, build_inputs, load_processor, user_turn
+    from vispec.text import answer_text
 
     quiet_transformers()
     model = load_model(args.model, None, dtype=args.dtype, device_map=args.device_map)
