@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from vispec.files import LFS_POINTER, read_json
 from vispec.model.arguments import number, whole
+from vispec.model.hub_files import INDEX, SAFETENSORS
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
 
 
@@ -110,8 +110,8 @@ def _entries(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Those that transformers would read; none where the weights are stored in another way."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    if (folder / SAFETENSORS).is_file():
+        return [folder / SAFETENSORS]
     index = folder / INDEX
     if not index.is_file():
         return []
