@@ -45,7 +45,7 @@ def check_numbers(path: str, config) -> None:
         raise ValueError(f"{path}: config.json: {error}") from None
 
 
-def own_head(path: str, subfolder: str | None = None) -> torch.Tensor | None:
+def own_head(path: str, subfolder: str | None) -> torch.Tensor | None:
     """The output head (V, H) in the files of a folder; None where they have none."""
     folder = Path(path, subfolder or "")
     for file in _weight_files(folder) if folder.is_dir() else ():
