@@ -8,6 +8,7 @@ import torch
 import transformers
 from packaging import version
 from safetensors.torch import load_file, save_file
+from test_checkpoints import TARGET, cache_repository, hub  # noqa: F401 - a fixture
 from tiny_models import GOLDEN, random_target
 
 from vispec import SpecModel
@@ -181,6 +182,14 @@ def test_tables_of_a_target_as_bin(folder, zipped):
         (folder / "part.bin").write_bytes(content)
         with pytest.raises(ValueError, match=f"part.bin: .*{message}"):
             read_tables(str(folder))
+
+
+def test_tables_of_a_target_on_the_hub(hub):  # noqa: F811
+    """Without the network, from a repository that has no index of several files."""
+    cache_repository(hub, "someone/target", TARGET)
+    assert all(map(torch.equal, read_tables("someone/target"), read_tables(str(TARGET))))
+    with pytest.raises(ValueError, match="someone/other: no such folder, and the hub cannot be reached for it"):
+        read_tables("someone/other")
 
 
 def test_devices_that_are_not_there(folder, monkeypatch):

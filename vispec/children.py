@@ -22,7 +22,7 @@ ABANDONED = 143
 LOOK_SECONDS = 0.5
 
 
-def start_child(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
+def start_child(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
     """Start one of our command lines; its output is added to the file `log`.
 
     Args:
@@ -32,7 +32,7 @@ def start_child(command: Sequence[str], log: Path, environment: Mapping[str, str
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", *command],
-            env={**os.environ, **(environment or {}), WATCH: "1"},
+            env={**os.environ, **environment, WATCH: "1"},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

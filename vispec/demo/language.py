@@ -157,13 +157,18 @@ def _count(scene: Scene, question: Question) -> list[str]:
     return [*parts, facts[wanted], uses[wanted], ph.CLOSINGS[things[-1].colour]]
 
 
-def _neighbours(scene: Scene, place: int) -> str:
-    notes = []
+def _around(place: int) -> list[int | None]:
+    """The places on the left, on the right, above and below; None beyond the board."""
     row, column = divmod(place, 3)
     steps = ((column > 0, -1), (column < 2, 1), (row > 0, -3), (row < 2, 3))
-    for (inside, step), (taken, free) in zip(steps, ph.NEIGHBOUR_NOTES, strict=True):
-        if inside:
-            thing = scene.at(place + step)
+    return [place + step if inside else None for inside, step in steps]
+
+
+def _neighbours(scene: Scene, place: int) -> str:
+    notes = []
+    for beside, (taken, free) in zip(_around(place), ph.NEIGHBOUR_NOTES, strict=True):
+        if beside is not None:
+            thing = scene.at(beside)
             notes.append(fill(taken, thing) if thing else free)
     return sentence("; ".join(notes))
 
@@ -175,8 +180,7 @@ def _place(scene: Scene, question: Question) -> list[str]:
         parts = [ph.EMPTY_OPENINGS[place // 3], sentence(vacancy(place))]
     else:
         parts = [fill(ph.PLACE_OPENINGS[thing.shape], thing), ph.COLOUR_FACTS[thing.colour]]
-    row, column = divmod(place, 3)
-    near = {place, *(place + s for ok, s in ((column > 0, -1), (column < 2, 1), (row > 0, -3), (row < 2, 3)) if ok)}
+    near = {place, *_around(place)}
     parts.append(_neighbours(scene, place))
     parts.extend(locate(t) for t in told_order(scene) if t.place not in near)
     return [*parts, ph.EMPTY_NOTES[len(scene.things)], ph.CLOSINGS[scene.things[-1].colour]]

@@ -44,7 +44,7 @@ def measure_tau(model, draft, tree: TreeShape, inputs: Sequence[Mapping], max_ne
 
 def weights_digest(folder: Path) -> str:
     """What tells the weights of a checkpoint from those of another one of the same name."""
-    from vispec.model.drafts.checkpoints import SAFETENSORS
+    from vispec.model.hub_files import SAFETENSORS
 
     path = folder / SAFETENSORS
     if not path.is_file():

@@ -154,7 +154,7 @@ def noted_tree(noted: list[int] | str) -> TreeShape:
 
 def _head_sha256(spec_model_path: str, place: Mapping[str, str]) -> str | None:
     """Tells a draft from a retrained one under the same name; None where it is on the hub in several files."""
-    from vispec.model.drafts.checkpoints import PICKLED, SAFETENSORS, find_file
+    from vispec.model.hub_files import PICKLED, SAFETENSORS, find_file
 
     file = find_file(spec_model_path, SAFETENSORS, **place) or find_file(spec_model_path, PICKLED, **place)
     if file is None:

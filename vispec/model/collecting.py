@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vispec.model.rows import Round
 from vispec.model.target import Target
@@ -70,8 +71,7 @@ def _padded(answers: list[list[int]], target: Target) -> torch.Tensor:
     padding = target.model.generation_config.pad_token_id
     if padding is None:
         padding = (target.eos_token_ids or [0])[0]
-    longest = max(map(len, answers))
-    return torch.tensor([tokens + [padding] * (longest - len(tokens)) for tokens in answers])
+    return pad_sequence([torch.tensor(tokens) for tokens in answers], batch_first=True, padding_value=padding)
 
 
 class Columns:

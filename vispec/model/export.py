@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vispec.cli import Parser, run_cli
 from vispec.files import write_json_atomic
 from vispec.model.drafts import BaseHead, load_draft
-from vispec.model.drafts.checkpoints import CONFIG, SAFETENSORS
+from vispec.model.hub_files import CONFIG, SAFETENSORS
 
 FORMATS = ("vllm", "sglang")
 KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",

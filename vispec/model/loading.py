@@ -2,7 +2,7 @@
 
 import logging
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 
@@ -13,13 +13,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers.quantizers import AutoHfQuantizer
 
 from vispec.model.arguments import of_kind
+from vispec.model.hub_files import hub_options
 from vispec.model.target_files import check_files, check_numbers, explained, own_head, unread_rope
 
 logger = logging.getLogger("vispec")
-
-SHARED_HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
-"""Arguments of a download that hold for every repository; the others below belong to one."""
-HUB_OPTIONS = (*SHARED_HUB_OPTIONS, "revision", "subfolder")
 
 
 def load_target(
@@ -99,11 +96,6 @@ def one_dtype(torch_dtype: str | torch.dtype, dtype: str | torch.dtype | None) -
     if dtype is None or torch_dtype == "auto" or named[0] == named[1]:
         return torch_dtype if dtype is None else dtype
     raise ValueError(f"torch_dtype and dtype are two names of one thing, found {torch_dtype} and {dtype}")
-
-
-def hub_options(options: Mapping, names: Sequence[str] = HUB_OPTIONS) -> dict:
-    """Those arguments of a `from_pretrained` that say where the files of a model are."""
-    return {name: options[name] for name in names if name in options}
 
 
 @contextmanager

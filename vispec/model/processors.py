@@ -111,7 +111,7 @@ class TextChoice(Choice):
         seeds: Sequence[int] | None,
         texts: torch.Tensor,
         limits: Sequence[int],
-        keeps: bool = False,
+        keeps: bool,
     ):
         super().__init__(processors, seeds)
         self._rows, self._length = texts.shape

@@ -18,9 +18,10 @@ from vispec.model.drafts import Draft, PromptLookup
 from vispec.model.drafts.loading import find_any_draft, load_any_draft
 from vispec.model.fitting import check_branches, fitted, refuse_draft_options
 from vispec.model.generation import SpecOutput, answer, decoding_method, generate_by
+from vispec.model.hub_files import SHARED_HUB_OPTIONS, hub_options
 from vispec.model.inputs import prompt_inputs
 from vispec.model.joining import OpenBatch
-from vispec.model.loading import SHARED_HUB_OPTIONS, hub_options, load_target, one_dtype
+from vispec.model.loading import load_target, one_dtype
 from vispec.model.policies import Always, Auto, Policy
 from vispec.model.processors import text_options
 from vispec.model.rows import Round, Stop

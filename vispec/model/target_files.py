@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from vispec.files import LFS_POINTER, read_json
 from vispec.model.arguments import number, whole
+from vispec.model.hub_files import INDEX, SAFETENSORS
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
 
 
@@ -45,7 +45,7 @@ def check_numbers(path: str, config) -> None:
         raise ValueError(f"{path}: config.json: {error}") from None
 
 
-def own_head(path: str, subfolder: str | None = None) -> torch.Tensor | None:
+def own_head(path: str, subfolder: str | None) -> torch.Tensor | None:
     """The output head (V, H) in the files of a folder; None where they have none."""
     folder = Path(path, subfolder or "")
     for file in _weight_files(folder) if folder.is_dir() else ():
@@ -110,8 +110,8 @@ def _entries(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Those that transformers would read; none where the weights are stored in another way."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    if (folder / SAFETENSORS).is_file():
+        return [folder / SAFETENSORS]
     index = folder / INDEX
     if not index.is_file():
         return []

@@ -236,7 +236,7 @@ class StockDecoder:
         tables: see `vispec.model.families.tables_behind_text`.
     """
 
-    def __init__(self, decoder: nn.Module, axes: int, lock: threading.Lock, tables: Sequence[nn.Module] = ()):
+    def __init__(self, decoder: nn.Module, axes: int, lock: threading.Lock, tables: Sequence[nn.Module]):
         self.decoder, self._axes, self._lock, self._tables = decoder, axes, lock, tables
         takes = inspect.signature(type(decoder).forward).parameters
         # decoders with windows ask the device for it, to cut a mask by it that is ours; no longer in transformers 5

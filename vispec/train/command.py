@@ -43,6 +43,7 @@ logger = logging.getLogger("vispec")
 
 def train(args: argparse.Namespace, method: str, recipe: Recipe, num_q: int | None = None) -> int:
     """Everything behind a training command once its arguments are read; returns the exit code."""
+    logging.basicConfig(format="%(message)s")
     processes = launched_processes()
     if not processes.is_main:
         logger.setLevel(logging.ERROR)  # the main process says it

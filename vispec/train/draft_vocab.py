@@ -147,7 +147,8 @@ def _check(args: argparse.Namespace, base: str, vocab_size: int, required: int) 
         )
     if args.spec_model_path is None:
         return
-    from vispec.model.drafts.checkpoints import CONFIG, read_config
+    from vispec.model.drafts.checkpoints import read_config
+    from vispec.model.hub_files import CONFIG
 
     if not Path(args.spec_model_path).is_dir():
         raise UserError(f"--spec-model-path {args.spec_model_path}: expected a local folder with a draft head")

@@ -4,8 +4,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main --base
     --tmpdir SAMPLES --cpdir CHECKPOINTS
 """
 
-import logging
-
 from vispec.cli import run_cli
 
 
@@ -14,7 +12,6 @@ def main(argv: list[str] | None = None) -> int:
     from vispec.train.command import train
     from vispec.train.losses import Objective
 
-    logging.basicConfig(format="%(message)s")
     description = "Stage 1: an EAGLE-2 draft head on text."
     args = flags.make_parser("vispec.train.main", description, lr=3e-5, token_weight=0.1).parse_args(argv)
     return train(args, "eagle2", flags.recipe_of(args, Objective.stage1(args.pw), mtp_steps=0))

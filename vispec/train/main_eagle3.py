@@ -4,8 +4,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_eagle3
     --tmpdir SAMPLES --cpdir CHECKPOINTS
 """
 
-import logging
-
 from vispec.cli import count, run_cli
 
 
@@ -15,7 +13,6 @@ def main(argv: list[str] | None = None) -> int:
     from vispec.train.eagle3 import STEPS
     from vispec.train.losses import Objective
 
-    logging.basicConfig(format="%(message)s")
     description = "EAGLE-3's head, trained on its own outputs."
     parser = flags.make_parser("vispec.train.main_eagle3", description, lr=5e-5, token_weight=1.0)
     parser.add_argument("--ttt-length", type=count, default=STEPS, help="tokens drafted in a row (%(default)s)")

@@ -4,8 +4,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_medusa
     --tmpdir SAMPLES --cpdir CHECKPOINTS
 """
 
-import logging
-
 from vispec.cli import run_cli
 
 
@@ -15,7 +13,6 @@ def main(argv: list[str] | None = None) -> int:
     from vispec.train.command import train
     from vispec.train.losses import Objective
 
-    logging.basicConfig(format="%(message)s")
     description = f"Medusa's {HEADS} heads, on the data of stage 1."
     args = flags.make_parser("vispec.train.main_medusa", description, lr=3e-5, token_weight=0.1).parse_args(argv)
     return train(args, "medusa", flags.recipe_of(args, Objective.eagle(args.pw), mtp_steps=HEADS - 1))

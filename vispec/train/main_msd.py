@@ -4,8 +4,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_msd --
     --tmpdir TEXT_SAMPLES IMAGE_SAMPLES --cpdir CHECKPOINTS
 """
 
-import logging
-
 from vispec.cli import run_cli
 
 
@@ -15,7 +13,6 @@ def main(argv: list[str] | None = None) -> int:
     from vispec.train.losses import Objective
     from vispec.train.msd import EPOCHS
 
-    logging.basicConfig(format="%(message)s")
     description = "MSD's head: text first, then more and more images."
     parser = flags.make_parser("vispec.train.main_msd", description, lr=5e-5, token_weight=0.1)
     parser.set_defaults(num_epochs=EPOCHS)

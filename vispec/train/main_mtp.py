@@ -5,7 +5,6 @@ accelerate launch --multi_gpu -m --mixed_precision=bf16 vispec.train.main_mtp --
 """
 
 import argparse
-import logging
 
 from vispec.cli import Parser, count, parse_bool, run_cli, whole
 
@@ -17,7 +16,6 @@ def main(argv: list[str] | None = None) -> int:
     from vispec.train.command import train
     from vispec.train.losses import Objective
 
-    logging.basicConfig(format="%(message)s")
     parser = _parser()
     args = parser.parse_args(argv)
     method = _method(args)

@@ -85,7 +85,7 @@ class MetricsLog:
     What a run that is resumed after `epochs` epochs and `steps` steps makes again is dropped from both.
     """
 
-    def __init__(self, folder: Path, report_to: str, epochs: int = 0, steps: int = 0):
+    def __init__(self, folder: Path, report_to: str, epochs: int, steps: int):
         self.path = folder / METRICS_FILE
         self.writer = None
         if report_to == "tensorboard":

@@ -86,7 +86,7 @@ class TokenFolder(SampleFiles):
     """Sample files without their features; `vocab_size` is the target's number of tokens."""
 
     def __init__(
-        self, paths: Sequence[Path], max_len: int, pictures: Pictures, vocab_size: int, skip: Collection[Path] = ()
+        self, paths: Sequence[Path], max_len: int, pictures: Pictures, vocab_size: int, skip: Collection[Path]
     ):
         super().__init__(paths, max_len, skip)
         self.pictures, self.vocab_size = pictures, vocab_size
@@ -113,8 +113,8 @@ class OnlineFeatures:
         target: Target,
         max_len: int,
         noise: Noise,
-        all_features: bool = False,
-        layers: tuple[int, ...] = (),
+        all_features: bool,
+        layers: tuple[int, ...],
     ):
         self.target, self.max_len, self.noise = target, max_len, noise
         self.all_features, self.layers = all_features, layers

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from vispec.files import read_json
-from vispec.model.target_files import HEAD, INDEX, SINGLE, check_fetched, check_safetensors, weight_map
+from vispec.model.hub_files import CONFIG, INDEX, PICKLED, PICKLED_INDEX, SAFETENSORS, find_file
+from vispec.model.target_files import HEAD, check_fetched, check_safetensors, weight_map
 
-PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 EMBEDDING = "embed_tokens.weight"
 """Ends the embedding's name, whatever module a family or a version of transformers puts it in."""
 
@@ -53,16 +53,23 @@ def tables_digest(*tables: torch.Tensor) -> str:
 
 def _weight_files(basepath: str) -> dict[str, Path]:
     """The file of each tensor, loaded lazily from the hub."""
-    for all_names, alone in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED)):
-        index = _file(basepath, all_names)
+    for all_names, alone in ((INDEX, SAFETENSORS), (PICKLED_INDEX, PICKLED)):
+        index = find_file(basepath, all_names)
         if index is not None:
             # the other files need not be there
             ours = {name: place for name, place in weight_map(index).items() if name.endswith((EMBEDDING, HEAD))}
-            return {name: _file(basepath, place, required=True) for name, place in ours.items()}
-        single = _file(basepath, alone)
+            return {name: _shard(basepath, place) for name, place in ours.items()}
+        single = find_file(basepath, alone)
         if single is not None:
             return dict.fromkeys(_names(single), single)
-    raise ValueError(f"{basepath}: none of {INDEX}, {SINGLE}, {PICKLED_INDEX}, {PICKLED} there")
+    raise ValueError(f"{basepath}: none of {INDEX}, {SAFETENSORS}, {PICKLED_INDEX}, {PICKLED} there")
+
+
+def _shard(basepath: str, name: str) -> Path:
+    path = find_file(basepath, name)
+    if path is None:
+        raise ValueError(f"{basepath}: {name} is missing")
+    return path
 
 
 def _only(files: dict[str, Path], ending: str, basepath: str, optional: bool = False) -> str | None:
@@ -107,32 +114,8 @@ def _unpickled(path: Path) -> dict:
 
 
 def _is_tied(basepath: str) -> bool:
-    path = _file(basepath, "config.json")
+    path = find_file(basepath, CONFIG)
     config = read_json(path) if path else {}
     # what both levels leave out is tied: that is the default of transformers
     inner = config.get("text_config") or {}
     return config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))
-
-
-def _file(basepath: str, name: str, required: bool = False) -> Path | None:
-    """A file of the target's folder or hub repository; None where it has none of that name."""
-    folder = Path(basepath)
-    if folder.is_dir():
-        path = folder / name if (folder / name).is_file() else None
-    else:
-        path = _from_hub(basepath, name)
-    if path is None and required:
-        raise ValueError(f"{basepath}: {name} is missing")
-    return path
-
-
-def _from_hub(repo_id: str, name: str) -> Path | None:
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        repo_id,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=True,
-    )
-    return Path(found) if found else None

@@ -22,7 +22,7 @@ from vispec.model.drafts import checkpoints
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.hub import CARD, model_card, upload_head
 from vispec.model.drafts.vocabulary import VOCABULARY_FILE, DraftVocabulary
-from vispec.model.loading import hub_options
+from vispec.model.hub_files import CONFIG, find_file, hub_options
 from vispec.model.products import Products, obstacle
 from vispec.model.prompt import Prompt
 from vispec.model.shape import TreeShape
@@ -267,7 +267,7 @@ class BaseHead(nn.Module, Draft):
         head = load_draft(path, method, **options)
         if not isinstance(head, cls):
             raise ValueError(f"{path}: these are {head.method} weights, found where a {cls.__name__} is expected")
-        card = checkpoints.find_file(path, CARD, **hub_options(options))
+        card = find_file(path, CARD, **hub_options(options))
         head.card = card.read_text(encoding="utf-8") if card else None
         return head
 
@@ -329,10 +329,10 @@ def load_draft(
     try:
         head = build_head(config, **found)
     except (TypeError, ValueError) as error:  # a config that this kind of head cannot have
-        raise ValueError(f"{weights_file.with_name(checkpoints.CONFIG)}: {error}") from None
+        raise ValueError(f"{weights_file.with_name(CONFIG)}: {error}") from None
     checkpoints.fill(head, weights, weights_file, dtype, embedding if head.target_size == config.hidden_size else None)
     head.embed_tokens.weight.requires_grad_(False)
-    vocabulary_file = checkpoints.find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None
+    vocabulary_file = find_file(path, VOCABULARY_FILE, **hub) if draft_vocab else None
     if vocabulary_file is not None:
         if not head.reads_target_head:
             raise ValueError(

@@ -16,11 +16,11 @@ from vispec.model.arguments import of_kind
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.formats import as_specforge, as_vispec, flat_config, is_eagle3, is_nemo
 from vispec.model.drafts.hub import CARD
+from vispec.model.hub_files import CONFIG, PICKLED, SAFETENSORS, find_file
 from vispec.model.refusals import refuse_not_finite
 
 logger = logging.getLogger("vispec")
 
-CONFIG, SAFETENSORS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 EMBEDDING, INPUT_NORM = "embed_tokens.weight", "layers.0.input_layernorm.weight"
 LEAST_ALIKE = 0.5
 """Mean cosine of the embeddings of a head and its target: near 1 after fine-tuning, near 0 between strangers."""
@@ -92,66 +92,6 @@ def check_place(path: str, **hub) -> None:
     of_kind("spec_subfolder", hub.get("subfolder"), str)
     if Path(path).is_dir() and hub.get("revision"):
         raise ValueError(f"{path}: a folder has no revisions, found revision {hub['revision']}")
-
-
-def find_file(
-    path: str,
-    name: str,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path | None:
-    """A file of a folder or of a hub repository, from the hub cache where it is there; None if they have no such file.
-
-    Args:
-        path, name: where, and the file's name.
-        revision: branch, tag or commit of a hub repository; a local folder has none.
-        subfolder: of the folder or repository.
-
-    Raises:
-        ValueError: there is no such folder or repository.
-    """
-    if Path(path).is_dir():
-        file = Path(path, subfolder or "", name)
-        return file if file.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    options = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-    options["local_files_only"] = local_files_only
-    try:
-        return Path(hf_hub_download(path, name, **options))
-    except HFValidationError:
-        raise ValueError(f"{path}: neither a folder nor a hub id") from None
-    except LocalEntryNotFoundError:
-        if _repository_is_cached(path, cache_dir):
-            return None
-        unreachable = "it is not in the hub cache" if local_files_only else "the hub cannot be reached for it"
-        raise ValueError(f"{path}: no such folder, and {unreachable}") from None
-    except EntryNotFoundError:
-        return None
-    except RevisionNotFoundError:
-        raise ValueError(f"{path}: that hub repository has no revision {revision}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{path}: neither a folder nor a hub repository ({type(error).__name__})") from None
-
-
-def _repository_is_cached(repo_id: str, cache_dir: str | Path | None) -> bool:
-    """Offline, a file that the hub cache lacks counts as missing only if the repository itself is cached."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=repo_id, repo_type="model")
-    return Path(cache_dir or constants.HF_HUB_CACHE, folder, "snapshots").is_dir()
 
 
 def read_weights(path: Path, config: DraftConfig) -> tuple[dict[str, torch.Tensor], DraftConfig]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vispec.model.arguments import of_kind, whole
+from vispec.model.decoder_layer import widened
 from vispec.model.drafts.config import DraftConfig
 from vispec.model.drafts.formats import AUX_LAYERS, token_ids
 from vispec.model.drafts.layer import DraftLayer, rotary_frequencies
@@ -131,7 +132,7 @@ class Eagle3Head(PairHead):
         axis = torch.arange(len(sections), device=sections.device).repeat_interleave(sections).repeat(2)
         places = prompt.positions[axis, :, : layout.positions.shape[1]].flatten(1).t()  # (B R, head_dim)
         turned = places.float() * rotary_frequencies(self.config.head_dim, self.config.rope_theta, places.device)
-        return self.widened(turned.cos().to(dtype), turned.sin().to(dtype))
+        return widened(turned.cos().to(dtype), turned.sin().to(dtype), self.heads)
 
     def read(self, memory: DraftMemory, prompt: Prompt) -> int:
         kept = super().read(memory, prompt)

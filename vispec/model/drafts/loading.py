@@ -7,11 +7,12 @@ from safetensors import safe_open
 from vispec.files import read_json
 from vispec.methods import VLM
 from vispec.model.drafts.base import Draft, load_draft
-from vispec.model.drafts.checkpoints import CONFIG, SAFETENSORS, check_place, find_draft, find_file
+from vispec.model.drafts.checkpoints import check_place, find_draft
 from vispec.model.drafts.vlm import VLMDraft
+from vispec.model.hub_files import CONFIG, INDEX, SAFETENSORS, find_file
 from vispec.model.loading import has_parts, load_target
 from vispec.model.target import Target
-from vispec.model.target_files import INDEX, check_safetensors
+from vispec.model.target_files import check_safetensors
 
 TOWER = "vis"
 """In the names of vision towers: vision_tower, vision_model, visual, …"""

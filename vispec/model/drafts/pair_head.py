@@ -104,7 +104,8 @@ class PairHead(BaseHead):
         layout = layout or self.plan(lengths or [hidden.shape[1]] * hidden.shape[0], images)
         layout = layout.to(hidden.device)
         x, _ = self.inputs(layout, hidden, embeds, next_embeds)
-        attend = attend or self.attend_causally(len(x))
+        # padding on the right is seen by nothing that counts
+        attend = attend or (lambda layer, qkv: attend_causally(len(x), self.heads, qkv))
         out = self.layers_over(x, self.angles(layout.positions, x.dtype), attend)
         index = layout.positions[..., None].expand_as(out)
         # surplus columns of short rows must not overwrite pair 0: they are sent to a row that is cut off again
@@ -149,10 +150,7 @@ class PairHead(BaseHead):
     def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary angles (B R, T, D) for positions (B, R)."""
         config = self.config
-        return self.widened(*rotary_angles(positions, config.head_dim, config.rope_theta, dtype))
-
-    def widened(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return widened(cos, sin, self.heads)
+        return widened(*rotary_angles(positions, config.head_dim, config.rope_theta, dtype), self.heads)
 
     def plan_prompt(self, prompt: Prompt, pairs: int) -> PairLayout:
         """Which of a prompt's first pairs the head runs on."""
@@ -167,10 +165,6 @@ class PairHead(BaseHead):
     def prompt_embeds(self, prompt: Prompt) -> torch.Tensor:
         """(1, L, H) embeddings of a prompt's tokens."""
         return prompt.embeds
-
-    def attend_causally(self, batch: int) -> Callable:
-        """Attention of pairs to those before them; padding on the right is seen by nothing that counts."""
-        return lambda layer, qkv: attend_causally(batch, self.heads, qkv)
 
     # --- decoding ---
 
