@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vispec.serve.answers import Answers, TokenLogprobs, event
 from vispec.serve.engine import Ask, QueueFull, Stopping, Told
@@ -35,6 +36,7 @@ def make_app(service: Service, limits: HttpLimits) -> Guard:
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_address)
+    app.add_exception_handler(ClientDisconnect, _leave)
     app.add_exception_handler(Exception, _fail)
 
     @app.post("/v1/chat/completions")
@@ -83,6 +85,10 @@ async def _refuse(request: Request, error: ApiError) -> Response:
 async def _refuse_address(request: Request, error: HTTPException) -> Response:
     reason = f"{request.method} {request.url.path}: {error.detail}"
     return json_response(ApiError(error.status_code, reason).body(), error.status_code, error.headers)
+
+
+async def _leave(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=GONE)
 
 
 async def _fail(request: Request, error: Exception) -> Response:
