@@ -86,7 +86,7 @@ def test_a_conversation_goes_on_with_the_arms_own_answers(tmp_path, monkeypatch,
     assert "no answers to" not in said.err
 
 
-def test_each_arm_reads_on_what_it_has_read_itself(tmp_path, monkeypatch):
+def test_each_arm_reads_on_what_it_has_read_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(answerer, "WARM_UPS", 1)
     reused, read = [], decoding.read_prompt
     monkeypatch.setattr(
@@ -106,6 +106,8 @@ def test_each_arm_reads_on_what_it_has_read_itself(tmp_path, monkeypatch):
         files = [folder / "mmspec" / f"{arm}-temperature-0.0.jsonl" for folder in (whole, kept)]
         same, found = ([line["choices"][0]["output_ids"] for line in lines(path)] for path in files)
         assert same == found
+    assert speed.main(["--results", str(kept)]) == 0
+    assert " by topic, which no average above counts, turns read on (--prefix-cache 9000):" in capsys.readouterr().out
     with pytest.raises(ValueError, match="was made with prefix_cache 9000, found 99;"):
         run_all.main([*flags, str(kept), "--prefix-cache", "99"])
     with pytest.raises(ValueError, match="--prefix-cache: generate, .* reads every turn whole"):

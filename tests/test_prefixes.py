@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_families import WINDOWS, family_model, llava_over
-from tiny_models import generate, image_prompt, random_pair
+from tiny_models import generate, image_prompt, random_pair, random_target
 
 from vispec import SpecModel
 from vispec.evaluation.families.prompts import prompt_of
@@ -16,7 +16,7 @@ from vispec.model.prompt import Prompt
 NEW = 12
 
 
-def turns(prompt: dict, count: int = 4) -> list[dict]:
+def turns(prompt: dict, count: int = 3) -> list[dict]:
     """Conversations about one picture: each has more text behind the same beginning, and an end of its own."""
     found = []
     for turn in range(count):
@@ -106,6 +106,15 @@ def test_in_half_precision_features_differ_by_rounding_alone(family):
         assert bool(found.reused) == (inputs is not prompts[0])
         answer = model.specgenerate(**inputs, max_new_tokens=NEW)
         assert answer.shape[1] == inputs["input_ids"].shape[1] + NEW
+
+
+def test_what_keeps_prompts_from_being_read_on_is_said_once(found, caplog):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    target = random_target("llava_1.5", 0, rope_scaling=rope, rope_parameters=rope)
+    model = SpecModel(target, PromptLookup(), 12, 3, 4)
+    same_with_and_without(model, turns(image_prompt(target, 2, "a.b")))
+    assert not found
+    assert caplog.text.count("prompts with images are read whole: the angles of dynamic rotary embeddings") == 1
 
 
 def test_another_picture_under_the_same_ids_is_read(found):

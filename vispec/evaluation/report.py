@@ -104,7 +104,8 @@ def _section(table: Table) -> str:
     if any(row.histogram for row in table.rows):
         parts += ["Share of rounds with so many draft tokens accepted, in %:", _histograms(table)]
     if table.topics:
-        parts += ["MMSpec (arXiv 2603.14989) by topic, which no average above counts:", _by_topic(table)]
+        kept = f", turns read on (--prefix-cache {table.prefix_cache})" if table.prefix_cache else ""
+        parts += [f"MMSpec (arXiv 2603.14989) by topic, which no average above counts{kept}:", _by_topic(table)]
     return "\n\n".join([*parts, LEGEND])
 
 
@@ -273,6 +274,7 @@ def _csv_lines(table: Table) -> list[dict]:
     for method, cells in table.topics.items():
         for topic, cell in cells.items():
             line = common | {"method": method, "benchmark": MMSPEC.name, "topic": topic}
+            line |= {"prefix_cache": table.prefix_cache or None}
             lines.append(line | _flat(_json_cell(cell)))
     return lines
 

@@ -93,6 +93,11 @@ class Table:
     """MMSpec, which has no column: by method and topic, and at last over ALL_TOPICS."""
 
     @property
+    def prefix_cache(self) -> int:
+        """Of MMSpec: tokens of a conversation's prompts that were kept, so that its next turn is read on from them."""
+        return max(file.settings.get("prefix_cache", 0) for file in self.files)
+
+    @property
     def target(self) -> str:
         """The target's name, without its folder or organisation."""
         parts = Path(self.base_model).parts

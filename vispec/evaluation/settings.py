@@ -49,7 +49,7 @@ SETTINGS = {
     "max_new_tokens": Setting((int,), (ARMS, TABLE)),
     "num_choices": Setting((int,), (ARMS, TABLE)),
     "generation_config": Setting((bool,), (ARMS, TABLE)),
-    "prefix_cache": Setting((int,), (ARMS, TABLE)),
+    "prefix_cache": Setting((int,), (ARMS,)),
     "layers": Setting((str,), loaded=True),
     "spec_model": Setting((str,), (ROW,)),
     "spec_revision": Setting((str,)),

@@ -115,7 +115,8 @@ def _print_report(result: Comparison, settings: dict) -> None:
             f"{name:<10}{arm.tokens_per_second:>10.2f}{arm.ms_per_token:>10.2f}"
             f"{_number(arm.decode_tokens_per_second):>22}{arm.new_tokens:>12}"
         )
-    print(f"speedup              {result.speedup:.2f}x over {result.questions} questions, prefill included")
+    kept = f", turns read on (--prefix-cache {settings['prefix_cache']})" if settings.get("prefix_cache") else ""
+    print(f"speedup              {result.speedup:.2f}x over {result.questions} questions, prefill included{kept}")
     print(f"speedup decode-only  {_number(result.decode_speedup)}x")
     steps = f" beside {result.plain_steps} plain steps" if result.plain_steps else ""
     print(f"tau                  {_number(result.tau)} over {result.rounds} rounds{steps}; {TAU_CONVENTION}")

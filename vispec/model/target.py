@@ -98,7 +98,8 @@ class Target:
         self.rescale = find_rescaling(model, self.lm_head)
         """What follows the output head, (…, V) -> (…, V); None for nothing."""
         self.prefixes: PrefixCache | None = None
-        """Set it to let prompts be read on from what they share with earlier ones, see `vispec.model.reading`."""
+        """Set it to let prompts be read on from what they share with earlier ones, see `vispec.model.reading`. What it
+        holds is of these weights."""
         self.fast = fast and os.environ.get(FAST, "1") != "0"
         axes = position_axes(self.decoder, self.text_config)
         self._stock = StockDecoder(self.decoder, axes, self._prefill_lock, tables_behind_text(model))
