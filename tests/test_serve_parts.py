@@ -94,7 +94,7 @@ LIMITS = PictureLimits(pixels=100, images=1, hosts=frozenset({"pictures.test"}))
 
 @pytest.mark.parametrize("path", ["/picture", "/near"])
 def test_pictures_of_hosts_that_are_allowed(web, path):
-    assert picture_of(web + path, LIMITS, "x").size == (4, 5)
+    assert picture_of(web + path, LIMITS, "x")().size == (4, 5)
 
 
 @pytest.mark.parametrize(

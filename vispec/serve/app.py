@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -47,12 +48,14 @@ def make_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
+        asked_at = time.monotonic()
         asked = parse_request(_json(await request.body()))
         told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         if preparing.locked():  # so many wait for their turn to become a prompt
             raise _queue_is_full()
         async with preparing:
-            asks = await asyncio.to_thread(service.prepare, asked, _telling(asyncio.get_running_loop(), told))
+            tell = _telling(asyncio.get_running_loop(), told)
+            asks = await asyncio.to_thread(service.prepare, asked, asked_at, tell)
         _submit(service, asks)
         answers = Answers(asked, asks, _logprobs(service, asked, asks))
         if asked.stream:

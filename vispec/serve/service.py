@@ -63,10 +63,11 @@ class Service:
         self.metrics = Metrics()
         self.engine = Engine(self._batches, limits.waiting, self.metrics)
 
-    def prepare(self, request: ChatRequest, tell: Callable[[int, Told], None]) -> list[Ask]:
+    def prepare(self, request: ChatRequest, asked_at: float, tell: Callable[[int, Told], None]) -> list[Ask]:
         """Read the request's pictures and build its prompt; takes its time, and may run in several threads.
 
         Args:
+            asked_at: by time.monotonic().
             tell: called in the engine's thread with the number of an answer and what has been added to it.
 
         Raises:
@@ -83,10 +84,9 @@ class Service:
         answers = request.n or 1
         if answers > self.limits.waiting:
             raise ApiError(400, f"n: {answers} answers are more than the queue's {self.limits.waiting}", "n")
-        asked_at = time.monotonic()
         turns, system = conversation(request.messages, self.limits.pictures)
         try:
-            with self._reading:
+            with self._reading:  # one by one, also because decoded pictures are large
                 inputs = build_inputs(self._processor, turns, system)
             return [self._ask(request, inputs, number, asked_at, tell) for number in range(answers)]
         except ValueError as error:
