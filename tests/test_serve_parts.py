@@ -9,16 +9,18 @@ from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
+import torch
 from openai.types.chat import ChatCompletionMessage
 from PIL import Image
 
 from vispec.model.rows import Round
 from vispec.serve import pictures
 from vispec.serve.engine import Ask, Engine, Stopping
+from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
 from vispec.serve.pictures import PictureLimits, picture_of, public_address
 from vispec.serve.protocol import ApiError, parse_request
-from vispec.serve.text import StoppedText
+from vispec.serve.text import StoppedText, TokenTexts
 
 
 class Letters:
@@ -55,6 +57,31 @@ def test_what_was_held_for_nothing_is_told_at_the_end():
     stopped = StoppedText(Letters(), ["abc"])
     assert [piece for letter in "xab" for piece in stopped.push(ord(letter), True)] == [("x", True)]
     assert stopped.finish() == [("a", True), ("b", True)]
+
+
+class Words:
+    """A tokenizer of Llama's kind: what it decodes loses a first space."""
+
+    WORDS = "0", " tree", "\ufffd", "</s>"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.WORDS.index(text)]
+
+    def decode(self, ids) -> str:
+        return "".join(self.WORDS[token] for token in ids).removeprefix(" ")
+
+
+def test_logprobs_have_the_texts_of_tokens_behind_others():
+    logits = torch.tensor([math.log(0.5), math.log(0.3), math.log(0.2), -math.inf])
+    told = TokenLogprobs(TokenTexts(Words()), 4, frozenset({3})).of([1, 2, 3], [logits] * 3)
+    assert [(one["token"], one["bytes"]) for one in told] == [(" tree", list(b" tree")), ("\ufffd", None)]
+    assert [math.exp(one["logprob"]) for one in told] == pytest.approx([0.3, 0.2])
+    assert [(one["token"], one["logprob"]) for one in told[0]["top_logprobs"]] == [
+        ("0", pytest.approx(math.log(0.5))),
+        (" tree", told[0]["logprob"]),
+        ("\ufffd", told[1]["logprob"]),
+        ("</s>", -9999.0),
+    ]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -94,7 +121,7 @@ LIMITS = PictureLimits(pixels=100, images=1, hosts=frozenset({"pictures.test"}))
 
 @pytest.mark.parametrize("path", ["/picture", "/near"])
 def test_pictures_of_hosts_that_are_allowed(web, path):
-    assert picture_of(web + path, LIMITS, "x").size == (4, 5)
+    assert picture_of(web + path, LIMITS, "x")().size == (4, 5)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +239,9 @@ def test_an_answer_that_cannot_be_told_ends_alone():
     engine.stop()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_those_who_wait_hear_of_it_when_decoding_breaks_down():
+def test_those_who_wait_hear_of_it_when_decoding_breaks_down(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda error: None)
+
     class Broken(Rows):
         def round(self):
             raise SystemExit
@@ -224,6 +252,7 @@ def test_those_who_wait_hear_of_it_when_decoding_breaks_down():
     engine.submit([running, waiting])
     assert its.get(timeout=10).pieces
     assert its.get(timeout=10).status == own.get(timeout=10).status == 503
+    engine.stop()
     assert not engine.alive
     with pytest.raises(Stopping):
         engine.submit([waiting])

@@ -5,13 +5,9 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from vispec.serve.engine import Ask, Told
 from vispec.serve.protocol import ChatRequest
-
-if TYPE_CHECKING:
-    import torch
 
 DONE = "data: [DONE]\n\n"
 
@@ -34,35 +30,6 @@ def usage(asks: Sequence[Ask]) -> dict:
     }
 
 
-class TokenLogprobs:
-    """Log-probabilities of tokens by the target's own distribution.
-
-    Args:
-        tops: how many of the likeliest tokens are named beside each one.
-        left_out: tokens that end an answer.
-    """
-
-    def __init__(self, tokenizer, tops: int, left_out: frozenset[int]):
-        self._tokenizer, self._tops, self._left_out = tokenizer, tops, left_out
-
-    def of(self, tokens: Sequence[int], logits: "Sequence[torch.Tensor]") -> list[dict]:
-        found = []
-        for token, own in zip(tokens, logits, strict=True):
-            if token in self._left_out:
-                continue
-            logprobs = own.log_softmax(-1)
-            best = logprobs.topk(self._tops)
-            tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            top_logprobs = [self._entry(*top) for top in tops]
-            found.append({**self._entry(token, float(logprobs[token])), "top_logprobs": top_logprobs})
-        return found
-
-    def _entry(self, token: int, logprob: float) -> dict:
-        text = self._tokenizer.decode([token])
-        # JSON has no infinity
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
-
-
 @dataclass
 class _Choice:
     text: str = ""
@@ -71,14 +38,10 @@ class _Choice:
 
 
 class Answers:
-    """All answers to a request.
+    """All answers to a request."""
 
-    Args:
-        logprobs: None where they were not asked for.
-    """
-
-    def __init__(self, request: ChatRequest, asks: Sequence[Ask], logprobs: TokenLogprobs | None):
-        self._asks, self._logprobs, self._model = asks, logprobs, request.model
+    def __init__(self, request: ChatRequest, asks: Sequence[Ask]):
+        self._asks, self._tells_logprobs, self._model = asks, bool(request.logprobs), request.model
         self._created, self._id = int(time.time()), f"chatcmpl-{uuid.uuid4().hex}"
         self._choices = [_Choice() for _ in asks]
         options = request.stream_options
@@ -88,14 +51,13 @@ class Answers:
     def done(self) -> bool:
         return all(choice.finish for choice in self._choices)
 
-    def add(self, number: int, told: Told) -> tuple[str, list[dict] | None]:
-        """What an answer has grown by: its text, and the logprobs of its tokens."""
+    def add(self, number: int, told: Told) -> str:
+        """The text that an answer has grown by."""
         choice, text = self._choices[number], "".join(text for text, _ in told.pieces)
-        entries = None if self._logprobs is None else self._logprobs.of(told.tokens, told.logits)
         choice.text += text
-        choice.logprobs += entries or []
+        choice.logprobs += told.logprobs
         choice.finish = told.finish
-        return text, entries
+        return text
 
     def whole(self) -> dict:
         """A chat.completion."""
@@ -105,7 +67,7 @@ class Answers:
                 {
                     "index": number,
                     "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": None if self._logprobs is None else {"content": choice.logprobs, "refusal": None},
+                    "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": choice.finish,
                 }
                 for number, choice in enumerate(self._choices)
@@ -120,11 +82,9 @@ class Answers:
 
     def chunks(self, number: int, told: Told) -> str:
         """Events of what an answer has grown by."""
-        text, entries = self.add(number, told)
-        events = ""
-        if text or entries:
-            logprobs = None if entries is None else {"content": entries, "refusal": None}
-            events += self._chunk(number, {"content": text}, logprobs, pieces=told.pieces)
+        text, events = self.add(number, told), ""
+        if text or told.logprobs:
+            events += self._chunk(number, {"content": text}, self._logprobs(told.logprobs), pieces=told.pieces)
         if told.finish:
             events += self._chunk(number, {}, finish=told.finish)
         return events
@@ -138,6 +98,9 @@ class Answers:
         choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish, **ours}
         content = {**self._head("chat.completion.chunk"), "choices": [choice]}
         return event(content | {"usage": None} if self._tells_usage else content)
+
+    def _logprobs(self, entries: list[dict]) -> dict | None:
+        return {"content": entries, "refusal": None} if self._tells_logprobs else None
 
     def _head(self, kind: str) -> dict:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

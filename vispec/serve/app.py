@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,11 +11,11 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vispec.serve.answers import Answers, TokenLogprobs, event
+from vispec.serve.answers import Answers, event
 from vispec.serve.engine import Ask, QueueFull, Stopping, Told
 from vispec.serve.guard import Guard, HttpLimits, json_response
 from vispec.serve.page import page
-from vispec.serve.protocol import ApiError, ChatRequest, parse_request
+from vispec.serve.protocol import ApiError, parse_request
 from vispec.serve.service import Service
 
 RETRY_AFTER = "1"
@@ -47,14 +48,16 @@ def make_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
+        asked_at = time.monotonic()
         asked = parse_request(_json(await request.body()))
         told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         if preparing.locked():  # so many wait for their turn to become a prompt
             raise _queue_is_full()
         async with preparing:
-            asks = await asyncio.to_thread(service.prepare, asked, _telling(asyncio.get_running_loop(), told))
+            tell = _telling(asyncio.get_running_loop(), told)
+            asks = await asyncio.to_thread(service.prepare, asked, asked_at, tell)
         _submit(service, asks)
-        answers = Answers(asked, asks, _logprobs(service, asked, asks))
+        answers = Answers(asked, asks)
         if asked.stream:
             return StreamingResponse(_stream(service, asks, answers, told), media_type="text/event-stream")
         return await _whole(service, asks, answers, told, request)
@@ -132,11 +135,6 @@ def _submit(service: Service, asks: list[Ask]) -> None:
 
 def _queue_is_full() -> ApiError:
     return ApiError(429, "as many answers wait as may; try again later", code="rate_limit_exceeded")
-
-
-def _logprobs(service: Service, asked: ChatRequest, asks: list[Ask]) -> TokenLogprobs | None:
-    ends = asks[0].joining.stop.eos_token_ids
-    return TokenLogprobs(service.tokenizer, asked.top_logprobs or 0, ends) if asked.logprobs else None
 
 
 async def _whole(

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vispec.cli import one_line
+from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
 from vispec.serve.text import Piece, StoppedText
 
 if TYPE_CHECKING:
-    import torch
-
     from vispec.model.joining import Joining, OpenBatch
     from vispec.model.rows import Round
 
@@ -34,9 +33,8 @@ class Told:
     """What a round added to an answer."""
 
     pieces: list[Piece]
-    tokens: list[int]
-    logits: "list[torch.Tensor]"
-    """(V,) of each token, the target's own, where they were asked for."""
+    logprobs: list[dict] = field(default_factory=list)
+    """Of each token, where they were asked for."""
     finish: str | None = None
     """"stop" or "length", where the answer ends."""
     error: str | None = None
@@ -55,7 +53,8 @@ class Ask:
     deadline: float
     """By time.monotonic()."""
     speculate: bool = True
-    wants_logits: bool = False
+    logprobs: TokenLogprobs | None = None
+    """Where they are asked for."""
     asked_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     reused: int = 0
@@ -224,12 +223,12 @@ class Engine:
         ask.tokens += len(tokens)
         ask.rounds += one.drafted
         ask.accepted += one.accepted
-        logits = ask.joining.take_logits(len(tokens)) if ask.wants_logits else []
+        logprobs = ask.logprobs.of(tokens, ask.joining.take_logits(len(tokens))) if ask.logprobs else []
         now, began = time.monotonic(), ask.told_at is None
         seconds, prompt = now - (ask.asked_at if began else ask.told_at), ask.joining.length if began else None
         self._metrics.told(len(tokens), one.levels, one.accepted, seconds, prompt, one.reused)
         ask.told_at = now
-        ask.tell(Told(pieces, tokens, logits, finish))
+        ask.tell(Told(pieces, logprobs, finish))
         return finish is not None
 
     def _report(self, error: Exception, asks: list[Ask]) -> None:
@@ -242,4 +241,4 @@ class Engine:
 
 
 def _fail(ask: Ask, reason: str, status: int) -> None:
-    ask.tell(Told([], [], [], error=reason, status=status))
+    ask.tell(Told([], error=reason, status=status))

@@ -36,14 +36,14 @@ class PictureLimits:
     """From which http(s) URLs are fetched."""
 
 
-def picture_of(url: str, limits: PictureLimits, name: str) -> Image.Image:
-    """The picture of an `image_url`.
+def picture_of(url: str, limits: PictureLimits, name: str) -> Callable[[], Image.Image]:
+    """How to open the picture of an `image_url`, which raises ApiError where it is none.
 
     Args:
         name: of the part of the request, for messages.
 
     Raises:
-        ApiError: it cannot be had, or is none.
+        ApiError: it cannot be had.
     """
     wrong = partial(ApiError, 400, param=name, code="invalid_image")
     match = _DATA.match(url[:200])
@@ -56,10 +56,14 @@ def picture_of(url: str, limits: PictureLimits, name: str) -> Image.Image:
         raise wrong(f"{name}: expected data:image/…;base64,… or a URL of http or https")
     else:
         content = fetch_allowed(url, limits.hosts, wrong)
-    try:
-        return read_picture(BytesIO(content), most=limits.pixels)
-    except UnreadableImage as error:
-        raise wrong(f"{name} cannot be read as a picture ({error})") from None
+
+    def opened() -> Image.Image:
+        try:
+            return read_picture(BytesIO(content), most=limits.pixels)
+        except UnreadableImage as error:
+            raise wrong(f"{name} cannot be read as a picture ({error})") from None
+
+    return opened
 
 
 def urlsplit_or_none(url: str) -> SplitResult | None:

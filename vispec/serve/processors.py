@@ -9,6 +9,7 @@ from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor, Repe
 
 from vispec.cli import one_line
 from vispec.serve.protocol import ApiError, ChatRequest, ResponseFormat
+from vispec.serve.text import TokenTexts
 from vispec.text import INCOMPLETE
 
 if TYPE_CHECKING:
@@ -71,10 +72,9 @@ class Grammars:
 
         The package's own function for this does not know transformers 5.
         """
-        tokenizer, found = self._tokenizer, []
-        [*_, before] = tokenizer.encode("0")
+        tokenizer, texts, found = self._tokenizer, TokenTexts(self._tokenizer), []
         for token in sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)):
-            text = tokenizer.decode([before, token])[1:]
+            text = texts[token]
             found.append((token, text, len(text) > len(tokenizer.decode([token]))))
         return found, lambda tokens: tokenizer.decode(tokens).rstrip(INCOMPLETE), tokenizer.eos_token_id
 

@@ -11,11 +11,12 @@ from vispec.cli import one_line
 from vispec.prompts import build_inputs
 from vispec.serve.conversation import conversation
 from vispec.serve.engine import Ask, Engine, Told
+from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
 from vispec.serve.pictures import PictureLimits
 from vispec.serve.processors import Grammars, processors_of
 from vispec.serve.protocol import ApiError, ChatRequest
-from vispec.serve.text import StoppedText
+from vispec.serve.text import StoppedText, TokenTexts
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -52,21 +53,23 @@ class Service:
         self.name, self.limits, self.created = name, limits, int(time.time())
         self._processor, self._reading = processor, threading.Lock()
         # tokenizers are not made for several threads: what decodes has a copy of its own
-        self.tokenizer = copy.deepcopy(processor.tokenizer)
+        self._tokenizer = copy.deepcopy(processor.tokenizer)
+        self._texts = TokenTexts(self._tokenizer)
         self._grammars = Grammars(copy.deepcopy(processor.tokenizer))
         each = limits.tokens // limits.batch
         self.drafts = model.draft is not None
         self._batches = {self.drafts: model.open_batch(limits.batch, each, self.drafts)}
-        self._most_characters = self._batches[self.drafts].tokens * max(map(len, self.tokenizer.get_vocab()))
+        self._most_characters = self._batches[self.drafts].tokens * max(map(len, self._tokenizer.get_vocab()))
         if self.drafts:
             self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
         self.metrics = Metrics()
         self.engine = Engine(self._batches, limits.waiting, self.metrics)
 
-    def prepare(self, request: ChatRequest, tell: Callable[[int, Told], None]) -> list[Ask]:
+    def prepare(self, request: ChatRequest, asked_at: float, tell: Callable[[int, Told], None]) -> list[Ask]:
         """Read the request's pictures and build its prompt; takes its time, and may run in several threads.
 
         Args:
+            asked_at: by time.monotonic().
             tell: called in the engine's thread with the number of an answer and what has been added to it.
 
         Raises:
@@ -83,10 +86,9 @@ class Service:
         answers = request.n or 1
         if answers > self.limits.waiting:
             raise ApiError(400, f"n: {answers} answers are more than the queue's {self.limits.waiting}", "n")
-        asked_at = time.monotonic()
         turns, system = conversation(request.messages, self.limits.pictures)
         try:
-            with self._reading:
+            with self._reading:  # one by one, also because decoded pictures are large
                 inputs = build_inputs(self._processor, turns, system)
             return [self._ask(request, inputs, number, asked_at, tell) for number in range(answers)]
         except ValueError as error:
@@ -96,7 +98,6 @@ class Service:
         from vispec.model.sampling import Sampling
 
         speculate = request.speculate and self.drafts
-        keeps = bool(request.logprobs)
         # the likeliest token alone is within a top_p of 0
         temperature = 0.0 if request.top_p == 0 else 1.0 if request.temperature is None else request.temperature
         joining = self._batches[speculate].prepare(
@@ -105,11 +106,13 @@ class Service:
             sampling=Sampling(temperature, request.top_p or 0.0, request.top_k or 0),
             seed=None if request.seed is None else request.seed + number,
             processors=processors_of(request, inputs["input_ids"].shape[1], self._grammars),
-            keeps_logits=keeps,
+            keeps_logits=bool(request.logprobs),
         )
-        text = StoppedText(self.tokenizer, request.stops)
-        deadline = asked_at + self.limits.seconds
-        return Ask(joining, text, lambda told: tell(number, told), deadline, speculate, keeps, asked_at)
+        text, deadline = StoppedText(self._tokenizer, request.stops), asked_at + self.limits.seconds
+        logprobs = None
+        if request.logprobs:
+            logprobs = TokenLogprobs(self._texts, request.top_logprobs or 0, joining.stop.eos_token_ids)
+        return Ask(joining, text, lambda told: tell(number, told), deadline, speculate, logprobs, asked_at)
 
     def _refused(self, error: ValueError) -> ApiError:
         from vispec.model.joining import TooLong

@@ -1,4 +1,4 @@
-"""The text of a growing answer, of which nothing is told while a stop string may be forming."""
+"""The text of a growing answer, of which nothing is told while a stop string may be forming; texts of tokens."""
 
 from collections.abc import Sequence
 
@@ -57,3 +57,14 @@ def _split(pieces: list[Piece], length: int) -> tuple[list[Piece], list[Piece]]:
         others += [(text[length:], drafted)] if text[length:] else []
         length = max(length - len(text), 0)
     return first, others
+
+
+class TokenTexts:
+    """What tokens add to a text behind others: by itself, a token of Llama's kind has no space before it."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        [*_, self._before] = tokenizer.encode("0", add_special_tokens=False)
+
+    def __getitem__(self, token: int) -> str:
+        return self._tokenizer.decode([self._before, token])[len("0") :]
