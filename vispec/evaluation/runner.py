@@ -51,7 +51,8 @@ class Plan:
         if models.prefix_cache and method == GENERATE:
             raise UserError(f"--prefix-cache: {GENERATE}, transformers' own loop, reads every turn whole")
         terms = self.benchmark.name, self.data, self.options, self.generation, self.num_choices
-        self.tasks.append(Task(path, asked_settings(models, method, *terms), model_id))
+        settings = asked_settings(models, method, *terms)
+        self.tasks.append(Task(path, settings, model_id, self.benchmark.authors_row))
 
     @property
     def questions(self) -> Sequence[Question]:

@@ -1,14 +1,13 @@
 """An answer file that is being filled: resumable, whole after a kill, sorted and free of duplicates at the end."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vispec.cli import UserError
 from vispec.evaluation.answer_file import FORMAT, NO_LABELS, AnswerFile, QuestionId, answer_line, meta_path
-from vispec.evaluation.benchmarks.mmspec import MMSPEC, rows_path, write_rows
 from vispec.evaluation.settings import LOADED
 from vispec.files import json_bytes, remove_unfinished, write_bytes_atomic, write_json_atomic
 from vispec.locks import held
@@ -17,14 +16,17 @@ from vispec.locks import held
 class Task(AnswerFile):
     """A method's answers to a benchmark's questions, to be put into a file."""
 
-    def __init__(self, path: Path, asked: Mapping, model_id: str = ""):
+    def __init__(
+        self, path: Path, asked: Mapping, model_id: str = "", authors_row: Callable[[Mapping], dict] | None = None
+    ):
         """Read what is there.
 
         Args:
             asked: the settings, without what only loaded models tell.
             model_id: names the answers.
+            authors_row: see `Benchmark`.
         """
-        self.asked, self.model_id = dict(asked), model_id
+        self.asked, self.model_id, self.authors_row = dict(asked), model_id, authors_row
         self.method: str = asked["method"]
         super().__init__(path)
 
@@ -45,8 +47,8 @@ class Task(AnswerFile):
         lock = self.path.with_name(f".{self.path.name}.lock")
         refusal = f"{self.path} is being filled by another run; wait for it or give another --answer-file"
         with held(lock, refusal):
-            rows = re.escape(rows_path(self.path).name)
-            remove_unfinished(self.path.parent, rf"{re.escape(self.path.name)}(\.meta\.json)?|{rows}")
+            name, rows = (re.escape(path.name) for path in (self.path, self.authors_path))
+            remove_unfinished(self.path.parent, rf"{name}(\.meta\.json)?|{rows}")
             self.read()
             yield
 
@@ -105,8 +107,8 @@ class Task(AnswerFile):
     def finish(self) -> None:
         """Sort the file by question; what has been answered by now is no longer left out."""
         self._rewrite()
-        if self.settings.get("benchmark") == MMSPEC.name:
-            write_rows(self.path, (self.lines[name] for name in sorted(self.lines, key=_order)))
+        if self.authors_row is not None:
+            _write_lines(self.authors_path, map(self.authors_row, self._sorted()))
         self.note("left_out", self.left_out)
 
     def note(self, name: str, value: Any) -> None:
@@ -115,11 +117,21 @@ class Task(AnswerFile):
             self.meta = self.meta | {name: value}
             write_json_atomic(meta_path(self.path), self.meta)
 
+    @property
+    def authors_path(self) -> Path:
+        """Where lines are as the benchmark's authors have them, if there are any."""
+        return self.path.with_name(f"{self.path.name.removesuffix('.jsonl')}.{self.asked.get('benchmark')}-rows")
+
+    def _sorted(self) -> list[dict]:
+        return [self.lines[name] for name in sorted(self.lines, key=_order)]
+
     def _rewrite(self) -> None:
-        lines = [self.lines[name] for name in sorted(self.lines, key=_order)]
-        content = b"".join(json_bytes(line) + b"\n" for line in lines)
-        write_bytes_atomic(self.path, content)
+        _write_lines(self.path, self._sorted())
         self.torn = False
+
+
+def _write_lines(path: Path, lines: Iterable[Mapping]) -> None:
+    write_bytes_atomic(path, b"".join(json_bytes(line) + b"\n" for line in lines))
 
 
 def _order(question_id: QuestionId) -> tuple[bool, QuestionId]:

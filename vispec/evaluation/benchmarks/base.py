@@ -61,6 +61,8 @@ class Benchmark:
     """Whether Qwen's images are held within the limits of the training data."""
     folder_flags: tuple[str, ...] = ()
     """Other spellings of --data-folder."""
+    authors_row: Callable[[Mapping], dict] | None = None
+    """From the line of an answer file to that of the authors' own evaluation, which is written beside it; None: not."""
     flags: Mapping[str, dict] = field(default_factory=dict)
     """Flags that this benchmark alone has, with the arguments of argparse's add_argument."""
 

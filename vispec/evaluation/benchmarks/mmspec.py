@@ -3,11 +3,9 @@
 A folder holds `mmspec.jsonl`, an item a line with id, image (a file in `images/`), turns (what the user asks, one text
 a turn), category and topic. Where it has a folder `test` with these instead, as the published one has beside
 `testmini`, that is read. Prompts are the authors': the picture, the first question, and nothing behind it.
-
-The authors' rows of answers are written beside ours, see `rows_path`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from vispec.cli import UserError
@@ -19,7 +17,6 @@ from vispec.evaluation.benchmarks.base import (
     read_json_lines,
     text_of,
 )
-from vispec.files import json_bytes, write_bytes_atomic
 from vispec.prompts import user_turn
 
 SOURCE = "https://github.com/killthefullmoon/MMSpec (dataset/MMSpec: test, 600 items, or testmini, 60)"
@@ -28,8 +25,6 @@ TOPICS = (
     "multi-turn conversation",
 )  # fmt: skip
 """In the order of the published table; a release may name them otherwise, so others are taken too."""
-ROWS = ".mmspec-rows"
-"""Ends the name of the file with the authors' rows, in place of .jsonl."""
 LINE_FIELDS = ("question_id", "topic", "category", "answer_id", "model_id")
 CHOICE_FIELDS = ("index", "turns", "idxs", "new_tokens", "wall_time")
 
@@ -58,27 +53,24 @@ def _question(row: Mapping, images: Path) -> Question:
     return Question(row["id"], (turns,), tuple(map(user_turn, further)), labels)
 
 
-MMSPEC = Benchmark(name="mmspec", load=_load, suffix="", folder="data/MMSpec", source=SOURCE, samples=None)
+def _authors_row(line: Mapping) -> dict:
+    """The line of an answer file as the authors' evaluation writes it.
 
-
-# --- the authors' rows of answers ---
-
-
-def rows_path(answers: Path) -> Path:
-    """Where the authors' rows of an answer file are."""
-    return answers.with_name(answers.name.removesuffix(".jsonl") + ROWS)
-
-
-def write_rows(answers: Path, lines: Iterable[Mapping]) -> None:
-    """The lines of an answer file as the authors' evaluation writes them.
-
-    Of rounds only the numbers of accepted draft tokens are in them, those of all turns in one list.
+    Of rounds only the numbers of accepted draft tokens are in it, those of all turns in one list.
     """
-    rows = []
-    for line in lines:
-        choices = []
-        for choice in line["choices"]:
-            lengths = {"acceptance_length": choice["acceptance_length"]} if "acceptance_length" in choice else {}
-            choices.append({name: choice[name] for name in CHOICE_FIELDS} | lengths)
-        rows.append({name: line[name] for name in LINE_FIELDS} | {"choices": choices, "tstamp": line["tstamp"]})
-    write_bytes_atomic(rows_path(answers), b"".join(json_bytes(row) + b"\n" for row in rows))
+    choices = []
+    for choice in line["choices"]:
+        lengths = {"acceptance_length": choice["acceptance_length"]} if "acceptance_length" in choice else {}
+        choices.append({name: choice[name] for name in CHOICE_FIELDS} | lengths)
+    return {name: line[name] for name in LINE_FIELDS} | {"choices": choices, "tstamp": line["tstamp"]}
+
+
+MMSPEC = Benchmark(
+    name="mmspec",
+    load=_load,
+    suffix="",
+    folder="data/MMSpec",
+    source=SOURCE,
+    samples=None,
+    authors_row=_authors_row,
+)
