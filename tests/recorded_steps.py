@@ -4,14 +4,22 @@ What a graph would not see again is not seen here either: numbers that the step 
 longer those of the recording, decisions that depended on values. What a graph could not hold is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 IMPOSSIBLE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "lift_fresh")
 """Operations that wait for values from the device, have shapes that depend on them, or bring numbers from the host."""
+
+
+def tensors(value) -> Iterator[torch.Tensor]:
+    """All of an operation's arguments or results; torch's own trees would take most of the time of a replay."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors(part)
 
 
 class Recorder(TorchDispatchMode):
@@ -30,10 +38,9 @@ class Recorder(TorchDispatchMode):
         if len(self.calls) == self._most:
             raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
         if func._schema.is_mutable:
-            for tensor in tree_iter((args, kwargs)):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+            for tensor in tensors([*args, *kwargs.values()]):
+                storage = tensor.untyped_storage()
+                self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, out))
         return out
@@ -57,14 +64,15 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
         made: dict[int, torch.Tensor] = {}
 
         def now(value):
-            return made.get(id(value), value) if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):
+                return made.get(id(value), value)
+            return [now(part) for part in value] if isinstance(value, list | tuple) else value
 
         for func, args, kwargs, out in recorder.calls:
-            again = func(*tree_map(now, args), **tree_map(now, kwargs))
-            for old, new in zip(tree_iter(out), tree_iter(again), strict=True):
-                if isinstance(old, torch.Tensor):
-                    assert old.shape == new.shape
-                    made[id(old)] = new
+            again = func(*map(now, args), **{name: now(value) for name, value in kwargs.items()})
+            for old, new in zip(tensors(out), tensors(again), strict=True):
+                assert old.shape == new.shape
+                made[id(old)] = new
 
     return replay
 
