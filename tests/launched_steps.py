@@ -1,4 +1,4 @@
-"""What test_train_processes.py has `accelerate launch` start: single steps that the processes share.
+"""What test_train_processes.py starts: single steps that the processes share.
 
 Every process writes <folder>/process<index>.pt: for each stage its summed gradients of one step over eight samples, and
 the error that all get when a sample of the last process is broken.

@@ -1,17 +1,14 @@
 """Whole runs of the data commands: killed, shared by workers, split into shards, and what they report."""
 
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from forked_commands import ROOT, finish, kill, slow_disk, start
 from safetensors.torch import load_file
 from tiny_rows import (
     CONFIGS,
@@ -29,17 +26,6 @@ from vispec.ge_data.report import full_matrices
 from vispec.ge_data.sample_file import read_length
 from vispec.ge_data.sources import load_image
 from vispec.train import main_mtp
-
-ROOT = Path(__file__).parents[1]
-IMAGE_COMMAND = "vispec.ge_data.allocation_llava_pretrain_gen"
-SLOW_DISK = """
-import os, time
-flush = os.fsync
-def fsync(file):
-    time.sleep(0.5)
-    flush(file)
-os.fsync = fsync
-"""
 
 
 def sample_files(folder):
@@ -68,32 +54,23 @@ def unbroken(data, tmp_path_factory):
 # --- killed ---
 
 
-def start(folder, data, slow_disk=None):
-    """The command line as a process of its own; `slow_disk` is a folder with a module that Python loads first."""
-    arguments = ["--outdir", "out", "--model", TARGETS["llava"], "--data-folder", str(data)]
-    arguments += ["--batch-size", "3", "--max-new-tokens", "12"]
-    paths = [str(path) for path in (slow_disk, ROOT) if path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    folder.mkdir(exist_ok=True)
-    with open(folder / "log", "ab") as log:
-        command = [sys.executable, "-m", IMAGE_COMMAND, *arguments]
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-
-
-def kill_when(process, ready, delay):
+def kill_when(started, ready, delay):
+    (process,) = started
     while not ready():
-        assert process.poll() is None, "the run ended before it was killed"
+        assert process.is_alive(), "the run ended before it was killed"
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill(started)
+    assert process.exitcode == -9
 
 
 def test_a_killed_run_ends_with_the_same_files(data, tmp_path):
     """kill -9 while the manifest is written, while samples are written, and at moments that a coin decides."""
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "disk" / "sitecustomize.py").write_text(SLOW_DISK)
-    assert start(tmp_path / "whole", data).wait() == 0
+    command = ["vispec.ge_data.allocation_llava_pretrain_gen", "--outdir", "out", "--model", TARGETS["llava"]]
+    command += ["--data-folder", str(data), "--batch-size", "3", "--max-new-tokens", "12"]
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    finish(command, tmp_path / "log", folder=tmp_path / "whole")
     out, coin = tmp_path / "killed" / "out", random.Random(0)
 
     def writing(pattern, done):
@@ -107,11 +84,12 @@ def test_a_killed_run_ends_with_the_same_files(data, tmp_path):
     ]
     halves = 0
     for ready in moments:
-        kill_when(start(tmp_path / "killed", data, tmp_path / "disk"), ready, coin.uniform(0, 0.3))
+        started = start(command, tmp_path / "log", folder=tmp_path / "killed", before=slow_disk)
+        kill_when(started, ready, coin.uniform(0, 0.3))
         halves += any(out.glob(".*"))
         assert not (out / "manifest.json").is_file() or not manifest_of(out)["complete"]
     assert halves >= 1
-    assert start(tmp_path / "killed", data).wait() == 0
+    finish(command, tmp_path / "log", folder=tmp_path / "killed")
     assert contents(out) == contents(tmp_path / "whole" / "out")
     assert manifest_of(out)["complete"] and manifest_of(out)["samples"] == 6
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import command, finish, kill, start
+from forked_commands import finish, kill, start
 from test_train_steps import EIGHT_SHAPES, write_data
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_next"
@@ -31,22 +31,21 @@ def test_killed_and_started_again(tmp_path, processes, module):
     arguments += ["--tmpdir", str(tmp_path / "data"), "--bs", str(2 // processes), "--lr", "1e-3"]
     arguments += ["--num-epochs", str(EPOCHS), "--save-steps", "1", "--keep", "2"]
     unbroken, broken = [
-        (tmp_path / name, command(processes, "-m", module, *arguments, "--cpdir", str(tmp_path / name)))
-        for name in ("unbroken", "broken")
+        (tmp_path / name, [module, *arguments, "--cpdir", str(tmp_path / name)]) for name in ("unbroken", "broken")
     ]
-    finish(unbroken[1], tmp_path / "log")
+    finish(unbroken[1], tmp_path / "log", processes)
 
     cpdir = broken[0]
     epoch, wait = random.randint(1, EPOCHS // 2), random.uniform(0, 0.1)
-    process = start(broken[1], tmp_path / "log")
-    while process.poll() is None and epochs_done(cpdir) < epoch:
+    started = start(broken[1], tmp_path / "log", processes)
+    while all(process.is_alive() for process in started) and epochs_done(cpdir) < epoch:
         time.sleep(0.005)
     time.sleep(wait)
-    kill(process)
+    kill(started)
     assert not (cpdir / f"state_{EPOCHS}").exists(), (tmp_path / "log").read_text()
     (cpdir / ".state_3.unfinished").mkdir(exist_ok=True)
 
-    assert "goes on after epoch" in finish(broken[1], tmp_path / "log")
+    assert "goes on after epoch" in finish(broken[1], tmp_path / "log", processes)
     names = sorted(path.name for path in cpdir.iterdir())
     assert names == ["metrics.jsonl", "resume.pt", f"state_{EPOCHS - 1}", f"state_{EPOCHS}", "training.json"]
     ends = [(path / f"state_{EPOCHS}" / "model.safetensors").read_bytes() for path in (unbroken[0], cpdir)]

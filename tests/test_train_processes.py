@@ -2,11 +2,9 @@
 
 import pytest
 import torch
+from forked_commands import finish
 from launched_steps import STAGES, gradients
-from launching import command, finish
 from test_train_steps import EIGHT_SHAPES, make_trainer, write_data
-
-SCRIPT = "tests/launched_steps.py"
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +12,7 @@ def launched(tmp_path_factory):
     """The folder of a run of two processes, and what each of them found."""
     folder = tmp_path_factory.mktemp("launched")
     write_data(folder / "data", EIGHT_SHAPES)
-    finish(command(2, SCRIPT, str(folder)), folder / "log")
+    finish(["launched_steps", str(folder)], folder / "log", processes=2)
     return folder, [torch.load(folder / f"process{index}.pt") for index in range(2)]
 
 
