@@ -42,13 +42,13 @@ def start(
     return started
 
 
-def finish(command: list[str], log: Path, processes: int = 1, **options) -> str:
-    """Run to the end; returns what was printed."""
+def finish(command: list[str], log: Path, processes: int = 1, code: int = 0, **options) -> str:
+    """Run to the end, and to this exit code; returns what was printed."""
     started = start(command, log, processes, **options)
     for process in started:
         process.join(1200)
     text = log.read_text()
-    assert [process.exitcode for process in started] == [0] * processes, text
+    assert [process.exitcode for process in started] == [code] * processes, text
     return text
 
 
@@ -82,4 +82,5 @@ def _run(
     if before is not None:
         before()
     sys.argv = list(command)
+    sys.modules.pop(command[0], None)  # that another module has imported it is no news
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)

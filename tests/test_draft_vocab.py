@@ -3,13 +3,12 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked_commands import finish
 from safetensors.torch import save_file
 from test_sampling import WARM, V, check_sampled
 from tiny_models import GOLDEN, generate, image_prompt, random_head, random_target, read_prompt, text_prompt
@@ -315,7 +314,7 @@ def test_wrong_data(tmp_path):
 
 
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "vispec.train.draft_vocab", "--counts", str(tmp_path), "--size", "9"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 1
-    assert done.stderr.strip() == f"error: --counts {tmp_path}: no sample files (.safetensors) there"
+    command = ["vispec.train.draft_vocab", "--counts", str(tmp_path / "none"), "--size", "9"]
+    (tmp_path / "none").mkdir()
+    said = finish(command, tmp_path / "log", code=1)
+    assert said == f"error: --counts {tmp_path / 'none'}: no sample files (.safetensors) there\n"

@@ -37,6 +37,14 @@ def target_with_answers(family: str, seed: int):
     return target, [(prompt, generate(target, prompt, max_new_tokens=NEW_TOKENS)) for prompt in prompts]
 
 
+@lru_cache
+def recorded_answers(family: str, method: str):
+    """Prompts, and answers of a recorded target to them."""
+    target = recorded_model(family, method).target.model
+    prompts = [image_prompt(target, seed, layout) for seed, layout in enumerate(LAYOUTS)]
+    return [(prompt, generate(target, prompt, max_new_tokens=40)) for prompt in prompts]
+
+
 class Int8Linear(torch.nn.Module):
     """As quantised layers are: not torch's class, the weight in integers."""
 
@@ -114,9 +122,8 @@ def test_trained_heads(family, method, tree):
     recorded = recorded_model(family, method)
     model = SpecModel(recorded.target.model, recorded.draft, *tree)
     lengths = []
-    for seed, layout in enumerate(LAYOUTS):
-        inputs = image_prompt(recorded.target.model, seed, layout)
-        lengths += check(model, inputs, generate(recorded.target.model, inputs, max_new_tokens=40), max_new_tokens=40)
+    for inputs, expected in recorded_answers(family, method):
+        lengths += check(model, inputs, expected, max_new_tokens=40)
     if tree[0] >= 12:
         assert max(lengths) >= 3
 
