@@ -16,11 +16,14 @@ LONGEST_SECONDS = 660.0
 """For which a client waits for bytes: longer than the server, by default, for an answer."""
 
 
+Place = Literal["in the body", "before the answer", "in the answer"]
+
+
 @dataclass(frozen=True)
 class HangUp:
     """When a client leaves."""
 
-    place: Literal["in the body", "before the answer", "in the answer"]
+    place: Place
     share: float
     """From 0 to 1: of the body's bytes, of WAITS seconds, of WATCHES events."""
 

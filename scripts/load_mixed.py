@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from io import BytesIO
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
-from load_client import HangUp, Reply
+from load_client import HangUp, Place, Reply
 from PIL import Image
 
 from vispec.demo.conversations import text_turns
 from vispec.demo.runner import questions
-from vispec.demo.scenes import SPLIT_SEEDS, render, scene_of
+from vispec.demo.scenes import render, scene_of
 from vispec.prompts import SYSTEM_TURN, build_inputs
 from vispec.serve.conversation import conversation
 from vispec.serve.pictures import PictureLimits
@@ -29,6 +29,9 @@ BODY_BYTES = 2**20
 SERVER_FLAGS = ("--max-pixels", str(LIMITS.pixels), "--max-images", str(LIMITS.images), "--max-body-mb", "1")
 """Limits that requests can pass without being large themselves."""
 SPOILT_SHARE = 0.1
+"""Of the requests, half of them broken and half of them left by their client."""
+SCENES = 10_000
+"""Pictures of the demo that are asked about."""
 LOGPROBS_MAY_DIFFER = 1e-3
 """In float32, where sums are taken in another order beside others."""
 
@@ -49,17 +52,23 @@ class Case:
     """Of `ask`."""
 
 
-def make_case(rng: random.Random, model: str) -> Case:
-    """A request to the model of this name."""
-    body = answerable(rng, model)
-    whole = Case("answered", body, json.dumps(body).encode())
-    if rng.random() >= SPOILT_SHARE:
-        return whole
-    if rng.random() < 0.5:
-        return rng.choice(list(broken(body)))
-    place: Literal["in the body", "before the answer", "in the answer"]
-    place = rng.choice(("in the body", "before the answer", "in the answer"))
-    body = body | {"max_tokens": 200, "stream": place == "in the answer" or rng.random() < 0.5}
+def make_cases(rng: random.Random, model: str) -> Iterator[Case]:
+    """Requests to the model of this name, without an end; what is broken is so in all ways in turn."""
+    spoilt = 0
+    while True:
+        body = answerable(rng, model)
+        if rng.random() >= SPOILT_SHARE:
+            yield Case("answered", body, json.dumps(body).encode())
+            continue
+        ways = list(broken(body))
+        yield ways[spoilt // 2 % len(ways)] if spoilt % 2 else left(rng, body)
+        spoilt += 1
+
+
+def left(rng: random.Random, body: dict) -> Case:
+    """A client that hangs up."""
+    place = rng.choice(get_args(Place))
+    body = body | {"max_tokens": 200, "stream": place == "in the answer" or "stream" in body}
     body = {name: value for name, value in body.items() if name != "stream_options"}
     return Case(f"hangs up {place}", body, json.dumps(body).encode(), leaves=HangUp(place, rng.random()))
 
@@ -69,7 +78,7 @@ def make_case(rng: random.Random, model: str) -> Case:
 
 def simple_question(rng: random.Random, model: str, shown: bool, tokens: int) -> dict:
     """The body of a streamed question with a greedy answer, about a picture if one is to be `shown`."""
-    index = rng.randrange(len(SPLIT_SEEDS["eval"]))
+    index = rng.randrange(SCENES)
     if shown:
         [asked] = questions(1, index)
         content = [picture_part(asked.image), {"type": "text", "text": asked.text}]
@@ -110,16 +119,16 @@ OPTIONS = [
 
 def answerable(rng: random.Random, model: str) -> dict:
     """The body of a request with an answer."""
-    scene = scene_of("eval", rng.randrange(1000))
+    scene = scene_of("eval", rng.randrange(SCENES))
     messages = [{"role": "system", "content": SYSTEM_TURN}] if rng.random() < 0.3 else []
     for text, reply in text_turns(scene, rng):
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
     messages.pop()  # which is to be answered
     asked = rng.choice([one for one in messages if one["role"] == "user"])
     if pictures := rng.choice((0, 0, 1, 1, 1, 2, 3)):
-        parts = [picture_part(render(scene_of("eval", rng.randrange(1000)))) for _ in range(pictures)]
+        parts = [picture_part(render(scene_of("eval", rng.randrange(SCENES)))) for _ in range(pictures)]
         asked["content"] = [*parts, {"type": "text", "text": asked["content"]}]
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": rng.randint(1, 48)}
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": rng.randint(1, 32)}
     for share, option in OPTIONS:
         body |= option(rng) if rng.random() < share else {}
     return body
@@ -206,18 +215,18 @@ class Alone:
     """
 
     def __init__(self, model: "SpecModel", processor):
-        self._model, self._processor = model, processor
+        self.model, self.processor = model, processor
         self._grammars = Grammars(processor.tokenizer)
 
     def answers(self, body: dict) -> list[Answer]:
         asked = parse_request(body)
-        inputs = build_inputs(self._processor, *conversation(asked.messages, LIMITS))
+        inputs = build_inputs(self.processor, *conversation(asked.messages, LIMITS))
         return [self._answer(asked, inputs, number) for number in range(asked.n or 1)]
 
     def _answer(self, asked: ChatRequest, inputs, number: int) -> Answer:
         from transformers import GenerationConfig
 
-        ends, length = self._model.target.eos_token_ids, inputs["input_ids"].shape[1]
+        ends, length = self.model.target.eos_token_ids, inputs["input_ids"].shape[1]
         sampling = {"temperature": asked.temperature, "top_p": asked.top_p or 1.0, "top_k": asked.top_k or 0}
         config = GenerationConfig(
             max_new_tokens=asked.max_tokens,
@@ -227,14 +236,14 @@ class Alone:
             output_logits=bool(asked.logprobs),
             **({"do_sample": True} | sampling if asked.temperature else {}),
         )
-        found = self._model.generate(
+        found = self.model.generate(
             **inputs,
             generation_config=config,
             seed=None if asked.seed is None else asked.seed + number,
             logits_processor=processors_of(asked, length, self._grammars),
         )
         ids = found.sequences[0, length:].tolist()
-        text = self._processor.tokenizer.decode(ids, skip_special_tokens=True, spaces_between_special_tokens=False)
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True, spaces_between_special_tokens=False)
         text = text.lstrip()
         stop = min((place for one in asked.stops if (place := text.find(one)) >= 0), default=None)
         finish = "length" if stop is None and ids[-1] not in ends else "stop"
@@ -251,6 +260,8 @@ def faults(case: Case, reply: Reply, alone: Alone) -> Iterator[str]:
     if reply.error is not None or reply.status not in ((200, None) if case.leaves else (200,)):
         yield f"not answered, found {reply.status}: {reply.error}"
         return
+    if case.leaves is not None and not reply.choices:
+        return
     answers = alone.answers(case.body)
     if case.leaves is None:
         yield from _faults_of_a_whole(case.body, reply, answers)
@@ -262,6 +273,7 @@ def faults(case: Case, reply: Reply, alone: Alone) -> Iterator[str]:
 def _faults_of_a_whole(body: dict, reply: Reply, answers: list[Answer]) -> Iterator[str]:
     if not reply.whole or len(reply.choices) != len(answers):
         yield f"{len(reply.choices)} of {len(answers)} answers came, the last event {reply.whole}"
+        return
     for number, answer in enumerate(answers):
         choice = reply.choices[number]
         if (choice.text, choice.finish) != (answer.text, answer.finish):

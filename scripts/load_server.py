@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from subprocess import Popen
 
@@ -39,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import httpx
 import numpy as np
 from load_client import LONGEST_SECONDS, Reply, ask
-from load_mixed import SERVER_FLAGS, Alone, Case, faults, make_case, simple_question
+from load_mixed import SERVER_FLAGS, Alone, Case, faults, make_cases, simple_question
 from tqdm import tqdm
 
 from vispec.children import start_child
@@ -198,7 +199,7 @@ async def measure(url: str, clients: int, args) -> Window:
     async with connected(url) as http:
         model = await model_of(http)
         asking = asyncio.gather(*map(ask_on, range(clients)))
-        while len(begun) < clients:
+        while len(begun) < clients and not asking.done():
             await asyncio.sleep(0.01)
         opens, closes = now(), now() + args.seconds
         await asking
@@ -236,10 +237,11 @@ def mixed(args, log: Path) -> list[str]:
     """Print and return what is wrong, a line each."""
     flags = [*args.server_flags, *SERVER_FLAGS, "--dtype", "float32"]
     with started(flags, log) as server:
-        found = asyncio.run(_mixed(server, args, reference(flags)))
-    if tracebacks := log.read_text().count("Traceback"):
-        print(log.read_text())
-        found.append(f"{tracebacks} tracebacks in the server's log, which stands above")
+        found = asyncio.run(check(server, args, reference(flags)))
+    lines = log.read_text().splitlines()
+    if tracebacks := sum("Traceback" in line for line in lines):
+        print("\n".join(line for line in lines if " INFO " not in line))
+        found.append(f"{tracebacks} tracebacks in the server's log; they stand above")
     print("\n".join([*found, f"{len(found)} faults"]))
     return found
 
@@ -256,12 +258,13 @@ def reference(flags: Sequence[str]) -> Alone:
     return Alone(model, load_processor(base))
 
 
-async def _mixed(server: Server, args, alone: Alone) -> list[str]:
+async def check(server: Server, args, alone: Alone) -> list[str]:
+    """What is wrong with the answers, and with the server's memory."""
     memory, cases, replies = [], [], []
     async with connected(server.url) as http:
         model = await model_of(http)
         for name, requests in (("warming up", int(WARM_UP_SHARE * args.mixed)), ("asking", args.mixed)):
-            new = [make_case(random.Random(f"{args.seed}/{name}/{number}"), model) for number in range(requests)]
+            new = list(islice(make_cases(random.Random(f"{args.seed}/{name}"), model), requests))
             replies += await ask_all(http, new, name)
             cases += new
             await idle(http)
