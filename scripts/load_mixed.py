@@ -30,6 +30,8 @@ SERVER_FLAGS = ("--max-pixels", str(LIMITS.pixels), "--max-images", str(LIMITS.i
 """Limits that requests can pass without being large themselves."""
 SPOILT_SHARE = 0.1
 """Of the requests, half of them broken and half of them left by their client."""
+MOST_TOKENS = 32
+"""Of an answer that its client waits for."""
 SCENES = 10_000
 """Pictures of the demo that are asked about."""
 LOGPROBS_MAY_DIFFER = 1e-3
@@ -128,7 +130,7 @@ def answerable(rng: random.Random, model: str) -> dict:
     if pictures := rng.choice((0, 0, 1, 1, 1, 2, 3)):
         parts = [picture_part(render(scene_of("eval", rng.randrange(SCENES)))) for _ in range(pictures)]
         asked["content"] = [*parts, {"type": "text", "text": asked["content"]}]
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": rng.randint(1, 32)}
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": rng.randint(1, MOST_TOKENS)}
     for share, option in OPTIONS:
         body |= option(rng) if rng.random() < share else {}
     return body

@@ -56,9 +56,13 @@ def split_command(words: list[str]) -> tuple[str, list[str]] | None:
 
 def programs() -> list[str]:
     """All programs of the package and of scripts/."""
-    files = [path for path in (ROOT / "vispec").rglob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")]
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in files]
-    return sorted(modules) + sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py"))
+
+    def found(folder: str) -> list[Path]:
+        files = [path for path in (ROOT / folder).rglob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")]
+        return [path.relative_to(ROOT) for path in files]
+
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in found("vispec")]
+    return sorted(modules) + sorted(map(str, found("scripts")))
 
 
 @cache

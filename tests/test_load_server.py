@@ -48,6 +48,7 @@ def served(load, alone):
 
 def test_mixed_requests_come_out_right(load, served, alone, monkeypatch, caplog, capsys):
     monkeypatch.setattr(load.mixed, "SPOILT_SHARE", 0.5)
+    monkeypatch.setattr(load.mixed, "MOST_TOKENS", 8)
     memory = iter((1000, 1100))
     args = load.server.parse(["--mixed", "20"])
     server = SimpleNamespace(url=served.url, memory=lambda: next(memory))
