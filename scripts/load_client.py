@@ -86,7 +86,7 @@ async def ask(http: httpx.AsyncClient, content: bytes, leaves: HangUp | None = N
             await asyncio.sleep(wait)
     except (asyncio.TimeoutError, _Left):
         pass
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, KeyError, ValueError) as error:  # the last two: of what is no answer of this API
         reply.error = f"{type(error).__name__}: {error}"
     reply.ended_at = now()
     return reply

@@ -148,7 +148,12 @@ class Window:
 
     @property
     def right(self) -> list[Reply]:
-        return [reply for reply in self.replies if reply.whole]
+        return [reply for reply in self.replies if reply.whole and reply.usage]
+
+    @property
+    def wrong(self) -> list[str]:
+        """What became of the others."""
+        return [reply.error or "no usage" for reply in self.replies if not (reply.whole and reply.usage)]
 
     @property
     def speed(self) -> float:
@@ -177,7 +182,7 @@ def rates(args, folder: Path) -> list[str]:
                 found[clients, arm] = asyncio.run(measure(urls[arm], clients, args))
         windows = {(clients, arm): found[clients, arm] for clients in args.clients for arm in urls}
     print(table(windows))
-    wrong = Counter(reply.error for window in windows.values() for reply in window.replies if not reply.whole)
+    wrong = Counter(reason for window in windows.values() for reason in window.wrong)
     lines = [f"{times} times: {reason}" for reason, times in wrong.items()]
     print("\n".join(lines), end="\n" if lines else "")
     return lines
@@ -220,7 +225,7 @@ def table(windows: Mapping[tuple[int, str], Window]) -> str:
             percentiles([one.ended_at - one.asked_at for one in right]),
             "-" if window.tau is None else f"{window.tau:.2f}",
             sum(one.refused for one in window.replies),
-            len(window.replies) - len(right),
+            len(window.wrong),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -115,12 +115,24 @@ def test_the_table(load):
     assert second == "| 4 | plain | 1 | 20.0 | 1.00 | 1.000 / 1.000 | 3.000 / 3.000 | - | 3 | 0 |"
 
 
-def test_a_server_that_is_there_is_measured(load, served, capsys):
-    options = ["--clients", "1", "3", "--seconds", "0.4", "--max-new-tokens", "6"]
+def test_what_ends_within_the_window_counts(load, served, monkeypatch, capsys):
+    """By a clock that goes on with each answer."""
+    ask, ended = load.server.ask, []
+
+    async def timed(*args):
+        reply = await ask(*args)
+        ended.append(len(ended) + 1.0)
+        reply.asked_at, reply.first_at, reply.ended_at = 0.0, 0.0, ended[-1]
+        return reply
+
+    monkeypatch.setattr(load.server, "ask", timed)
+    monkeypatch.setattr(load.server, "now", lambda: float(len(ended)))
+    options = ["--clients", "3", "--seconds", "6", "--max-new-tokens", "2"]
     assert load.server.main(["--url", served.url, *options]) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[:2] for row in rows] == [["1", "--url"], ["3", "--url"]]
-    assert all(int(answers) > 0 and float(speed) > 0 and errors == "0" for _, _, answers, speed, *_, errors in rows)
+    [row] = capsys.readouterr().out.splitlines()[2:]
+    clients, arm, answers, speed, *_, errors = (cell.strip() for cell in row.split("|")[1:-1])
+    assert (clients, arm, answers, speed, errors) == ("3", "--url", "6", "2.0", "0")
+    assert len(ended) >= 3 + 6
 
 
 def test_a_full_queue_is_asked_again(load, monkeypatch):
