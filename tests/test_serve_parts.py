@@ -229,6 +229,36 @@ def asking(number: int, text: StoppedText | None) -> tuple[Ask, queue.Queue]:
     return Ask(joining, text, told.put, deadline=math.inf), told
 
 
+def test_prompts_join_in_their_order_and_few_at_a_time():
+    class Watched(Rows):
+        def __init__(self):
+            super().__init__()
+            self.joined, self.all_wait = [[]], threading.Event()
+
+        def join(self, joining):
+            self.joined[-1].append(joining.length)
+            return super().join(joining)
+
+        def round(self):
+            assert self.all_wait.wait(10)
+            self.joined.append([])
+            return super().round()
+
+    batch = Watched()
+    engine = Engine({True: batch}, 8, Metrics())
+    engine.start()
+    asks = [asking(length, StoppedText(Letters())) for length in (1, 1000, 1001, 1002, 3000, 10)]
+    for ask, told in asks:
+        engine.submit([ask])
+        if ask is asks[0][0]:
+            told.get(timeout=10)
+    batch.all_wait.set()
+    while asks[-1][1].get(timeout=10).finish is None:
+        pass
+    engine.stop()
+    assert batch.joined[:5] == [[1], [1000, 1001], [1002], [3000], [10]]
+
+
 def test_an_answer_that_cannot_be_told_ends_alone():
     engine = Engine({True: Rows()}, 4, Metrics())
     (broken, its), (sound, own) = asking(1, None), asking(2, StoppedText(Letters()))
@@ -247,7 +277,7 @@ def test_those_who_wait_hear_of_it_when_decoding_breaks_down(monkeypatch):
             raise SystemExit
 
     engine = Engine({True: Broken()}, 4, Metrics())
-    (running, its), (waiting, own) = asking(1, StoppedText(Letters())), asking(2, StoppedText(Letters()))
+    (running, its), (waiting, own) = asking(1, StoppedText(Letters())), asking(3000, StoppedText(Letters()))
     engine.start()
     engine.submit([running, waiting])
     assert its.get(timeout=10).pieces

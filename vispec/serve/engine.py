@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vispec.serve")
 
+JOINING_TOKENS = 2048
+"""Of prompts that are read between two rounds: answers that are being made wait meanwhile."""
+
 
 class QueueFull(Exception):
     """As many requests wait as may."""
@@ -158,25 +161,30 @@ class Engine:
                 _fail(ask, f"the answer was not there after {now - ask.asked_at:.0f} seconds", 504)
 
     def _admit(self, speculate: bool) -> None:
-        """One request joins, so that those that are being answered wait for one prompt only."""
-        batch = self._batches[speculate]
-        if batch.full:
-            return
+        """Requests join in their order: one, and more while their prompts are short together."""
+        batch, room = self._batches[speculate], JOINING_TOKENS
+        while not batch.full and (ask := self._next(speculate, room)) is not None:
+            room -= ask.joining.length
+            self._join(speculate, ask)
+
+    def _next(self, speculate: bool, room: int) -> Ask | None:
         with self._changed:
             ask = next((ask for ask in self._waiting if ask.speculate == speculate), None)
-            if ask is None:
-                return
+            if ask is None or (room < JOINING_TOKENS and ask.joining.length > room):
+                return None
             self._waiting.remove(ask)
+            return ask
+
+    def _join(self, speculate: bool, ask: Ask) -> None:
         try:
-            number, first = batch.join(ask.joining)
+            number, first = self._batches[speculate].join(ask.joining)
         except ValueError as error:  # the target cannot read the prompt
             _fail(ask, one_line(error), 400)
-            return
         except Exception as error:
             self._report(error, [ask])
-            return
-        self._rows[speculate, number] = ask
-        self._go_on(speculate, number, first)
+        else:
+            self._rows[speculate, number] = ask
+            self._go_on(speculate, number, first)
 
     def _round(self, speculate: bool) -> None:
         batch = self._batches[speculate]
