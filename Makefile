@@ -16,7 +16,7 @@ DECODER_TESTS = rounds golden greedy text_decoder products joined_weights batche
 	decoder_kinds layouts video recurrent models_table generation generation_returns hub \
 	eagle3 eagle3_files msd specvlm vlm nemo export adaptive gaze joining prefixes soak
 
-.PHONY: demo test lint fuzz soak test-transformers5 test-lmms clean
+.PHONY: demo test lint fuzz soak test-replicas test-transformers5 test-lmms clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m vispec.demo --out out/demo
@@ -35,6 +35,10 @@ fuzz: $(VENV)/.installed-test
 # Random decoding, and work that is killed: SOAK="--minutes 60 --seed 1000"
 soak: $(VENV)/.installed-test
 	$(RUN) -m tests.fuzz.soak $(SOAK)
+
+# The server's replicas on a Ray cluster, one of which is killed.
+test-replicas: $(VENV)/.installed-test
+	VISPEC_TEST_REPLICAS=1 $(RUN) -m pytest tests/test_replicas.py
 
 test-transformers5: $(VENV5)/.installed
 	$(RUN5) $(PYTEST) $(DECODER_TESTS:%=tests/test_%.py)

@@ -1,7 +1,9 @@
 """A server in a thread of its own, and what it has to say."""
 
+import base64
 import threading
 import time
+from io import BytesIO
 
 import uvicorn
 from PIL import Image
@@ -42,3 +44,19 @@ def expected(model, processor, *turns: Turn, new: int = 40) -> str:
     inputs = build_inputs(processor, list(turns), "")
     ids = model.target.model.generate(**inputs, do_sample=False, max_new_tokens=new)
     return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).lstrip()
+
+
+def data_url(image: Image.Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def message(*items: str | Image.Image) -> dict:
+    parts = [
+        {"type": "text", "text": item}
+        if isinstance(item, str)
+        else {"type": "image_url", "image_url": {"url": data_url(item)}}
+        for item in items
+    ]
+    return {"role": "user", "content": parts}

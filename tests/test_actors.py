@@ -5,12 +5,12 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from clusters import running_cluster
 from fake_ray import ActorDied, OneProcess
 from PIL import Image
 from tiny_rows import contents, generate, write_rows
@@ -28,11 +28,6 @@ TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
 DEADLY = 4
 """A question that kills the process that opens its picture."""
 
-CLUSTER = {
-    # Ray's own limits are short for a machine that is busy
-    "RAY_agent_register_timeout_ms": "600000",
-    "RAY_worker_register_timeout_seconds": "600",
-}
 DEADLY_DISK = """
 import os, signal
 flush = os.fsync
@@ -53,22 +48,10 @@ os.fsync = fsync
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A cluster that runs already and was started in another folder."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
     loaded_first = tmp_path_factory.mktemp("disk")
     (loaded_first / "sitecustomize.py").write_text(DEADLY_DISK)
-    # of its own, so that no other cluster of this machine is found or hidden; paths of sockets have to be short
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    path = os.pathsep.join([str(loaded_first), str(ROOT)])
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**CLUSTER, "PYTHONPATH": path, "RAY_TMPDIR": folder}.items():
-            patch.setenv(name, value)
-        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        patch.setenv("RAY_ADDRESS", running.address)
+    with running_cluster([2], loaded_first):
         yield
-        running.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def questions(tries: Path | None) -> list[Question]:

@@ -1,6 +1,5 @@
 """The server as its clients see it: OpenAI's own client, and plain requests, of a server on a free port."""
 
-import base64
 import json
 import signal
 import socket
@@ -8,14 +7,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 
 import httpx
 import openai
 import pytest
 import torch
 from PIL import Image
-from served import KEY, NAME, Served, expected, questions
+from served import KEY, NAME, Served, data_url, expected, message, questions
 
 from vispec import embedded
 from vispec.cli import UserError
@@ -49,22 +47,6 @@ def served(model, processor):
 @pytest.fixture(scope="module")
 def client(served):
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
-
-
-def data_url(image: Image.Image) -> str:
-    file = BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def message(*items: str | Image.Image) -> dict:
-    parts = [
-        {"type": "text", "text": item}
-        if isinstance(item, str)
-        else {"type": "image_url", "image_url": {"url": data_url(item)}}
-        for item in items
-    ]
-    return {"role": "user", "content": parts}
 
 
 def ask(client, *items, **options):

@@ -96,7 +96,7 @@ def serve_replicas(
         if (found := serve.status()).proxies:
             apps = ", ".join(found.applications) or "nothing"
             raise UserError(f"{FLAG}: Ray Serve runs on this cluster already, with {apps}; `serve shutdown` ends it")
-        options = _options(ray, replicas, gpus) | _queue(limits) | {"graceful_shutdown_timeout_s": grace}
+        options = _options(ray, replicas, gpus) | _queue(limits, replicas) | {"graceful_shutdown_timeout_s": grace}
         kind = serve.deployment(name=DEPLOYMENT, **options)(serve.ingress()(working_in(os.getcwd(), Replica)))
         with _serving(serve, kind.bind(load, replace(http_limits, proxied=True)), host, port):
             say(f"running on http://{host}:{port}, of the machine of Ray's head")
@@ -126,11 +126,14 @@ def _options(ray, replicas: int, gpus: float) -> dict:
     }
 
 
-def _queue(limits: ServiceLimits) -> dict:
-    """So many may be at a replica that it refuses by itself what it has no room for, and Ray lets few wait."""
-    at_a_time = limits.batch + 2 * limits.waiting
+def _queue(limits: ServiceLimits, replicas: int) -> dict:
+    """So many may be at a replica that it is the one to refuse what it has no room for.
+
+    What Ray lets wait is on its way there, or no replica is alive.
+    """
+    most = 2 * (limits.batch + 2 * limits.waiting)
     full = {"status_code": 429, "retry_after_s": int(RETRY_AFTER)}
-    return {"max_ongoing_requests": 2 * at_a_time, "max_queued_requests": limits.waiting, "backpressure_config": full}
+    return {"max_ongoing_requests": most, "max_queued_requests": replicas * most, "backpressure_config": full}
 
 
 @contextmanager
