@@ -131,9 +131,15 @@ def _queue(limits: ServiceLimits, replicas: int) -> dict:
 
     What Ray lets wait is on its way there, or no replica is alive.
     """
+    from vispec.serve.routing import LeastBusy
+
     most = 2 * (limits.batch + 2 * limits.waiting)
-    full = {"status_code": 429, "retry_after_s": int(RETRY_AFTER)}
-    return {"max_ongoing_requests": most, "max_queued_requests": replicas * most, "backpressure_config": full}
+    return {
+        "max_ongoing_requests": most,
+        "max_queued_requests": replicas * most,
+        "backpressure_config": {"status_code": 429, "retry_after_s": int(RETRY_AFTER)},
+        "request_router_config": {"request_router_class": LeastBusy},
+    }
 
 
 @contextmanager
