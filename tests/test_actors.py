@@ -23,7 +23,6 @@ from vispec.evaluation.loading import Models
 from vispec.evaluation.measure import Generation
 from vispec.prompts import user_turn
 
-ROOT = Path(__file__).parent.parent
 TARGET = str(Path(__file__).parent / "golden" / "llava_next" / "target")
 DEADLY = 4
 """A question that kills the process that opens its picture."""
