@@ -44,7 +44,7 @@ class Server:
         environment = {**os.environ, "VISPEC_API_KEY": KEY}
         command = [sys.executable, "-m", "vispec.serve", *flags, "--dtype", "float32"]
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        assert any("running on" in line for line in self.process.stderr)
+        assert any("2 of 2 replicas answer" in line for line in self.process.stderr)
 
     def ask(self, **body) -> httpx.Response:
         body = {"model": NAME, "temperature": 0, "max_tokens": 40} | body

@@ -24,7 +24,9 @@ FLAG = "--replicas"
 APPLICATION, DEPLOYMENT = "vispec", "Replica"
 """As Ray Serve knows us."""
 HEALTH_SECONDS = 5.0
-"""Between two looks at a replica."""
+"""Between two of Ray's looks at a replica."""
+LOOK_SECONDS = 1.0
+"""Between two looks at how many there are."""
 METRICS_SECONDS = 5.0
 """For all replicas to say what they have counted."""
 LOGS = {"log_level": "WARNING", "enable_access_log": False}
@@ -99,8 +101,9 @@ def serve_replicas(
         options = _options(ray, replicas, gpus) | _queue(limits, replicas) | {"graceful_shutdown_timeout_s": grace}
         kind = serve.deployment(name=DEPLOYMENT, **options)(serve.ingress()(working_in(os.getcwd(), Replica)))
         with _serving(serve, kind.bind(load, replace(http_limits, proxied=True)), host, port):
-            say(f"running on http://{host}:{port}, of the machine of Ray's head")
-            _watch(serve, options["num_replicas"])
+            _watch(serve, options["num_replicas"], f"at http://{host}:{port} of the machine of Ray's head")
+    except ray.exceptions.RayActorError:
+        raise UserError(f"{FLAG}: somebody has ended Ray Serve") from None
     except ray.exceptions.RayError as error:
         raise UserError(f"{FLAG}: {reason(error)}") from None
     finally:
@@ -113,10 +116,6 @@ def _options(ray, replicas: int, gpus: float) -> dict:
     replicas, gpus = shared_gpus(here, replicas, gpus, FLAG)
     cores = 1 if gpus else shared_cores(here, replicas)
     say(f"{replicas} replicas begin, each with {gpus:g} GPU(s) and {cores} core(s)")
-    free = ray.available_resources()
-    for name, each in (("GPU", gpus), ("CPU", cores)):
-        if replicas * each > free.get(name, 0):
-            say(f"notice: {free.get(name, 0):g} {name}(s) of the cluster are free; replicas wait for theirs")
     return {
         "num_replicas": replicas,
         "ray_actor_options": {"num_gpus": gpus, "num_cpus": cores},
@@ -146,10 +145,7 @@ def _queue(limits: ServiceLimits, replicas: int) -> dict:
 def _serving(serve, application, host: str, port: int) -> Iterator[None]:
     try:
         serve.start("HeadOnly", {"host": host, "port": port}, logging_config=LOGS)
-        try:
-            serve.run(application, name=APPLICATION)
-        except RuntimeError:
-            raise UserError(f"{FLAG}: a replica could not be loaded: {reason(_deployment(serve).message)}") from None
+        serve.run_many([serve.RunTarget(application, APPLICATION)], wait_for_applications_running=False)
         yield
     finally:
         found = serve.status()
@@ -160,26 +156,27 @@ def _serving(serve, application, host: str, port: int) -> Iterator[None]:
                 serve.shutdown()
 
 
-def _watch(serve, replicas: int) -> NoReturn:
-    """Say how many replicas answer whenever that changes."""
-    before = replicas
-    while True:
-        time.sleep(HEALTH_SECONDS)
-        if (now := _deployment(serve).replica_states.get("RUNNING", 0)) != before:
-            say(f"notice: {now} of {replicas} replicas answer")
-            before = now
-
-
-def _deployment(serve):
-    """What Ray Serve knows of ours.
+def _watch(serve, replicas: int, where: str) -> NoReturn:
+    """Say how many replicas answer, and what Ray knows of why not all do, whenever that changes.
 
     Raises:
-        UserError: nothing any more.
+        UserError: none of them can be loaded, or they have been ended.
     """
-    found = serve.status().applications.get(APPLICATION)
-    if found is None:
-        raise UserError(f"{FLAG}: somebody has ended the replicas")
-    return found.deployments[DEPLOYMENT]
+    before = f"0 of {replicas} replicas answer {where}"
+    while True:
+        application = serve.status().applications.get(APPLICATION)
+        if application is None:
+            raise UserError(f"{FLAG}: somebody has ended the replicas")
+        found = application.deployments[DEPLOYMENT]
+        why = reason(found.message) if found.message else ""
+        if found.status == "DEPLOY_FAILED":
+            raise UserError(f"{FLAG}: a replica could not be loaded: {why}")
+        answer = found.replica_states.get("RUNNING", 0)
+        now = f"{answer} of {replicas} replicas answer {where}" + (f" ({why})" if why and answer < replicas else "")
+        if now != before:
+            say(now)
+            before = now
+        time.sleep(LOOK_SECONDS)
 
 
 def shared_cores(machines: Sequence[dict[str, float]], replicas: int) -> int:
