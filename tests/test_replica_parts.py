@@ -50,7 +50,7 @@ def test_metrics_of_replicas_are_told_apart():
     for name, status in (("a", 200), ("b", 429)):
         metrics = Metrics()
         metrics.answered(status)
-        metrics.told(3, 2, 1, 0.1, 7)
+        metrics.told(3, 2, 1, 0.1, 7, 0)
         told[name] = metrics.text()
     lines = together(told).splitlines()
     assert len(lines) == len(set(lines))

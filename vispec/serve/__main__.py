@@ -30,9 +30,9 @@ LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 def main(argv: list[str] | None = None) -> int:
     args = _make_parser().parse_args(argv)
     limits, http_limits = _limits(args)
-    _check_address(args.host, args.port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if args.replicas == 1:
+        _check_address(args.host, args.port)
         serve(_service(args, limits), http_limits, args.host, args.port)
     else:
         from vispec.serve.replicas import serve_replicas

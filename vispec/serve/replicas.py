@@ -6,10 +6,9 @@ A copy that dies, or whose decoding thread has, is replaced; what it was answeri
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from typing import NoReturn
 
@@ -92,15 +91,15 @@ def serve_replicas(
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # Ray's own handler says where in its code the process was
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own says where in its code the process was
     try:
         if (found := serve.status()).proxies:
             apps = ", ".join(found.applications) or "nothing"
             raise UserError(f"{FLAG}: Ray Serve runs on this cluster already, with {apps}; `serve shutdown` ends it")
         options = _options(ray, replicas, gpus) | _queue(limits, replicas) | {"graceful_shutdown_timeout_s": grace}
         kind = serve.deployment(name=DEPLOYMENT, **options)(serve.ingress()(working_in(os.getcwd(), Replica)))
-        with _serving(serve, kind.bind(load, replace(http_limits, proxied=True)), host, port):
+        application = kind.bind(load, replace(http_limits, proxied=True))
+        with suppress(KeyboardInterrupt), _serving(serve, application, host, port):
             _watch(serve, options["num_replicas"], f"at http://{host}:{port} of the machine of Ray's head")
     except ray.exceptions.RayActorError:
         raise UserError(f"{FLAG}: somebody has ended Ray Serve") from None
