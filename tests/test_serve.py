@@ -190,6 +190,17 @@ def test_json_follows_its_schema(client):
     assert json.loads(choice.message.content) in ({"open": True}, {"open": False})
 
 
+def test_a_schema_that_cannot_be_followed_ends_its_own_answer_alone(client, caplog):
+    schema = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "nothing", "schema": schema}}
+    stream = ask(client, "Tell me a story.", stream=True)
+    next(iter(stream))
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        ask(client, "Tell me a secret.", response_format=wanted)
+    assert list(stream)[-1].choices[0].finish_reason
+    assert "secret" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [

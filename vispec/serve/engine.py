@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vispec.cli import one_line
 from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
+from vispec.serve.protocol import ApiError
 from vispec.serve.text import Piece, StoppedText
 
 if TYPE_CHECKING:
@@ -205,7 +206,12 @@ class Engine:
     def _go_on(self, speculate: bool, number: int, one: "Round") -> None:
         ask = self._rows[speculate, number]
         try:
+            if one.error is not None:
+                raise one.error
             ended = self._tell(ask, one)
+        except ApiError as error:
+            _fail(ask, str(error), error.status)
+            ended = True
         except Exception as error:
             self._report(error, [ask])
             ended = True
