@@ -225,6 +225,7 @@ def test_what_is_refused_is_named(served, body, status, param):
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param)
     assert "\n" not in error["message"]
+    assert ("--max-tokens-total" in error["message"]) == (body.get("max_tokens") == 4000)
     assert answer.headers["x-request-id"].startswith("req_")
 
 

@@ -140,6 +140,7 @@ def test_redirects_are_held_to_the_same_rules(web, path, reason):
         "169.254.169.254",
         "::1",
         "::ffff:127.0.0.1",
+        "64:ff9b::a00:1",
         "fd00::1",
         "100.64.0.1",
         "0.0.0.0",
