@@ -22,6 +22,7 @@ from vispec.cli import UserError
 from vispec.evaluation.loading import load_model
 from vispec.prompts import build_inputs, load_processor, user_turn
 from vispec.serve import __main__ as command
+from vispec.serve import guard
 from vispec.serve.__main__ import LOOPBACK, main
 from vispec.serve.guard import HttpLimits
 from vispec.serve.processors import OpenAIPenalties
@@ -270,6 +271,14 @@ def test_who_hangs_up_frees_a_row(served, client):
     while served.service.engine._rows and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not served.service.engine._rows
+
+
+def test_who_is_silent_is_hung_up_on(served, monkeypatch):
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.1)
+    for begun in (b"", b"GET /health HTTP/1.1\r\n"):
+        with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])), timeout=10) as connection:
+            connection.sendall(begun)
+            assert connection.recv(1) == b""
 
 
 def test_who_hangs_up_within_a_request_is_no_error(served, caplog):
