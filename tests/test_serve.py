@@ -347,8 +347,8 @@ def test_the_command_serves_the_embedded_pair_until_it_is_told_to_end():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--port"], "Address already in use"),
-        (["--host", ""], "--host"),
+        (["--port"], "address already in use"),
+        (["--host", ""], "--host is empty"),
         (["--api-key", ""], "--api-key is empty"),
         (["--allow-url", "https://pictures.example"], "expected the name of a host"),
     ],

@@ -113,11 +113,15 @@ class Engine:
         """Nobody waits for this answer any more; its row is free with the next round."""
         ask.cancelled = True
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """End all answers, with an error, and the thread."""
+    def end(self) -> None:
+        """Let all answers end, with an error, and the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """The same, and wait for it."""
+        self.end()
         self._thread.join(seconds)
 
     # --- the decoding thread ---
