@@ -20,6 +20,7 @@ from vispec.cli import UserError
 from vispec.evaluation.loading import load_model
 from vispec.prompts import build_inputs, load_processor, user_turn
 from vispec.serve import __main__ as command
+from vispec.serve import guard
 from vispec.serve.__main__ import LOOPBACK, main
 from vispec.serve.guard import HttpLimits
 from vispec.serve.processors import OpenAIPenalties
@@ -172,6 +173,17 @@ def test_json_follows_its_schema(client):
     assert json.loads(choice.message.content) in ({"open": True}, {"open": False})
 
 
+def test_a_schema_that_cannot_be_followed_ends_its_own_answer_alone(client, caplog):
+    schema = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "nothing", "schema": schema}}
+    stream = ask(client, "Tell me a story.", stream=True)
+    next(iter(stream))
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        ask(client, "Tell me a secret.", response_format=wanted)
+    assert list(stream)[-1].choices[0].finish_reason
+    assert "secret" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -196,6 +208,7 @@ def test_what_is_refused_is_named(served, body, status, param):
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param)
     assert "\n" not in error["message"]
+    assert ("--max-tokens-total" in error["message"]) == (body.get("max_tokens") == 4000)
     assert answer.headers["x-request-id"].startswith("req_")
 
 
@@ -240,6 +253,14 @@ def test_who_hangs_up_frees_a_row(served, client):
     while served.service.engine._rows and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not served.service.engine._rows
+
+
+def test_who_is_silent_is_hung_up_on(served, monkeypatch):
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.1)
+    for begun in (b"", b"GET /health HTTP/1.1\r\n"):
+        with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])), timeout=10) as connection:
+            connection.sendall(begun)
+            assert connection.recv(1) == b""
 
 
 def test_who_hangs_up_within_a_request_is_no_error(served, caplog):
@@ -311,8 +332,8 @@ def test_the_command_serves_the_embedded_pair_until_it_is_told_to_end():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--port"], "Address already in use"),
-        (["--host", ""], "--host"),
+        (["--port"], "address already in use"),
+        (["--host", ""], "--host is empty"),
         (["--api-key", ""], "--api-key is empty"),
         (["--allow-url", "https://pictures.example"], "expected the name of a host"),
     ],

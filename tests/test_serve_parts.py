@@ -1,5 +1,6 @@
 """Parts of the server that need no model: held text, pictures of the web, requests, the decoding thread."""
 
+import asyncio
 import http.server
 import math
 import queue
@@ -16,6 +17,7 @@ from PIL import Image
 from vispec.model.rows import Round
 from vispec.serve import pictures
 from vispec.serve.engine import Ask, Engine, Stopping
+from vispec.serve.guard import Guard, HttpLimits
 from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
 from vispec.serve.pictures import PictureLimits, picture_of, public_address
@@ -140,6 +142,7 @@ def test_redirects_are_held_to_the_same_rules(web, path, reason):
         "169.254.169.254",
         "::1",
         "::ffff:127.0.0.1",
+        "64:ff9b::a00:1",
         "fd00::1",
         "100.64.0.1",
         "0.0.0.0",
@@ -286,3 +289,24 @@ def test_those_who_wait_hear_of_it_when_decoding_breaks_down(monkeypatch):
     assert not engine.alive
     with pytest.raises(Stopping):
         engine.submit([waiting])
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "the body was not there after 0.01 seconds"),
+        ([{"body": b"1234", "more_body": True}], "the body was not there after 0.01 seconds"),
+        ([{"body": b"1234", "more_body": True}, {"body": b"5678"}], "more than 6 bytes"),
+    ],
+)
+def test_bodies_are_held_to_time_and_size(messages, reason):
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+
+    async def receive():
+        return messages.pop(0) if messages else await asyncio.sleep(10)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    with pytest.raises(ApiError, match=reason):
+        asyncio.run(Guard(app, HttpLimits(6, 0.01), Metrics())(scope, receive, None))

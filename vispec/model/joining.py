@@ -51,6 +51,8 @@ class RowChoices(Choice):
     def __init__(self):
         super().__init__()
         self.of: dict[int, Choice] = {}
+        self.errors: dict[int, Exception] = {}
+        """Of rows whose own choice failed: the other rows go on."""
 
     def choose(self, logits: torch.Tensor, answers: Sequence[Answer], tree: Tree | None = None) -> torch.Tensor:
         chosen = super().choose(logits, answers)
@@ -59,7 +61,10 @@ class RowChoices(Choice):
             if choice.seeds is not None or choice.warpers or isinstance(choice, TextChoice):
                 own = slice(place, place + 1)
                 row = None if tree is None else Tree(*(tensor[own] for tensor in tree))
-                chosen[own] = choice.choose(logits[own], [replace(answer, row=0)], row)
+                try:
+                    chosen[own] = choice.choose(logits[own], [replace(answer, row=0)], row)
+                except Exception as error:  # of somebody's processors
+                    self.errors[answer.row] = error
         return chosen
 
 
@@ -139,27 +144,29 @@ class OpenBatch:
         except BaseException:
             del self._choices.of[number]
             raise
-        self._forget([number] if first.ended else ())
+        self._settle({number: first})
         return number, first
 
     def round(self) -> Mapping[int, Round]:
         """Go on with all answers; those that end leave."""
         self._batch.policy = self._policies[len(self) - 1]
         step = self._decoder.round(self._batch)
-        self._forget([number for number, one in step.items() if one.ended])
+        self._settle(step)
         return step
 
     def leave(self, number: int) -> None:
         """End an answer before its time."""
         self._batch.leave(number)
-        self._forget([number])
+        del self._choices.of[number]
 
     def close(self) -> None:
         self._decoder.close(self._batch)
 
-    def _forget(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            del self._choices.of[number]
+    def _settle(self, step: Mapping[int, Round]) -> None:
+        for number, one in step.items():
+            one.error = self._choices.errors.pop(number, None)
+            if one.ended:
+                del self._choices.of[number]
 
 
 class TooLong(ValueError):

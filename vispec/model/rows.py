@@ -28,6 +28,8 @@ class Round:
     """Whether the answer ends with it."""
     reused: int = 0
     """In an answer's first one: tokens of the prompt that were not read again, see `Prompt`."""
+    error: Exception | None = None
+    """What processors of this row alone have raised: its tokens mean nothing, and it has to leave."""
 
     @property
     def drafted(self) -> bool:

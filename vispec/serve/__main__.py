@@ -54,11 +54,7 @@ class Server(uvicorn.Server):
         self._engine = service.engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        async def end_answers() -> None:
-            await asyncio.sleep(GRACE)
-            await asyncio.to_thread(self._engine.stop)
-
-        ending = asyncio.create_task(end_answers())
+        ending = asyncio.get_running_loop().call_later(GRACE, self._engine.end)
         await super().shutdown(sockets)
         ending.cancel()
 
@@ -88,11 +84,12 @@ def _check_address(host: str, port: int) -> None:
     Raises:
         UserError: nobody can listen there.
     """
+
+    async def listen() -> None:
+        (await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)).close()
+
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind, protocol) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(address)
+        asyncio.run(listen())
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}") from None
 
@@ -132,8 +129,9 @@ def _limits(args: argparse.Namespace) -> tuple[ServiceLimits, HttpLimits]:
             raise UserError(f"--allow-url {host}: expected the name of a host alone")
     pictures = PictureLimits(args.max_pixels, args.max_images, frozenset(host.lower() for host in args.allow_url))
     service = ServiceLimits(args.max_batch, total, args.max_queue, args.timeout, pictures)
-    if args.api_key == "":  # as of a variable that is not set: everybody could ask
-        raise UserError("--api-key is empty")
+    for flag, value in (("--host", args.host), ("--api-key", args.api_key)):
+        if value == "":  # as of a variable that is not set: everybody could ask
+            raise UserError(f"{flag} is empty")
     key = args.api_key or os.environ.get(API_KEY) or None
     # only this machine can ask, and of it no page that makes its own name mean this machine
     hosts = LOOPBACK if args.host in LOOPBACK else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vispec.cli import one_line
 from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
+from vispec.serve.protocol import ApiError
 from vispec.serve.text import Piece, StoppedText
 
 if TYPE_CHECKING:
@@ -112,11 +113,15 @@ class Engine:
         """Nobody waits for this answer any more; its row is free with the next round."""
         ask.cancelled = True
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """End all answers, with an error, and the thread."""
+    def end(self) -> None:
+        """Let all answers end, with an error, and the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """The same, and wait for it."""
+        self.end()
         self._thread.join(seconds)
 
     # --- the decoding thread ---
@@ -205,7 +210,12 @@ class Engine:
     def _go_on(self, speculate: bool, number: int, one: "Round") -> None:
         ask = self._rows[speculate, number]
         try:
+            if one.error is not None:
+                raise one.error
             ended = self._tell(ask, one)
+        except ApiError as error:
+            _fail(ask, str(error), error.status)
+            ended = True
         except Exception as error:
             self._report(error, [ask])
             ended = True

@@ -22,6 +22,8 @@ from vispec.version import __version__
 from vispec.web import SCHEMES, SECONDS, content_of, left
 
 MOST_REDIRECTS = 3
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""Addresses that gateways translate to the IPv4 ones at their ends."""
 REDIRECTS = (301, 302, 303, 307, 308)
 _DATA = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 
@@ -107,6 +109,7 @@ def public_address(host: str, port: int) -> str:
     for address in found:
         known = ipaddress.ip_address(address)
         inner = getattr(known, "ipv4_mapped", None) or getattr(known, "sixtofour", None) or known
+        inner = ipaddress.IPv4Address(int(known) % 2**32) if known in NAT64 else inner
         if not (known.is_global and inner.is_global) or inner.is_multicast:
             raise OSError(f"{host} has the address {address}, which is not public")
     return found[0]

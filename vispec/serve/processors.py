@@ -1,5 +1,6 @@
 """Logits processors for what OpenAI's requests ask, where transformers has none of the kind."""
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -56,16 +57,24 @@ class Grammars:
         with self._lock:
             if self._data is None:
                 self._data = TokenEnforcerTokenizerData(*self._vocabulary(), False, len(self._tokenizer))
+                logging.getLogger().addFilter(_tells_no_prompt)
         schema = wanted.json_schema.schema_ if wanted.json_schema else {"type": "object"}
         try:
             enforcer = TokenEnforcer(self._data, JsonSchemaParser(schema))
         except Exception as error:  # whatever its code trips over
             reason = f"response_format: the schema is not taken ({one_line(error)[:200]})"
             raise ApiError(400, reason, "response_format", "invalid_value") from None
-        # the texts that it is asked about have a prompt, which is where it begins
-        return PrefixConstrainedLogitsProcessor(
-            lambda row, text: enforcer.get_allowed_tokens(text.tolist()).allowed_tokens, num_beams=1
-        )
+
+        def allowed(row: int, text: torch.Tensor) -> list[int]:
+            # these texts have a prompt, which is where it begins
+            tokens, so_far = enforcer.get_allowed_tokens(text.tolist()).allowed_tokens, tuple(text.tolist())
+            # where it fails it allows nothing, or the end of an answer that is not at its end
+            ends = tokens[-1:] == [self._tokenizer.eos_token_id]
+            if not tokens or (ends and not enforcer.prefix_states[so_far].parser.can_end()):
+                raise ApiError(400, "response_format: the schema asks for what this server cannot hold an answer to")
+            return tokens
+
+        return PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
 
     def _vocabulary(self) -> tuple[list[tuple[int, str, bool]], Callable[[list[int]], str], int]:
         """Tokens with their texts behind another one, and whether they begin a word; how to decode; the end token.
@@ -77,6 +86,11 @@ class Grammars:
             text = texts[token]
             found.append((token, text, len(text) > len(tokenizer.decode([token]))))
         return found, lambda tokens: tokenizer.decode(tokens).rstrip(INCOMPLETE), tokenizer.eos_token_id
+
+
+def _tells_no_prompt(record: logging.LogRecord) -> bool:
+    """The package would log the whole conversation where it cannot go on."""
+    return "LMFormatEnforcer" not in str(record.msg)
 
 
 def processors_of(request: ChatRequest, prompt: int, grammars: Grammars) -> list[LogitsProcessor]:

@@ -117,5 +117,9 @@ class Service:
     def _refused(self, error: ValueError) -> ApiError:
         from vispec.model.joining import TooLong
 
-        code = "context_length_exceeded" if isinstance(error, TooLong) else "invalid_value"
-        return ApiError(400, one_line(error), "messages", code)
+        if not isinstance(error, TooLong):
+            return ApiError(400, one_line(error), "messages", "invalid_value")
+        share = self.limits.tokens // self.limits.batch
+        known = self._batches[self.drafts].tokens == share  # or the target has no more positions
+        cause = " (the server's --max-tokens-total, by --max-batch)" if known else ""
+        return ApiError(400, one_line(error) + cause, "messages", "context_length_exceeded")
