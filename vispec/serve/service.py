@@ -41,6 +41,11 @@ class ServiceLimits:
     """For an answer, from the request on."""
     pictures: PictureLimits = PictureLimits(pixels=16_000_000, images=16)
 
+    @property
+    def share(self) -> int:
+        """Tokens of one row."""
+        return self.tokens // self.batch
+
 
 class Service:
     """A model that answers requests.
@@ -56,12 +61,11 @@ class Service:
         self._tokenizer = copy.deepcopy(processor.tokenizer)
         self._texts = TokenTexts(self._tokenizer)
         self._grammars = Grammars(copy.deepcopy(processor.tokenizer))
-        each = limits.tokens // limits.batch
         self.drafts = model.draft is not None
-        self._batches = {self.drafts: model.open_batch(limits.batch, each, self.drafts)}
+        self._batches = {self.drafts: model.open_batch(limits.batch, limits.share, self.drafts)}
         self._most_characters = self._batches[self.drafts].tokens * max(map(len, self._tokenizer.get_vocab()))
         if self.drafts:
-            self._batches[False] = model.open_batch(PLAIN_ROWS, each, False)
+            self._batches[False] = model.open_batch(PLAIN_ROWS, limits.share, False)
         self.metrics = Metrics()
         self.engine = Engine(self._batches, limits.waiting, self.metrics)
 
@@ -119,7 +123,7 @@ class Service:
 
         if not isinstance(error, TooLong):
             return ApiError(400, one_line(error), "messages", "invalid_value")
-        share = self.limits.tokens // self.limits.batch
-        known = self._batches[self.drafts].tokens == share  # or the target has no more positions
-        cause = " (the server's --max-tokens-total, by --max-batch)" if known else ""
+        # or the target has no more positions
+        shares = self._batches[self.drafts].tokens == self.limits.share
+        cause = " (the server's --max-tokens-total by its --max-batch)" if shares else ""
         return ApiError(400, one_line(error) + cause, "messages", "context_length_exceeded")
