@@ -267,7 +267,7 @@ def test_an_answer_that_cannot_be_told_ends_alone():
     (broken, its), (sound, own) = asking(1, None), asking(2, StoppedText(Letters()))
     engine.start()
     engine.submit([broken, sound])
-    assert its.get(timeout=10).status == 500
+    assert its.get(timeout=10).error.status == 500
     assert [own.get(timeout=10).finish for _ in range(3)] == [None, None, "length"]
     engine.stop()
 
@@ -284,7 +284,7 @@ def test_those_who_wait_hear_of_it_when_decoding_breaks_down(monkeypatch):
     engine.start()
     engine.submit([running, waiting])
     assert its.get(timeout=10).pieces
-    assert its.get(timeout=10).status == own.get(timeout=10).status == 503
+    assert its.get(timeout=10).error.status == own.get(timeout=10).error.status == 503
     engine.stop()
     assert not engine.alive
     with pytest.raises(Stopping):

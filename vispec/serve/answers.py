@@ -52,7 +52,13 @@ class Answers:
         return all(choice.finish for choice in self._choices)
 
     def add(self, number: int, told: Told) -> str:
-        """The text that an answer has grown by."""
+        """The text that an answer has grown by.
+
+        Raises:
+            ApiError: it has ended without being one.
+        """
+        if told.error is not None:
+            raise told.error
         choice, text = self._choices[number], "".join(text for text, _ in told.pieces)
         choice.text += text
         choice.logprobs += told.logprobs

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from vispec.serve.answers import Answers, event
-from vispec.serve.engine import Ask, QueueFull, Stopping, Told
+from vispec.serve.engine import Ask, QueueFull, Told
 from vispec.serve.guard import Guard, HttpLimits, json_response
 from vispec.serve.page import page
 from vispec.serve.protocol import ApiError, parse_request
@@ -52,11 +52,11 @@ def make_app(
         asked = parse_request(_json(await request.body()))
         told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         if preparing.locked():  # so many wait for their turn to become a prompt
-            raise _queue_is_full()
+            raise QueueFull
         async with preparing:
             tell = _telling(asyncio.get_running_loop(), told)
             asks = await asyncio.to_thread(service.prepare, asked, asked_at, tell)
-        _submit(service, asks)
+        service.engine.submit(asks)
         answers = Answers(asked, asks)
         if asked.stream:
             return StreamingResponse(_stream(service, asks, answers, told), media_type="text/event-stream")
@@ -124,27 +124,12 @@ def _telling(loop: asyncio.AbstractEventLoop, told: asyncio.Queue):
     return tell
 
 
-def _submit(service: Service, asks: list[Ask]) -> None:
-    try:
-        service.engine.submit(asks)
-    except QueueFull:
-        raise _queue_is_full() from None
-    except Stopping:
-        raise ApiError(503, "the server is stopping") from None
-
-
-def _queue_is_full() -> ApiError:
-    return ApiError(429, "as many answers wait as may; try again later", code="rate_limit_exceeded")
-
-
 async def _whole(
     service: Service, asks: list[Ask], answers: Answers, told: asyncio.Queue, request: Request
 ) -> Response:
     async def collect() -> None:
         while not answers.done:
-            number, one = await told.get()
-            _raise_error(one)
-            answers.add(number, one)
+            answers.add(*await told.get())
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -166,20 +151,13 @@ async def _stream(service: Service, asks: list[Ask], answers: Answers, told: asy
     try:
         yield answers.first_chunks()
         while not answers.done:
-            number, one = await told.get()
-            _raise_error(one)
-            if chunks := answers.chunks(number, one):
+            if chunks := answers.chunks(*await told.get()):
                 yield chunks
         yield answers.last_chunks()
     except ApiError as error:
         yield event(error.body())
     finally:
         _cancel(service, asks)
-
-
-def _raise_error(one: Told) -> None:
-    if one.error is not None:
-        raise ApiError(one.status, one.error)
 
 
 def _cancel(service: Service, asks: list[Ask]) -> None:

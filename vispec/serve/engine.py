@@ -24,12 +24,18 @@ JOINING_TOKENS = 2048
 """Of prompts that are read between two rounds: answers that are being made wait meanwhile."""
 
 
-class QueueFull(Exception):
+class QueueFull(ApiError):
     """As many requests wait as may."""
 
+    def __init__(self):
+        super().__init__(429, "as many answers wait as may; try again later", code="rate_limit_exceeded")
 
-class Stopping(Exception):
+
+class Stopping(ApiError):
     """No more requests are taken."""
+
+    def __init__(self):
+        super().__init__(503, "the server is stopping")
 
 
 @dataclass
@@ -41,9 +47,8 @@ class Told:
     """Of each token, where they were asked for."""
     finish: str | None = None
     """"stop" or "length", where the answer ends."""
-    error: str | None = None
-    """Where it ends without being one, and the HTTP status of that."""
-    status: int = 500
+    error: ApiError | None = None
+    """Where it ends without being one."""
 
 
 @dataclass(eq=False)  # one is itself alone: prompts, which are tensors, have no truth value of ==
@@ -138,7 +143,7 @@ class Engine:
             with self._changed:
                 self._stopping = True
             for ask in (*self._waiting, *self._rows.values()):
-                _fail(ask, "the server is stopping", 503)
+                _fail(ask, Stopping())
             for batch in self._batches.values():
                 batch.close()
 
@@ -163,7 +168,7 @@ class Engine:
                 gone.append(ask)
         for ask in gone:
             if not ask.cancelled:
-                _fail(ask, f"the answer was not there after {now - ask.asked_at:.0f} seconds", 504)
+                _fail(ask, ApiError(504, f"the answer was not there after {now - ask.asked_at:.0f} seconds"))
 
     def _admit(self, speculate: bool) -> None:
         """Requests join in their order: one, and more while their prompts are short together."""
@@ -184,7 +189,7 @@ class Engine:
         try:
             number, first = self._batches[speculate].join(ask.joining)
         except ValueError as error:  # the target cannot read the prompt
-            _fail(ask, one_line(error), 400)
+            _fail(ask, ApiError(400, one_line(error), "messages", "invalid_value"))
         except Exception as error:
             self._report(error, [ask])
         else:
@@ -214,7 +219,7 @@ class Engine:
                 raise one.error
             ended = self._tell(ask, one)
         except ApiError as error:
-            _fail(ask, str(error), error.status)
+            _fail(ask, error)
             ended = True
         except Exception as error:
             self._report(error, [ask])
@@ -252,11 +257,11 @@ class Engine:
     def _report(self, error: Exception, asks: list[Ask]) -> None:
         logger.exception("%d answers end with an error", len(asks), exc_info=error)
         for ask in asks:
-            _fail(ask, f"{type(error).__name__} while the answer was made", 500)
+            _fail(ask, ApiError(500, f"{type(error).__name__} while the answer was made"))
 
     def _show_load(self) -> None:
         self._metrics.show(len(self._waiting), len(self._rows))
 
 
-def _fail(ask: Ask, reason: str, status: int) -> None:
-    ask.tell(Told([], error=reason, status=status))
+def _fail(ask: Ask, error: ApiError) -> None:
+    ask.tell(Told([], error=error))

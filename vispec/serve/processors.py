@@ -71,7 +71,8 @@ class Grammars:
             # where it fails it allows nothing, or the end of an answer that is not at its end
             ends = tokens[-1:] == [self._tokenizer.eos_token_id]
             if not tokens or (ends and not enforcer.prefix_states[so_far].parser.can_end()):
-                raise ApiError(400, "response_format: the schema asks for what this server cannot hold an answer to")
+                reason = "response_format: the schema asks for what this server cannot hold an answer to"
+                raise ApiError(400, reason, "response_format", "invalid_value")
             return tokens
 
         return PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
