@@ -293,7 +293,11 @@ def test_a_full_queue_and_a_deadline(model, processor):
 
 def test_answers_that_outlast_the_server_end_with_an_error(model, processor, monkeypatch):
     monkeypatch.setattr(command, "GRACE", 0.1)
-    served = Served(Service(model, processor, NAME, ServiceLimits(batch=1, tokens=4000)), HttpLimits(api_key=KEY))
+    service = Service(model, processor, NAME, ServiceLimits(batch=1, tokens=4000))
+    batch = service._batches[True]
+    go_on = batch.round
+    monkeypatch.setattr(batch, "round", lambda: time.sleep(0.05) or go_on())
+    served = Served(service, HttpLimits(api_key=KEY))
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
     stream = ask(client, "Tell me a story.", max_tokens=3900, stream=True, temperature=2, seed=1)
     next(iter(stream))
