@@ -124,12 +124,11 @@ def test_what_lies_behind_the_answers_end_is_not_in_tau(picture, capsys, monkeyp
     assert f", τ {said:.2f} draft tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tree", [["--total-token", "-1"], ["--tree", "tune"]])
-def test_measured_tree(tree, picture, capsys, monkeypatch):
+def test_measured_tree(picture, capsys, monkeypatch):
     monkeypatch.setattr(tune, "SHAPES", (TreeShape(2, 0, 1), TreeShape(8, 3, 4)))
     monkeypatch.setattr(tune, "REPETITIONS", 1)
-    flags = ["--image", picture, "--max-new-tokens", "20", "--compare", "What is this?"]
-    assert generate.main([*pair("llava_next", "vispec"), *tree, *flags]) == 0
+    flags = ["--tree", "tune", "--image", picture, "--max-new-tokens", "20", "--compare", "What is this?"]
+    assert generate.main([*pair("llava_next", "vispec"), *flags]) == 0
     printed = capsys.readouterr().out
     assert "\nchosen: " in printed and "times as fast as 30/3/8 in this run" in printed
     assert "outputs identical: yes" in printed
