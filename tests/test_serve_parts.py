@@ -262,6 +262,28 @@ def test_prompts_join_in_their_order_and_few_at_a_time():
     assert batch.joined[:5] == [[1], [1000, 1001], [1002], [3000], [10]]
 
 
+def test_decoding_keeps_its_cores_when_other_threads_take_one_each():
+    class Counted(Rows):
+        def round(self):
+            self.cores = torch.get_num_threads()
+            return super().round()
+
+    batch, before = Counted(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = Engine({True: batch}, 4, Metrics())
+        engine.start()
+        torch.set_num_threads(1)
+        ask, told = asking(1, StoppedText(Letters()))
+        engine.submit([ask])
+        while told.get(timeout=10).finish is None:
+            pass
+        engine.stop()
+    finally:
+        torch.set_num_threads(before)
+    assert batch.cores == 3
+
+
 def test_an_answer_that_cannot_be_told_ends_alone():
     engine = Engine({True: Rows()}, 4, Metrics())
     (broken, its), (sound, own) = asking(1, None), asking(2, StoppedText(Letters()))

@@ -9,11 +9,12 @@ import signal
 import socket
 from contextlib import suppress
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import uvicorn
 
-from vispec.cli import Parser, UserError, count, limit, run_cli, whole
+from vispec.cli import Parser, UserError, count, limit, run_cli, say, whole
 from vispec.evaluation.flags import add_tree_flags, asked_place
 from vispec.evaluation.loading import load_model, quiet_transformers
 from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
@@ -95,6 +96,20 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _service(args: argparse.Namespace, limits: ServiceLimits) -> Service:
+    """Loaded in a thread that ends thereby.
+
+    OpenMP gives each thread that computes threads of its own. Once all of these are more than the cores, they sleep
+    between two products, and decoding takes several times as long.
+    """
+    with ThreadPool(1) as own:
+        try:
+            return own.apply(_load, (args, limits))
+        except KeyboardInterrupt:
+            say("interrupted")
+            os._exit(130)  # nothing else ends the thread
+
+
+def _load(args: argparse.Namespace, limits: ServiceLimits) -> Service:
     base, spec, tree, dtype = asked_pair(args)
     quiet_transformers()
     processor = load_processor(base)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from vispec.cli import one_line
 from vispec.serve.logprobs import TokenLogprobs
 from vispec.serve.metrics import Metrics
@@ -90,6 +92,7 @@ class Engine:
         self._rows: dict[tuple[bool, int], Ask] = {}
         self._changed = threading.Condition()
         self._stopping = False
+        self._cores = torch.get_num_threads()  # threads that prepare set theirs to one
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
@@ -132,6 +135,8 @@ class Engine:
     # --- the decoding thread ---
 
     def _run(self) -> None:
+        torch.get_num_threads()  # or what this thread sets is forgotten at its first product
+        torch.set_num_threads(self._cores)
         try:
             while self._goes_on():
                 self._drop()

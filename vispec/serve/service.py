@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from vispec.cli import one_line
 from vispec.prompts import build_inputs
 from vispec.serve.conversation import conversation
@@ -87,6 +89,7 @@ class Service:
             # a tokenizer takes minutes, and gigabytes, for what is sure to be refused
             reason = f"{found:,} characters have more tokens than there is room for"
             raise ApiError(400, reason, "messages", "context_length_exceeded")
+        torch.set_num_threads(1)  # of this one: the cores are the decoding thread's
         answers = request.n or 1
         if answers > self.limits.waiting:
             raise ApiError(400, f"n: {answers} answers are more than the queue's {self.limits.waiting}", "n")
