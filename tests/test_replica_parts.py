@@ -29,6 +29,16 @@ def test_replicas_need_ray_serve_and_a_port(monkeypatch, flags, missing, reason)
         main(["--replicas", "2", *flags])
 
 
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    def init(**options):
+        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
+
+    monkeypatch.setitem(sys.modules, "ray.serve", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match="--replicas: Failed to connect to .* at 192.0.2.1:6379; `ray stop` forgets"):
+        main(["--replicas", "2"])
+
+
 @pytest.mark.parametrize(
     ("cores", "replicas", "each"), [([2], 2, 1), ([2], 3, 0), ([5, 3], 3, 2), ([8, 1], 2, 4), ([0], 1, 0)]
 )

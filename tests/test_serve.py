@@ -276,6 +276,21 @@ def test_who_hangs_up_within_a_request_is_no_error(served, caplog):
     assert " 499 " in caplog.text and "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_of_who_has_hung_up_is_not_read(served, caplog, monkeypatch, stream):
+    caplog.set_level("INFO")
+    prepare, begun = served.service.prepare, []
+    monkeypatch.setattr(served.service, "prepare", lambda *given: time.sleep(0.5) or prepare(*given))
+    monkeypatch.setattr(served.service.engine, "submit", begun.append)
+    with httpx.Client(timeout=0.2) as http, pytest.raises(httpx.ReadTimeout):
+        body = {"model": NAME, "messages": [message("What?")], "stream": stream}
+        http.post(f"{served.url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    deadline = time.monotonic() + 5
+    while " 499 " not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert " 499 " in caplog.text and not begun
+
+
 def test_a_full_queue_and_a_deadline(model, processor):
     limits = ServiceLimits(batch=1, tokens=400, waiting=1, seconds=0.5)
     served = Served(Service(model, processor, NAME, limits), HttpLimits(api_key=KEY))

@@ -206,12 +206,15 @@ def start_ray(flag: str, needs: str = "ray"):
         needs: module of Ray that will be used.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or a cluster that it was told of does not answer.
     """
     try:
         importlib.import_module(needs)
         import ray
     except ImportError:
         raise UserError(f"{flag}: several models at a time need Ray: pip install 'vispec[ray]'") from None
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise UserError(f"{flag}: {error}; `ray stop` forgets a cluster that this machine had") from None
     return ray

@@ -56,6 +56,8 @@ def make_app(
         async with preparing:
             tell = _telling(asyncio.get_running_loop(), told)
             asks = await asyncio.to_thread(service.prepare, asked, asked_at, tell)
+        if await request.is_disconnected():  # others would wait while its prompt is read
+            return Response(status_code=GONE)
         service.engine.submit(asks)
         answers = Answers(asked, asks)
         if asked.stream:
