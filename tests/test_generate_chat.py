@@ -9,6 +9,7 @@ from test_generate import GOLDEN, pair, picture  # noqa: F401 - a fixture
 from test_web import server  # noqa: F401 - a fixture
 
 from vispec import generate, web
+from vispec.model import decoding
 from vispec.prompts import SYSTEM_TURN, Turn, build_inputs, chat_messages, load_processor, user_turn
 from vispec.text import answer_text
 
@@ -47,6 +48,25 @@ def test_further_questions_see_the_conversation(lines, picture, prompts, capsys,
     said = [Turn("assistant", (text,)) for text in told]
     assert prompts[1][0] == (first, said[0], user_turn("and this?"))
     assert prompts[2][0] == (first, said[0], user_turn("and this?"), said[1], user_turn("why?"))
+
+
+def test_further_questions_are_read_on_and_answered_alike(picture, capsys, monkeypatch):  # noqa: F811
+    reused, read = [], decoding.read_prompt
+    monkeypatch.setattr(
+        decoding, "read_prompt", lambda *given: reused.append((prompt := read(*given)).reused) or prompt
+    )
+    told = []
+    for flags in ((), ("--prefix-cache", "2000")):
+        assert chat(monkeypatch, "and this?\n", "--image", picture, *flags) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if " tokens/s " not in line])
+    assert told[0] == told[1]
+    assert [count > 0 for count in reused] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("flags", "reason"), [((), "questions of --chat"), (("--chat", "--compare"), "itself")])
+def test_prompts_are_kept_in_conversations_that_are_not_measured(flags, reason):
+    with pytest.raises(ValueError, match=f"^--prefix-cache.* {reason}$"):
+        generate.main([*PAIR, "--prefix-cache", "9", *flags, "what?"])
 
 
 def test_every_answer_is_compared(picture, capsys, monkeypatch):  # noqa: F811

@@ -1,6 +1,7 @@
 """The server as its clients see it: OpenAI's own client, and plain requests, of a server on a free port."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -337,12 +338,17 @@ def test_metrics(served, client):
 
 def test_the_command_serves_the_embedded_pair_until_it_is_told_to_end():
     command = [sys.executable, "-m", "vispec.serve", "--port", "0", "--max-batch", "1", "--tree", embedded.TREE_NAME]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "VISPEC_API_KEY": KEY}
+    with subprocess.Popen(
+        [*command, "--prefix-cache", "100"], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         running = next(line for line in process.stderr if "running on" in line)
-        url = running.split("running on ")[1].split()[0]
-        body = {"model": "target", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 3}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-        assert answer.json()["usage"]["completion_tokens"] <= 3
+        client = openai.OpenAI(base_url=f"{running.split('running on ')[1].split()[0]}/v1", api_key=KEY)
+        first, again = (ask(client, "What is there?", model="target", max_tokens=3).usage for _ in range(2))
+        assert first.completion_tokens == 3
+        assert again.prompt_tokens_details.cached_tokens == first.prompt_tokens - 1
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="another").models.list()
         process.send_signal(signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 0

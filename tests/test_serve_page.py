@@ -174,6 +174,7 @@ def test_errors_are_one_line_and_the_question_stays(page, tmp_path):
     assert answered(page) == []
     assert page.value("part.wrong.innerText") == "the API key is missing or wrong"
 
+
 @in_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_in_the_light_and_in_the_dark(page, scheme):

@@ -6,6 +6,7 @@ import math
 import queue
 import socket
 import threading
+import time
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -282,6 +283,32 @@ def test_decoding_keeps_its_cores_when_other_threads_take_one_each():
     finally:
         torch.set_num_threads(before)
     assert batch.cores == 3
+
+
+def test_answers_that_are_not_there_in_time_end_with_an_error():
+    class Endless(Rows):
+        @property
+        def full(self):
+            return len(self) > 0
+
+        def round(self):
+            time.sleep(0.01)
+            return {number: Round([ord("a")], 0, 0, ended=False) for number in self}
+
+    batch = Endless()
+    engine = Engine({True: batch}, 4, Metrics())
+    engine.start()
+    late = [asking(number, StoppedText(Letters())) for number in (1, 2)]  # for one row
+    for ask, _ in late:
+        ask.deadline = time.monotonic() + 0.2
+    patient, its = asking(3, StoppedText(Letters()))
+    engine.submit([*(ask for ask, _ in late), patient])
+    for _, told in late:
+        while (one := told.get(timeout=10)).error is None:
+            pass
+        assert one.error.status == 504
+    assert its.get(timeout=10).error is None and list(batch) == [3]
+    engine.stop()
 
 
 def test_an_answer_that_cannot_be_told_ends_alone():

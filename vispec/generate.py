@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     place = {f"spec_{name}": value for name, value in asked_place(args).items()}
     turns = [user_turn(args.question, *map(_read_image, args.image), *map(read_video, args.video))]
     # what is wrong is said before minutes of loading
-    _check_sampling(args)
+    _check_flags(args)
     quiet_transformers()
     processor = load_processor(base)
     inputs = build_inputs(processor, turns, args.system)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base, spec, tree=None if tree == TUNE else tree, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())
-    if args.chat and args.prefix_cache:
+    if args.prefix_cache:
         from vispec.model.prefixes import PrefixCache
 
         model.target.prefixes = PrefixCache(args.prefix_cache)
@@ -118,10 +118,14 @@ def _fetch(url: str) -> bytes:
         raise UserError(f"--image {url}: cannot be fetched ({one_line(error)})") from None
 
 
-def _check_sampling(args: argparse.Namespace) -> None:
+def _check_flags(args: argparse.Namespace) -> None:
     from vispec.model.sampling import Sampling
 
     Sampling(args.temperature, args.top_p)
+    if args.prefix_cache and not args.chat:
+        raise UserError("--prefix-cache is for the further questions of --chat")
+    if args.prefix_cache and args.compare:
+        raise UserError("--prefix-cache: with --compare every answer reads its prompt itself")
 
 
 def _next_question() -> str | None:
