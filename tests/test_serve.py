@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -229,6 +230,23 @@ def test_broken_pictures_are_refused_in_one_line(served, url, reason):
     answer = post(served, messages=[{"role": "user", "content": content}])
     assert answer.status_code == 400
     assert reason in answer.json()["error"]["message"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("stream", [False, True])
+def test_curl(served, client, stream):
+    messages = [message("What is a tree?")]
+    body = {"model": NAME, "temperature": 0, "max_tokens": 40, "stream": stream, "messages": messages}
+    headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    curl = ["curl", "-sSN", "--fail", f"{served.url}/v1/chat/completions", *headers, "-d", json.dumps(body)]
+    found = subprocess.run(curl, capture_output=True, text=True, check=True).stdout
+    if stream:
+        *events, end = [line.removeprefix("data: ") for line in found.splitlines() if line]
+        told = "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in events)
+        assert end == "[DONE]"
+    else:
+        told = json.loads(found)["choices"][0]["message"]["content"]
+    assert told == ask(client, "What is a tree?").choices[0].message.content
 
 
 def test_keys_sizes_and_addresses(served):
