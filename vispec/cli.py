@@ -61,9 +61,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number from 1 on, in 63 bits."""
     value = int(text) if text.strip().lstrip("+-").isdigit() else 0
-    if value < 1:
+    if not 1 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
     return value
 
