@@ -142,6 +142,12 @@ def say(line: str) -> None:
     (tqdm.tqdm.write if tqdm else print)(line, file=sys.stderr)
 
 
+def leave_interrupted() -> NoReturn:
+    """End the process at once, with the line and code of `run_cli`: for where an exception would not end it."""
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def tell_interrupts() -> None:
     """Let Ctrl-C during an import end the process with the line and code of `run_cli`.
 
@@ -151,8 +157,7 @@ def tell_interrupts() -> None:
     def handler(number: int, frame: FrameType | None) -> None:
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                print(INTERRUPTED, file=sys.stderr, flush=True)
-                os._exit(130)
+                leave_interrupted()
             frame = frame.f_back
         raise KeyboardInterrupt
 

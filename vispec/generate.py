@@ -18,6 +18,7 @@ from vispec.evaluation.comparison import tau, wall_speed
 from vispec.evaluation.flags import add_tree_flags, asked_place
 from vispec.evaluation.loading import (
     dtype_name,
+    keep_prompts,
     load_model,
     quiet_transformers,
 )
@@ -59,10 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(base, spec, tree=None if tree == TUNE else tree, **options, **place)
     if tree == TUNE:
         print(model.tune([inputs]).report())
-    if args.prefix_cache:
-        from vispec.model.prefixes import PrefixCache
-
-        model.target.prefixes = PrefixCache(args.prefix_cache)
+    keep_prompts(model, args.prefix_cache)
     generation = Generation(args.temperature, args.max_new_tokens, args.top_p, args.generation_config)
     while True:
         for kind in ("spec", *_baselines(generation)) if args.compare else ():

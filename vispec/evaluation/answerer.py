@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from vispec.cli import UserError, one_line
 from vispec.evaluation.answer_file import QuestionId, choice_of
 from vispec.evaluation.benchmarks import BENCHMARKS, Question
-from vispec.evaluation.loading import Models, load_models, quiet_transformers
+from vispec.evaluation.loading import Models, keep_prompts, load_models, quiet_transformers
 from vispec.evaluation.lossless import RERUN_FAILS
 from vispec.evaluation.measure import Answer, Generation, answer_question
 from vispec.evaluation.settings import loaded_settings
@@ -68,10 +68,7 @@ class Answerer:
         quiet_transformers()
         self._path, self._asked = models.base_model_path, models
         self._models = load_models(models)
-        if models.prefix_cache:
-            from vispec.model.prefixes import PrefixCache
-
-            self._models["baseline"].target.prefixes = PrefixCache(models.prefix_cache)
+        keep_prompts(self._models["baseline"], models.prefix_cache)
         self._processors: dict[bool, object] = {}
         self._warm: set[tuple[str, Generation, str]] = set()
         self._ready: dict[str, tuple[int, int]] = {}

@@ -111,6 +111,14 @@ def load_models(models: Models) -> dict[str, "SpecModel"]:
     return loaded
 
 
+def keep_prompts(model, tokens: int) -> None:
+    """Let the model keep so many tokens of prompts, from which further ones are read on (--prefix-cache); 0: none."""
+    if tokens:
+        from vispec.model.prefixes import PrefixCache
+
+        model.target.prefixes = PrefixCache(tokens)
+
+
 def dtype_name(model) -> str:
     """The dtype that a model computes in, as the flag spells it."""
     return str(model.target.dtype).removeprefix("torch.")

@@ -269,8 +269,7 @@ class Decoder:
             for shape in policy.shapes:
                 self.draft.expect(rows, shape)
                 self.output.expect([rows, rows * shape.top_k])
-        nodes = [1, *(shape.total_token for shape in policy.shapes)]
-        self.target.expect(rows * n for n in nodes)
+        self.target.expect(rows * nodes for nodes in (1, *(shape.total_token for shape in policy.shapes)))
         return seat
 
     def _new_seat(self, rows: int, capacity: int, waiting: int) -> Seat:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import uvicorn
 
-from vispec.cli import Parser, UserError, count, limit, run_cli, say, whole
+from vispec.cli import Parser, UserError, count, leave_interrupted, limit, run_cli, whole
 from vispec.evaluation.flags import add_tree_flags, asked_place
-from vispec.evaluation.loading import load_model, quiet_transformers
+from vispec.evaluation.loading import keep_prompts, load_model, quiet_transformers
 from vispec.evaluation.pair_flags import add_pair_flags, asked_pair
 from vispec.model.shape import AUTO, TUNE
 from vispec.prompts import build_inputs, load_processor, user_turn
@@ -105,8 +105,7 @@ def _service(args: argparse.Namespace, limits: ServiceLimits) -> Service:
         try:
             return own.apply(_load, (args, limits))
         except KeyboardInterrupt:
-            say("interrupted")
-            os._exit(130)  # nothing else ends the thread
+            leave_interrupted()  # nothing else ends the thread
 
 
 def _load(args: argparse.Namespace, limits: ServiceLimits) -> Service:
@@ -123,10 +122,7 @@ def _load(args: argparse.Namespace, limits: ServiceLimits) -> Service:
         model = load_model(base, spec, tree=tree, **options, **place)
         if tunes:
             model.tune([build_inputs(processor, [user_turn(QUESTION)], "")])
-    if args.prefix_cache:
-        from vispec.model.prefixes import PrefixCache
-
-        model.target.prefixes = PrefixCache(args.prefix_cache)
+    keep_prompts(model, args.prefix_cache)
     name = args.served_model_name or Path(base).name
     return Service(model, processor, name, limits)
 
